@@ -1,0 +1,67 @@
+# Everything a developer runs, from a machine that has Python 3.11 or later and nothing else. `make help` lists it.
+
+PYTHON ?= python3
+VENV := .venv
+VENV_PROTOS := .venv-protos
+BIN := $(VENV)/bin
+PIP_FLAGS := -qq --disable-pip-version-check
+STAMP := $(VENV)/.stamp
+STAMP_PROTOS := $(VENV_PROTOS)/.stamp
+PIP_PIN := $(shell grep '^pip==' constraints.txt)
+# what `make test` leaves out; `make test PYTEST_ARGS=tests/tree` runs less, `PYTEST_ARGS=` runs all
+PYTEST_ARGS ?= -m "not soak"
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format protos protos-check wheel-test clean
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+venv: $(STAMP) ## create or refresh .venv: the package (editable), torch, the development tools
+
+demo: $(STAMP) ## start a sidecar with a client beside it and show what it does
+	$(BIN)/hicache demo
+
+test: $(STAMP) ## run the tests (all but the soak tests)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) protos-check ## check format, style, types, floors and generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## format the code and apply the safe fixes
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+protos: $(STAMP_PROTOS) ## generate hicache/rpc/pb from protos/
+	$(VENV_PROTOS)/bin/python protos/generate.py
+
+protos-check: $(STAMP_PROTOS) ## fail where hicache/rpc/pb is not what protos/ generates
+	$(VENV_PROTOS)/bin/python protos/generate.py --check
+
+wheel-test: $(STAMP) ## build sdist and wheel, install the wheel without torch elsewhere, try it
+	.ci/wheel-test
+
+clean: ## remove environments, caches and build output
+	rm -rf $(VENV) $(VENV_PROTOS) build dist .coverage htmlcov .hypothesis
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Rebuilt when the dependencies change; the install is editable, so a source edit needs nothing.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hicache needs Python 3.11 or later; set PYTHON=")'
+	@test -x $(BIN)/python || { echo "[env] creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "[env] pip itself"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) $(PIP_PIN)
+	@echo "[env] hicache with torch and the development tools (the first time takes minutes)"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --build-constraint constraints.txt -e '.[torch]' --group dev
+	@touch $@
+	@echo "[env] $(VENV) is ready"
+
+$(STAMP_PROTOS): constraints-protos.txt
+	@echo "[protos] creating $(VENV_PROTOS)"
+	@test -x $(VENV_PROTOS)/bin/python || $(PYTHON) -m venv $(VENV_PROTOS)
+	@$(VENV_PROTOS)/bin/python -m pip install $(PIP_FLAGS) -r constraints-protos.txt
+	@touch $@

@@ -1,0 +1,55 @@
+#!/bin/sh
+# Makes the environments of the measured peers: bench/.venvs/sglang and bench/.venvs/lmcache.
+#
+#   bench/peers/setup.sh [sglang] [lmcache]      (both without arguments)
+#
+# CPU only. The peers are installed without their dependencies, of which many are CUDA packages of several GB;
+# what the measured parts import is installed by name below, the rest is left out or stubbed (see bench/README.md).
+set -eu
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python3}
+torch="torch==2.13.0+cpu"
+
+make_venv() { # name
+    venv="$here/.venvs/$1"
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    pip="$venv/bin/python -m pip --disable-pip-version-check install -q"
+    # A wheel at hand (PIP_FIND_LINKS) will do; PyTorch's own index otherwise.
+    $pip "$torch" 2>/dev/null || $pip --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
+}
+
+sglang() {
+    make_venv sglang
+    $pip numpy aiohttp dill fastapi msgspec openai==2.8.0 orjson packaging pillow psutil pybase64 pydantic \
+        pyzmq requests transformers==5.19.0 xxhash apache-tvm-ffi==0.1.11
+    # Last, and without dependencies: it asks for torch 2.14.1 and some forty GPU packages. Its Rust tree core is
+    # in the wheel, and accepts torch 2.11 to 2.14.
+    $pip --no-deps sglang==0.5.23
+    "$venv/bin/python" "$here/peers/sglang_tree.py" </dev/null
+    echo "sglang: ready"
+}
+
+lmcache() {
+    make_venv lmcache
+    $pip "numpy<=2.2.6" aiofile aiofiles aiohttp awscrt blake3 cachetools cryptography fastapi "grpcio==1.78.0" \
+        httptools httpx "huggingface_hub>=1.5" msgspec numba "opentelemetry-api<=1.40.0" "opentelemetry-sdk<=1.40.0" \
+        "opentelemetry-exporter-otlp<=1.40.0" "opentelemetry-exporter-prometheus<=0.61b0" \
+        "prometheus_client<=0.24.1" "protobuf<7,>=6.31.1" psutil py-cpuinfo pyyaml pyzmq safetensors \
+        sortedcontainers uvicorn
+    # Last, and without dependencies: cupy, cuda-python, cufile, cloud clients and transformers are not needed here.
+    $pip --no-deps lmcache==0.5.6
+    LMCACHE_TRACK_USAGE=false "$venv/bin/python" -c "import lmcache.v1.multiprocess.server" >/dev/null
+    echo "lmcache: ready"
+}
+
+[ $# -gt 0 ] || set -- sglang lmcache
+for peer in "$@"; do
+    case $peer in
+    sglang | lmcache) "$peer" ;;
+    *)
+        echo "unknown peer: $peer (sglang, lmcache)" >&2
+        exit 2
+        ;;
+    esac
+done

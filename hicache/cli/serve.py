@@ -1,0 +1,182 @@
+"""``hicache serve``: the sidecar. Puts service, gRPC server and metrics together on one event loop.
+
+The first SIGTERM or SIGINT drains: no new leases, copies finished, pages saved, all within the grace. A
+second one stops at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+from hicache.cli import config, units
+from hicache.cli.settings import ClientConfig, ServeConfig, settings_of
+from hicache.errors import ConfigError
+from hicache.types import WritePolicy
+
+if TYPE_CHECKING:
+    from hicache.rpc.server import Server, ServerOptions
+    from hicache.runtime import Service, ServiceOptions
+
+EPILOG = """\
+examples:
+  hicache serve                                        1GiB of host memory on the default socket
+  hicache serve --host-bytes 64GiB --disk-path /data/hicache --disk-bytes 500GiB
+  hicache serve --device cpu --device-bytes 1GiB --host-bytes 8GiB
+  hicache serve --config hicache.toml --print-config   what would be used, as TOML
+  hicache serve --tcp-address 0.0.0.0:7070 --tls-cert c.pem --tls-key k.pem --token-file tokens
+
+Settings come from flags, HICACHE_* variables (HICACHE_HOST_BYTES=8GiB), a TOML file and defaults, in this
+order. Tiers are used fastest first: device, host, disk; leave one out by leaving out its size. One line on
+standard output says when it serves; logs go to standard error. exit codes: 0 drained or stopped; 2 bad
+settings.
+"""
+
+READY_WORD = "SERVING"
+log = logging.getLogger("hicache.serve")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    parser.description = "Run the sidecar in the foreground until SIGTERM or Ctrl-C."
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML file with settings; default: $HICACHE_CONFIG, or none"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the settings in effect as TOML, and end"
+    )
+    parser.add_argument(
+        "--until-eof",
+        action="store_true",
+        help="also drain when standard input ends, so that a parent that dies leaves no sidecar behind",
+    )
+    config.add_flags(parser, ServeConfig)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until told to stop."""
+    settings = config.load_serve(arguments)
+    if not settings.socket_path:
+        settings = dataclasses.replace(settings, socket_path=config.default_socket_path())
+    if arguments.print_config:
+        sys.stdout.write(config.to_toml(settings))
+        return 0
+    if not __debug__:
+        raise ConfigError("hicache does not serve under python -O: it relies on its asserts")
+    from hicache.runtime.log import setup_logging
+
+    setup_logging(settings.log_level)
+    for warning in config.suspicious_variables(
+        config.environment(), (*settings_of(ServeConfig), *settings_of(ClientConfig))
+    ):
+        log.warning(warning)
+    config.prepare_socket_dir(settings.socket_path)
+    asyncio.run(_serve(settings, until_eof=arguments.until_eof))
+    return 0
+
+
+def service_options(settings: ServeConfig) -> ServiceOptions:
+    """The service's part of the settings. Raises ConfigError."""
+    from hicache.runtime import ServiceOptions
+
+    return ServiceOptions(
+        **_part(settings, ServiceOptions) | {"write_policy": WritePolicy(settings.write_policy)}
+    )
+
+
+def server_options(settings: ServeConfig) -> ServerOptions:
+    """The gRPC server's part of the settings. Raises ConfigError."""
+    from hicache.rpc.server import ServerOptions
+
+    return ServerOptions(**_part(settings, ServerOptions))
+
+
+def _part(settings: ServeConfig, options: type) -> dict[str, Any]:
+    theirs = {field.name for field in dataclasses.fields(options)}
+    return {
+        found.name: getattr(settings, found.name)
+        for found in settings_of(ServeConfig)
+        if found.name in theirs
+    }
+
+
+class _Stop:
+    """What signals, and the end of standard input, ask for: first to drain, then to stop at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.asked = asyncio.Event()
+        self.now = asyncio.Event()
+
+    def listen(self, *, until_eof: bool) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._signal, number)
+        if until_eof:
+            self._loop.add_reader(sys.stdin.fileno(), self._read)
+
+    def _signal(self, number: signal.Signals) -> None:
+        log.info(
+            "%s: %s", signal.Signals(number).name, "stopping at once" if self.asked.is_set() else "draining"
+        )
+        (self.now if self.asked.is_set() else self.asked).set()
+
+    def _read(self) -> None:
+        if not os.read(sys.stdin.fileno(), 4096):
+            self._loop.remove_reader(sys.stdin.fileno())
+            log.info("standard input ended: draining")
+            self.asked.set()
+
+
+async def _serve(settings: ServeConfig, *, until_eof: bool) -> None:
+    from hicache.rpc.server import serve
+    from hicache.runtime import Service
+
+    stop = _Stop(asyncio.get_running_loop())
+    stop.listen(until_eof=until_eof)
+    service = Service(service_options(settings))
+    options = server_options(settings)
+    await service.start()
+    try:
+        server = await serve(service, options)
+        try:
+            _announce(settings, service, server)
+            await _first(stop.asked.wait(), server.wait_drained())
+            server.drain(settings.grace_ms)
+            await _first(stop.now.wait(), server.wait_drained())
+        finally:
+            await server.stop(0 if stop.now.is_set() else settings.grace_ms)
+    finally:
+        await service.close()
+
+
+async def _first(*waits: Coroutine[None, None, object]) -> None:
+    """Return when the first of them does; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _announce(settings: ServeConfig, service: Service, server: Server) -> None:
+    """One line for people and scripts, one for the log."""
+    tiers = [f"{spec.name} {units.human_size(spec.capacity_bytes)}" for spec in service.specs]
+    addresses = " ".join(server.addresses)
+    print(f"hicache {READY_WORD} on {addresses} with {', '.join(tiers)}", flush=True)
+    log.info(
+        "serving pid=%d addresses=%s tiers=%s policy=%s write_policy=%s",
+        os.getpid(),
+        ",".join(server.addresses),
+        ",".join(f"{spec.name}:{spec.capacity_bytes}" for spec in service.specs),
+        settings.policy,
+        settings.write_policy,
+    )

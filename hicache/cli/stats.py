@@ -1,0 +1,160 @@
+"""``hicache stats``: what a running sidecar holds and does, once or as a live table."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+from hicache.cli import link, terminal, units
+from hicache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from hicache.rpc.client import Client
+    from hicache.rpc.client.results import Stats, TierStats
+
+EPILOG = """\
+examples:
+  hicache stats                           live, until Ctrl-C
+  hicache stats --once                    one table
+  hicache stats --json | jq .tiers        one JSON object
+  hicache stats --interval 5s --target unix:///run/hicache/hicache.sock
+"""
+
+_GAUGES = ("sessions", "leases", "reservations", "waiting", "copies_in_flight", "namespaces")
+_BAR_CELLS = 20
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the flags."""
+    parser.description = "Show what a running sidecar holds and does: tiers, counters, latencies."
+    parser.epilog = EPILOG
+    parser.add_argument("--once", action="store_true", help="print once and end; default: live until Ctrl-C")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and end")
+    parser.add_argument(
+        "--interval", metavar="DURATION", default="1s", help="time between updates; default 1s"
+    )
+    link.add_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print, once or until interrupted."""
+    interval_ms = units.parse_duration_ms(arguments.interval)
+    if interval_ms < 1:
+        raise ConfigError("--interval must be at least 1ms")
+    with link.connect(arguments, "stats") as client:
+        if arguments.json:
+            print(json.dumps(plain(client.admin.stats()), indent=2))
+        elif arguments.once:
+            terminal.console().print(render(client.admin.stats(), None))
+        else:
+            _watch(client, interval_ms)
+    return 0
+
+
+def _watch(client: Client, interval_ms: int) -> None:
+    import threading
+
+    from rich.live import Live
+
+    before: Stats | None = None
+    never = threading.Event()
+    with Live(auto_refresh=False) as live:
+        while True:
+            now = client.admin.stats()
+            live.update(render(now, before), refresh=True)
+            before = now
+            never.wait(interval_ms / 1000)
+
+
+def plain(result: object) -> dict[str, object]:
+    """A result of the client (a dataclass) as plain values, ready for JSON."""
+    record: Any = result
+    return dataclasses.asdict(record)
+
+
+def render(stats: Stats, before: Stats | None) -> RenderableType:
+    """Tables of one moment; with ``before``, rates since then as well."""
+    from rich.console import Group
+
+    head = (
+        f"[bold]hicache {stats.server_version}[/] {stats.state}, up {units.human_duration(stats.uptime_ms)}; "
+        f"{stats.tree_pages:,} pages in {stats.tree_runs:,} runs of {stats.tree_nodes:,} nodes"
+    )
+    gauges = ", ".join(f"{name.replace('_', ' ')} {getattr(stats, name):,}" for name in _GAUGES)
+    return Group(
+        head, gauges, "", tiers_table(stats, before), "", _calls_table(stats), "", _counters(stats, before)
+    )
+
+
+def tiers_table(stats: Stats, before: Stats | None = None) -> Table:
+    """One row a tier."""
+    table = _table(
+        "tier", "state", "filled", "used", "capacity", "pages", "hits", "in", "out", "evicted", "dropped"
+    )
+    earlier = {tier.name: tier for tier in before.tiers} if before else {}
+    seconds = (stats.uptime_ms - before.uptime_ms) / 1000 if before else 0.0
+    for tier in stats.tiers:
+        table.add_row(*_tier_cells(tier, earlier.get(tier.name), seconds))
+    return table
+
+
+def _tier_cells(tier: TierStats, before: TierStats | None, seconds: float) -> list[str]:
+    def moved(name: str) -> str:
+        total = getattr(tier, name)
+        shown = units.human_size(total)
+        if before is None or seconds <= 0:
+            return shown
+        return f"{shown} ({units.human_size((total - getattr(before, name)) / seconds)}/s)"
+
+    share = tier.used_bytes / tier.capacity_bytes if tier.capacity_bytes else 0.0
+    colour = "red" if tier.state != "ok" else "green"
+    return [
+        tier.name,
+        f"[{colour}]{tier.state}[/]",
+        bar(share),
+        units.human_size(tier.used_bytes),
+        units.human_size(tier.capacity_bytes),
+        f"{tier.pages:,}",
+        f"{tier.hit_pages:,}",
+        moved("bytes_in"),
+        moved("bytes_out"),
+        f"{tier.evicted_pages:,}",
+        f"{tier.dropped_pages:,}",
+    ]
+
+
+def bar(share: float, cells: int = _BAR_CELLS) -> str:
+    """A share of 1 as a bar of fixed width."""
+    filled = round(max(0.0, min(1.0, share)) * cells)
+    return "█" * filled + "░" * (cells - filled)
+
+
+def _calls_table(stats: Stats) -> Table:
+    table = _table("call", "count", "p50", "p99")
+    for latency in stats.latencies:
+        p50, p99 = units.human_duration(latency.p50_ms), units.human_duration(latency.p99_ms)
+        table.add_row(latency.call, f"{latency.count:,}", p50, p99)
+    return table
+
+
+def _counters(stats: Stats, before: Stats | None) -> Table:
+    table = _table("counter", "total", *(["change"] if before else []))
+    for name, value in sorted(stats.counters.items()):
+        change = [f"+{value - before.counters.get(name, 0):,}"] if before else []
+        table.add_row(name.replace("_", " "), f"{value:,}", *change)
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first)
+    for title in others:
+        table.add_column(title, justify="left" if title in {"state", "filled"} else "right")
+    return table

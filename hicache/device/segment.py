@@ -1,0 +1,44 @@
+"""One segment of the device pool: its memory and what each slot holds.
+
+Columns, one entry a slot, no objects. The store's lock guards the columns. The pool's bytes are guarded by
+order: only the write stream writes them, and a reader that met a writer learns it from ``writes``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hicache.types import slot_stride
+
+Indices = npt.NDArray[np.int64]
+Sums = npt.NDArray[np.uint64]
+
+
+class Segment:
+    """Memory for ``slots`` pages of ``page_bytes``, ``slot_stride(page_bytes)`` apart. Slots start empty.
+
+    Raises RuntimeError where there is no memory (torch's error).
+    """
+
+    def __init__(self, domain: str, page_bytes: int, slots: int) -> None:
+        self.domain = domain
+        self.page_bytes = page_bytes
+        self.slots = slots
+        self.batches_in_flight = 0
+        self.pool = torch.empty((slots, slot_stride(page_bytes)), dtype=torch.uint8)
+        self.held = np.zeros(slots, np.bool_)
+        self.checksums = np.zeros(slots, np.uint64)
+        self.writes = np.zeros(slots, np.uint32)  # moves on whenever the slot stops being what it was
+        self.frees = np.zeros(slots, np.uint32)  # moves on with free(): a PUT sees that its slot was taken
+
+    def empty(self, indices: Indices) -> None:
+        """The slots hold nothing from now on."""
+        self.held[indices] = False
+        self.writes[indices] += np.uint32(1)
+
+    def accept(self, indices: Indices, checksums: Sums) -> None:
+        """The slots hold pages with these checksums from now on."""
+        self.checksums[indices] = checksums
+        self.held[indices] = True

@@ -1,0 +1,204 @@
+"""What the engine asks of its shell, in the order in which it is to be started, and the answers it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from hicache.errors import ErrorCode
+from hicache.types import PageRecord
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy pages from one tier to another; finish with ``events.CopyDone``.
+
+    ``src_slots`` / ``dst_slots``: one a page where that tier is slotted, empty where it is keyed; ``keys`` (one a
+    page) where either end is keyed; ``records`` where the destination is keyed.
+    """
+
+    copy: int
+    namespace: int
+    src_tier: int
+    dst_tier: int
+    page_bytes: int
+    src_slots: Sequence[int]
+    dst_slots: Sequence[int]
+    keys: Sequence[bytes] = ()
+    records: Sequence[PageRecord] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CopyIn:
+    """Copy a session's pages into slots of the first tier; finish with ``events.CopyDone``.
+
+    ``pages[i]`` is the page number, within the commit's prompt, that goes to ``slots[i]``; ``source`` is the Commit's.
+    """
+
+    copy: int
+    namespace: int
+    tier: int
+    page_bytes: int
+    pages: Sequence[int]
+    slots: Sequence[int]
+    keys: Sequence[bytes]
+    records: Sequence[PageRecord]
+    source: object
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Free:
+    """These pages are no longer held by the tier: bump generations, or delete keys."""
+
+    tier: int
+    slots: Sequence[int]
+    keys: Sequence[bytes]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OpenSegment:
+    """Give a segment of a slotted tier a domain and a slot size; done when the shell returns from it."""
+
+    tier: int
+    segment: int
+    domain: str
+    page_bytes: int
+    slots: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CloseSegment:
+    """Take a segment out of use; answer with ``events.SegmentClosed`` when no session maps it."""
+
+    tier: int
+    segment: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OperationDone:
+    """An operation finished (all its copies did, well or not)."""
+
+    operation: int
+    moved_pages: int
+    failed_pages: int
+
+
+# --- answers
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive leased pages in one tier."""
+
+    tier: int
+    slots: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FetchResult:
+    """``lease`` 0: nothing granted and nothing coming. ``operation`` 0: nothing more is coming.
+
+    ``tier_pages``: by tier, from where each matched page was served (its best tier when asked).
+    """
+
+    lease: int
+    matched_pages: int
+    granted_pages: int
+    expires_ms: int
+    pieces: Sequence[Piece]
+    operation: int
+    tier_pages: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReserveResult:
+    """``reservation`` 0: nothing is missing."""
+
+    reservation: int
+    present_pages: int
+    missing_pages: int
+    expires_ms: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CommitResult:
+    """``failed_pages``: could not be copied in (source short, checksum differs)."""
+
+    stored_pages: int
+    already_present_pages: int
+    durable_pages: int
+    failed_pages: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OperationResult:
+    """``operation`` 0: nothing to move."""
+
+    operation: int
+    matched_pages: int
+    moving_pages: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RenewResult:
+    """Leases that are gone, and the new expiry of the others."""
+
+    lost: Sequence[int]
+    expires_ms: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PinResult:
+    """``pin`` 0: nothing of the prompt is cached."""
+
+    pin: int
+    pages: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EvictResult:
+    """``kept_pages`` are leased, pinned or being copied."""
+
+    pages: int
+    kept_pages: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DrainResult:
+    """``unsaved_pages`` could not be brought to a durable tier in time."""
+
+    unsaved_pages: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Failure:
+    """The event was refused; nothing changed."""
+
+    code: ErrorCode
+    message: str
+    hint: str = ""
+    retry_after_ms: int = 0
+
+
+Result = (
+    FetchResult
+    | ReserveResult
+    | CommitResult
+    | OperationResult
+    | RenewResult
+    | PinResult
+    | EvictResult
+    | DrainResult
+    | Failure
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to the event with this request number."""
+
+    request: int
+    result: Result
+
+
+Action = Copy | CopyIn | Free | OpenSegment | CloseSegment | OperationDone | Reply

@@ -1,0 +1,159 @@
+"""What holds runs: leases, reservations, copies, operations. Each has ``runs``, which grow when a run is split."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from array import array
+from collections import deque
+from typing import TYPE_CHECKING
+
+from hicache.types import Ack, Namespace, Outcome, Pressure
+
+if TYPE_CHECKING:
+    from hicache.engine.pools import Pool
+    from hicache.tree import Run, Tree
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class NamespaceState:
+    """A namespace in this process: its tree and its pool in each tier."""
+
+    id: int
+    spec: Namespace
+    fingerprint: bytes
+    tree: Tree
+    pools: list[Pool]
+    recovered: list[ChainEnd] = dataclasses.field(default_factory=list)  # while a recovery goes on
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return self.spec.page_bytes
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class ChainEnd:
+    """Where a recovered chain ends, for the chains that follow it."""
+
+    runs: list[Run] = dataclasses.field(default_factory=list)
+
+    @property
+    def last(self) -> Run | None:
+        """The run that holds the chain's last page; None if the chain could not be placed."""
+        return self.runs[-1] if self.runs else None
+
+
+class LeaseStage(enum.Enum):
+    """A lease is live until it expires; then its pins rest for the grace, unseen by its owner."""
+
+    LIVE = 1
+    RESTING = 2
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Lease:
+    """Pins in one tier, owned by a session (0: an operator's pin)."""
+
+    id: int
+    session: int
+    namespace: NamespaceState
+    tier: int
+    matched_pages: int
+    tier_pages: list[int]
+    expires_ms: int  # 0: never
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    operation: int = 0
+    stage: LeaseStage = LeaseStage.LIVE
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Operation:
+    """Promotions that somebody may wait for.
+
+    ``todo``: runs still to be started, each pinned in the tier it will come from; ``copies``: those under way.
+    """
+
+    id: int
+    session: int
+    namespace: NamespaceState
+    tier: int
+    lease: int = 0
+    runs: list[Run] = dataclasses.field(default_factory=list)  # todo, in page order
+    copies: set[int] = dataclasses.field(default_factory=set)
+    moved_pages: int = 0
+    failed_pages: int = 0
+    done: bool = False
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class CopyJob:
+    """One Copy under way. Its runs are pinned in ``src`` and FILLING in ``dst``."""
+
+    id: int
+    namespace: NamespaceState
+    src: int
+    dst: int
+    runs: list[Run]
+    operations: list[Operation] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Ingest:
+    """One Commit being copied in: pages [first, first + pages) of its reservation's prompt."""
+
+    copy: int
+    request: int
+    first: int
+    pages: int
+    ack: Ack
+    last: bool
+    outcomes: list[Outcome] | None = None  # None: not back yet; empty: all OK
+    charges: list[int] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Reservation:
+    """Room for pages [next, end) of a prompt; the page before the first is anchored against being dropped."""
+
+    id: int
+    session: int
+    namespace: NamespaceState
+    prompt: bytes
+    present_pages: int
+    next: int  # first page not in the tree yet
+    submitted: int  # first page not handed over by a commit yet
+    end: int
+    places: array[int]  # of pages [next, end)
+    expires_ms: int
+    runs: list[Run] = dataclasses.field(default_factory=list)  # the anchor, if there is one
+    ingests: deque[Ingest] = dataclasses.field(default_factory=deque)
+    closing: bool = False
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class ReserveWaiter:
+    """A Reserve that waits for room."""
+
+    request: int
+    session: int
+    namespace: NamespaceState
+    prompt: bytes
+    ttl_ms: int
+    deadline_ms: int
+    pressure: Pressure
+    runs: list[Run] = dataclasses.field(default_factory=list)  # the anchor
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Saver:
+    """Pages on their way to the durable tier: a durable commit, or a drain (``request`` of the one who waits)."""
+
+    request: int
+    runs: list[Run]
+    deadline_ms: int = 0  # 0: as long as it makes progress
+    stored_pages: int = 0
+    already_present_pages: int = 0
+    failed_pages: int = 0
+    durable_pages: int = 0
+    is_drain: bool = False

@@ -1,0 +1,350 @@
+"""Fetch, prefetch and pin: leases on a prefix, and the promotions they wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hicache.engine import copies, reclaim, room
+from hicache.engine.actions import FetchResult, OperationResult, Piece, PinResult, RenewResult
+from hicache.engine.core import ABSENT, DRAINING, FILLING, RESIDENT, Core
+from hicache.engine.events import (
+    CancelOperation,
+    Fetch,
+    Pin,
+    Prefetch,
+    ReleaseLeases,
+    RenewLeases,
+    Touch,
+    Unpin,
+)
+from hicache.engine.holders import CopyJob, Lease, LeaseStage, NamespaceState, Operation
+from hicache.tree import Run
+from hicache.types import WritePolicy
+
+OPERATOR = 0  # the session that owns pins
+
+
+def touch(core: Core, event: Touch) -> None:
+    """Count a look-up as a use."""
+    namespace = core.namespaces[event.namespace]
+    core.touch(core.cut(namespace, namespace.tree.match(event.prompt)))
+
+
+def fetch(core: Core, event: Fetch) -> None:
+    """Match, lease, and start promoting what the client cannot read where it is."""
+    namespace = core.namespaces[event.namespace]
+    tree, prompt = namespace.tree, event.prompt
+    if event.max_pages:
+        prompt = prompt[: event.max_pages * tree.symbol_bytes]
+    match = tree.match(prompt)
+    core.counters.fetches += 1
+    core.counters.missed_pages += len(prompt) // tree.symbol_bytes - match.pages
+    tier_pages = [0] * len(core.tiers)
+    if not match.pages:
+        core.reply(event.request, FetchResult(0, 0, 0, 0, (), 0, tier_pages))
+        return
+    runs = core.cut(namespace, match)
+    core.touch(runs)
+    tier = core.lease_tier
+    missing = False
+    for run in runs:
+        state = run.state
+        if state[tier] == RESIDENT:
+            tier_pages[tier] += run.pages
+        else:
+            missing = True
+            tier_pages[state.index(RESIDENT)] += run.pages
+    hits = core.counters.hit_pages
+    for index, pages in enumerate(tier_pages):
+        hits[index] += pages
+    if core.options.write_policy is WritePolicy.SELECTIVE:
+        _save_hot(core, runs)
+    if missing and not event.promote:
+        runs = _resident_prefix(runs, tier)
+    ttl = _ttl(core, event.ttl_ms)
+    lease = Lease(
+        next(core.ids),
+        event.session,
+        namespace,
+        tier,
+        match.pages,
+        tier_pages,
+        core.now_ms + ttl if runs else 0,
+    )
+    if runs:
+        core.leases[lease.id] = lease
+        core.at(lease.expires_ms, "lease", lease.id)
+        _pin_all(core, lease, runs)
+        if missing:
+            lease.operation = _promote(core, lease, event.session)
+    core.reply(event.request, view(core, lease) if lease.runs else _empty(lease))
+
+
+def _empty(lease: Lease) -> FetchResult:
+    return FetchResult(0, lease.matched_pages, 0, 0, (), 0, lease.tier_pages)
+
+
+def _resident_prefix(runs: list[Run], tier: int) -> list[Run]:
+    for index, run in enumerate(runs):
+        if run.state[tier] != RESIDENT:
+            return runs[:index]
+    return runs
+
+
+def _save_hot(core: Core, runs: list[Run]) -> None:
+    """Queue runs that have just had their n-th use for an early copy down."""
+    bound = core.options.selective_hits
+    for run in runs:
+        if run.hits == bound and ABSENT in run.state[run.state.index(RESIDENT) :]:
+            core.backlog.append(run.id)
+
+
+def _ttl(core: Core, asked_ms: int) -> int:
+    return min(asked_ms or core.options.default_ttl_ms, core.options.max_ttl_ms)
+
+
+def _pin_all(core: Core, lease: Lease, runs: list[Run]) -> None:
+    tier = lease.tier
+    for run in runs:
+        core.pin(run, tier)
+        run.holders.append(lease)
+    lease.runs = runs
+
+
+def _promote(core: Core, lease: Lease, session: int) -> int:
+    """Start bringing a lease's runs to its tier. Returns the operation, 0 if there is none to wait for."""
+    operation = new_operation(core, lease.namespace, lease.tier, lease.runs, session)
+    operation.lease = lease.id
+    advance(core, operation)
+    if operation.done:
+        core.operations.pop(operation.id, None)
+        return 0
+    return operation.id
+
+
+def new_operation(
+    core: Core, namespace: NamespaceState, tier: int, runs: Sequence[Run], session: int
+) -> Operation:
+    """An operation that is to bring these runs to a tier. The last is anchored until it has started."""
+    operation = Operation(next(core.ids), session, namespace, tier)
+    core.operations[operation.id] = operation
+    for run in runs:
+        if run.state[tier] != RESIDENT:
+            core.hold(operation, run)
+    if operation.runs:
+        core.anchor(operation.runs[-1], 1)
+    return operation
+
+
+def advance(core: Core, operation: Operation) -> None:
+    """Start as many of an operation's promotions as there is room for now."""
+    while operation.runs:
+        run = operation.runs[0]
+        if not _start_one(core, operation, run):
+            break
+    if operation.runs and not operation.copies and not _may_get_room(core, operation):
+        _give_up(core, operation)
+    copies.finish_operation(core, operation)
+
+
+def _start_one(core: Core, operation: Operation, run: Run) -> bool:
+    """Deal with an operation's first run. False if it must wait."""
+    tier = operation.tier
+    if run.state[tier] == DRAINING:
+        core.rescue(run)
+    state = run.state[tier]
+    if state == FILLING:
+        for job in [holder for holder in run.holders if isinstance(holder, CopyJob) and holder.dst == tier]:
+            operation.copies.add(job.id)
+            if operation not in job.operations:
+                job.operations.append(operation)
+    elif state == ABSENT:
+        source = core.best_tier(run)
+        if source < 0:
+            _give_up(core, operation)
+            return False
+        if len(core.copies) >= core.options.max_copies:
+            return False
+        if run.state[source] == DRAINING:
+            core.rescue(run)
+        if run.pages > core.options.max_copy_pages:
+            core.split(run, core.options.max_copy_pages)
+        if not _start_copy(core, operation, run, source):
+            return False
+    _started(core, operation, run)
+    return True
+
+
+def _start_copy(core: Core, operation: Operation, run: Run, source: int) -> bool:
+    tier = operation.tier
+    if core.tiers[tier].durable:
+        if not copies.copy_down(core, run, tier, room.room_maker(core)):
+            return False
+        jobs = [holder for holder in run.holders if isinstance(holder, CopyJob) and holder.dst == tier]
+    else:
+        core.pin(run, source)  # what makes room must not take the page that is about to be copied
+        try:
+            pool = operation.namespace.pools[tier]
+            there = room.make_room(core, pool, run.pages, operation.namespace.page_bytes)
+        finally:
+            core.unpin(run, source)
+        if not there or run.state[source] != RESIDENT:
+            reclaim.wanted(core, pool)
+            return False
+        jobs = copies.start(core, [run], source, tier)
+    for job in jobs:
+        operation.copies.add(job.id)
+        job.operations.append(operation)
+    return True
+
+
+def _started(core: Core, operation: Operation, run: Run) -> None:
+    """The run needs the operation's hold no longer."""
+    last = operation.runs[-1] is run
+    core.let_go(operation, run)
+    if last:
+        core.anchor(run, -1)
+
+
+def _may_get_room(core: Core, operation: Operation) -> bool:
+    """Whether something under way can still let a waiting operation get on."""
+    pool = operation.namespace.pools[operation.tier]
+    return bool(core.copies) or bool(core.closing_segments[pool.tier]) or bool(pool.draining)
+
+
+def _give_up(core: Core, operation: Operation) -> None:
+    """What has not started yet fails."""
+    last = operation.runs[-1]
+    for run in list(operation.runs):
+        operation.failed_pages += run.pages
+        core.let_go(operation, run)
+    core.anchor(last, -1)
+
+
+def drop_operation(core: Core, operation: Operation) -> None:
+    """Nobody waits any more: what has not started never will."""
+    if operation.runs:
+        _give_up(core, operation)
+    copies.finish_operation(core, operation)
+
+
+def cancel(core: Core, event: CancelOperation) -> None:
+    """Copies under way go on: others may share them."""
+    operation = core.operations.get(event.operation)
+    if operation is not None and operation.session == event.session and not operation.done:
+        drop_operation(core, operation)
+
+
+def prefetch(core: Core, event: Prefetch) -> None:
+    """Bring a prefix to a tier without leasing it."""
+    namespace = core.namespaces[event.namespace]
+    match = namespace.tree.match(event.prompt)
+    runs = core.cut(namespace, match)
+    core.touch(runs)
+    moving = sum(run.pages for run in runs if run.state[event.tier] != RESIDENT)
+    if not moving:
+        core.reply(event.request, OperationResult(0, match.pages, 0))
+        return
+    operation = new_operation(core, namespace, event.tier, runs, event.session)
+    core.reply(event.request, OperationResult(operation.id, match.pages, moving))
+    advance(core, operation)
+
+
+# --- the life of a lease
+
+
+def view(core: Core, lease: Lease) -> FetchResult:
+    """The lease as it stands: the prefix that can be read now."""
+    tier = lease.tier
+    pieces: list[Piece] = []
+    granted = 0
+    for run in lease.runs:
+        if run.state[tier] != RESIDENT or (core.condemned and run.id in core.condemned):
+            break
+        pieces.append(Piece(tier, run.slots[tier] or ()))
+        granted += run.pages
+    operation = core.operations.get(lease.operation)
+    waiting = lease.operation if operation is not None and not operation.done else 0
+    return FetchResult(
+        lease.id, lease.matched_pages, granted, lease.expires_ms, pieces, waiting, lease.tier_pages
+    )
+
+
+def renew(core: Core, event: RenewLeases) -> None:
+    """Extend leases that are still live."""
+    expires = core.now_ms + _ttl(core, event.ttl_ms)
+    lost = []
+    for ident in event.leases:
+        lease = core.leases.get(ident)
+        if lease is None or lease.session != event.session or lease.stage is not LeaseStage.LIVE:
+            lost.append(ident)
+            continue
+        lease.expires_ms = expires
+        core.at(expires, "lease", ident)
+    core.reply(event.request, RenewResult(lost, expires))
+
+
+def release(core: Core, event: ReleaseLeases) -> None:
+    """The owner is done with these."""
+    for ident in event.leases:
+        lease = core.leases.get(ident)
+        if lease is not None and lease.session == event.session and lease.stage is LeaseStage.LIVE:
+            end(core, lease)
+
+
+def end(core: Core, lease: Lease) -> None:
+    """Let go of everything the lease holds."""
+    del core.leases[lease.id]
+    operation = core.operations.get(lease.operation)
+    if operation is not None and not operation.done:
+        drop_operation(core, operation)
+    tier = lease.tier
+    for run in lease.runs:
+        core.unpin(run, tier)
+        run.holders.remove(lease)
+    for run in reversed(lease.runs):
+        core.prune(run)
+    if len(lease.runs) > 1:
+        copies.merge_all(core, lease.runs)
+    lease.runs = []
+    core.room_changed = True
+
+
+def expire(core: Core, lease: Lease) -> None:
+    """Its owner has lost it; its slots rest for the grace in case the owner is still reading."""
+    lease.stage = LeaseStage.RESTING
+    core.counters.expired_leases += 1
+    core.at(core.now_ms + core.options.expiry_grace_ms, "rest", lease.id)
+
+
+# --- pins
+
+
+def pin(core: Core, event: Pin) -> None:
+    """A lease of the operator's, in any tier, without an end unless one is given."""
+    namespace = core.namespaces[event.namespace]
+    match = namespace.tree.match(event.prompt)
+    runs = core.cut(namespace, match)
+    if not runs:
+        core.reply(event.request, PinResult(0, 0))
+        return
+    core.touch(runs)
+    expires = core.now_ms + event.ttl_ms if event.ttl_ms else 0
+    lease = Lease(next(core.ids), OPERATOR, namespace, event.tier, match.pages, [], expires)
+    core.leases[lease.id] = lease
+    if expires:
+        core.at(expires, "lease", lease.id)
+    _pin_all(core, lease, runs)
+    if any(run.state[event.tier] != RESIDENT for run in runs):
+        lease.operation = _promote(core, lease, OPERATOR)
+    pages = sum(run.pages for run in lease.runs)
+    if not pages:
+        end(core, lease)
+    core.reply(event.request, PinResult(lease.id if pages else 0, pages))
+
+
+def unpin(core: Core, event: Unpin) -> None:
+    """Unknown pins are fine."""
+    lease = core.leases.get(event.pin)
+    if lease is not None and lease.session == OPERATOR:
+        end(core, lease)

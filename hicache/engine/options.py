@@ -1,0 +1,46 @@
+"""What the engine can be told. Frozen; the shells build it from their own settings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hicache.errors import ConfigError
+from hicache.types import TierSpec, WritePolicy
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Settings of one engine.
+
+    ``tiers`` are ordered, fastest first; commits land in the first. ``selective_hits``: the use at which a run is
+    copied down ahead of its eviction. ``expiry_grace_ms``: how long the slots of an expired lease rest before they
+    may be used again. ``free_low_fraction``: below this share of free room a tier's coldest unsaved pages are copied
+    down ahead of need. ``max_copy_pages`` bounds one Copy, ``max_copies`` those under way. ``story_events``: how many
+    past events an internal error tells. ``digest``: keep a running digest of all actions (``Engine.action_digest``).
+    """
+
+    tiers: tuple[TierSpec, ...]
+    policy: str = "lru"
+    write_policy: WritePolicy = WritePolicy.SELECTIVE
+    selective_hits: int = 2
+    default_ttl_ms: int = 30_000
+    max_ttl_ms: int = 600_000
+    expiry_grace_ms: int = 2_000
+    free_low_fraction: float = 0.05
+    max_copy_pages: int = 64
+    max_copies: int = 32
+    story_events: int = 64
+    digest: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work. Raises ConfigError."""
+        if not self.tiers:
+            raise ConfigError(
+                "no tier is configured", hint="give at least one of device, host and disk a size"
+            )
+        if self.selective_hits < 1 or self.max_copy_pages < 1 or self.max_copies < 1:
+            raise ConfigError("selective_hits, max_copy_pages and max_copies must be at least 1")
+        if not 0.0 <= self.free_low_fraction < 1.0:
+            raise ConfigError("free_low_fraction must be in [0, 1)")
+        if not 0 < self.default_ttl_ms <= self.max_ttl_ms:
+            raise ConfigError("default_ttl_ms must be positive and at most max_ttl_ms")

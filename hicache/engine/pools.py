@@ -1,0 +1,122 @@
+"""The ledger: who holds how much of each tier.
+
+A *pool* is the room of one (domain, page size) in a slotted tier, or all of a keyed tier. Room moves between the
+pools of a slotted tier in whole segments, since a segment's memory belongs to one domain and one slot size. A pool's
+``units`` are slots where the tier is slotted, bytes where it is keyed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from hicache.policy import Policy
+from hicache.types import SLOTS_PER_SEGMENT, TierSpec
+
+#: What a page on a keyed tier is taken to cost until the store says what it really took: the raw bytes, rounded up to
+#: memory pages, plus one for the record's own header and index.
+KEYED_OVERHEAD_BYTES = 4096
+
+
+class Segments:
+    """The segments of one slotted tier that no pool holds."""
+
+    def __init__(self, spec: TierSpec) -> None:
+        self.total = spec.capacity_bytes // spec.segment_bytes if spec.segment_bytes else 0
+        self.spare = list(range(self.total - 1, -1, -1))
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Pool:
+    """Room in one tier, its policy, and those who wait for it."""
+
+    tier: int
+    spec: TierSpec
+    domain: str
+    page_bytes: int
+    slots_per_segment: int
+    policy: Policy
+    free: list[int] = dataclasses.field(default_factory=list)  # slotted: free slots, next one last
+    segments: set[int] = dataclasses.field(default_factory=set)
+    leaving: int = -1  # slotted: the segment being given up; its freed slots do not come back
+    leaving_slots: int = 0  # how many of its slots are free by now
+    used: int = 0  # units held by pages, reservations and copies
+    draining: int = 0  # units that copies under way will free
+    waiters: deque[object] = dataclasses.field(default_factory=deque)
+
+    @property
+    def capacity(self) -> int:
+        """Units the pool has now."""
+        if self.spec.keyed:
+            return self.spec.capacity_bytes
+        return len(self.segments) * self.slots_per_segment
+
+    @property
+    def available(self) -> int:
+        """Units that can be taken now."""
+        return self.spec.capacity_bytes - self.used if self.spec.keyed else len(self.free)
+
+    def units(self, pages: int, page_bytes: int) -> int:
+        """Units that ``pages`` new pages are taken to need."""
+        if not self.spec.keyed:
+            return pages
+        return pages * (-(-page_bytes // 4096) * 4096 + KEYED_OVERHEAD_BYTES)
+
+    def take(self, pages: int, page_bytes: int) -> array[int]:
+        """Places for new pages: slot numbers in ascending stretches, or the estimated charge of each page.
+
+        The caller has made sure that they are there.
+        """
+        if self.spec.keyed:
+            charge = self.units(1, page_bytes)
+            self.used += charge * pages
+            return array("q", [charge]) * pages
+        assert pages <= len(self.free), "took more slots than are free"
+        taken = array("q", self.free[: -pages - 1 : -1])
+        del self.free[len(self.free) - pages :]
+        self.used += pages
+        return taken
+
+    def give_back(self, places: Sequence[int]) -> None:
+        """The places hold nothing any more."""
+        if self.spec.keyed:
+            self.used -= sum(places)
+            return
+        self.used -= len(places)
+        if self.leaving < 0:
+            self.free.extend(reversed(places))
+            return
+        low = self.leaving * SLOTS_PER_SEGMENT
+        high = low + SLOTS_PER_SEGMENT
+        for slot in reversed(places):
+            if low <= slot < high:
+                self.leaving_slots += 1
+            else:
+                self.free.append(slot)
+
+    def recharge(self, old: Iterable[int], new: Iterable[int]) -> None:
+        """A keyed tier has said what pages really take."""
+        self.used += sum(new) - sum(old)
+
+    def add_segment(self, segment: int) -> None:
+        """All slots of a fresh segment become free, lowest first."""
+        self.segments.add(segment)
+        base = segment * SLOTS_PER_SEGMENT
+        self.free[:0] = range(base + self.slots_per_segment - 1, base - 1, -1)
+
+    def start_leaving(self, segment: int) -> None:
+        """Stop giving out slots of this segment."""
+        low, high = segment * SLOTS_PER_SEGMENT, (segment + 1) * SLOTS_PER_SEGMENT
+        kept = [slot for slot in self.free if not low <= slot < high]
+        self.leaving = segment
+        self.leaving_slots = len(self.free) - len(kept)
+        self.free = kept
+
+    def finish_leaving(self) -> int:
+        """The segment that left; all its slots are free."""
+        assert self.leaving_slots == self.slots_per_segment
+        segment, self.leaving, self.leaving_slots = self.leaving, -1, 0
+        self.segments.discard(segment)
+        return segment

@@ -1,0 +1,67 @@
+"""LRU over runs: the run whose last hit is oldest goes first, and of runs hit by one request the deepest.
+
+With leaves as the only candidates that is LRU over pages touched deepest first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection
+
+from hicache.policy.base import RunInfo
+from hicache.policy.ordered import OrderedPlan, OrderedPolicy
+from hicache.policy.records import Key, Queue, Record
+
+
+class LruPolicy(OrderedPolicy):
+    """Ranks a run by the tick of its last hit, or of its arrival."""
+
+    def __init__(self) -> None:
+        super().__init__(queues=1)
+
+    def queue_of(self, record: Record) -> Queue:
+        """The only one."""
+        return self.queues[0]
+
+    def insert(self, run: int, info: RunInfo, now: int) -> None:
+        """A run has arrived, used now; it is hidden. O(1)."""
+        self.add(Record(run, info.pages, info.depth, now))
+
+    def hit(self, run: int, now: int) -> None:
+        """A run was used. O(1): a queued entry moves when it is met."""
+        record = self.find(run)
+        record.key = (max(now, record.key[0]), -record.depth, run)
+
+    def merge(self, run: int, absorbed: int, pages: int) -> None:
+        """The merged run was last used when the later used of the two was. O(1) amortised."""
+        rank = self.find(absorbed).key[0]
+        super().merge(run, absorbed, pages)
+        self.hit(run, rank)
+
+    def new_plan(self) -> OrderedPlan:
+        """A plan over the one queue."""
+        return _LruPlan(self)
+
+
+class _LruPlan(OrderedPlan):
+    """Merges the policy's queue with the runs that the plan exposes."""
+
+    def __init__(self, policy: LruPolicy) -> None:
+        super().__init__(policy)
+        self._queue = policy.queues[0]
+        self._shown_keys: list[Key] = []
+
+    def choose(self) -> Record | None:
+        queued = self._queue.peek()
+        if self._shown_keys and (queued is None or self._shown_keys[0] < queued.key):
+            return self.policy.find(heapq.heappop(self._shown_keys)[2])
+        if queued is not None:
+            self._queue.pop()
+            self.taken.append(queued)
+        return queued
+
+    def show(self, record: Record) -> None:
+        heapq.heappush(self._shown_keys, record.key)
+
+    def settle(self, evicted: Collection[int]) -> None:
+        """Nothing: choosing by age changes nothing."""

@@ -1,0 +1,90 @@
+"""Records of runs, and a queue of the exposed ones.
+
+A run's place is a key ``(rank, -depth, run)``: smaller leaves first, and of two runs with one rank (touched
+by the same request, or pieces of one run) the deeper one, so that a prefix outlives what hangs below it.
+The id only makes the order total.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+Key = tuple[int, int, int]
+
+#: Below this many entries a queue is not worth cleaning.
+SLACK_ENTRIES = 64
+
+
+class Record:
+    """One run as a policy knows it."""
+
+    __slots__ = ("depth", "entry", "exposed", "key", "newer", "older", "pages", "run", "visited")
+
+    def __init__(self, run: int, pages: int, depth: int, rank: int) -> None:
+        self.run = run
+        self.pages = pages
+        self.depth = depth
+        self.key: Key = (rank, -depth, run)
+        self.exposed = False
+        self.entry: Key | None = None  # the one object in a queue that stands for this record
+        self.visited = False
+        self.newer: Record | None = None
+        self.older: Record | None = None
+
+
+class Queue:
+    """Exposed records, smallest key first.
+
+    A heap with lazy deletion: hiding, hitting and forgetting a run leave its entry where it is. An entry at
+    the top is dropped if its run is gone or hidden, and moved if the key has grown (keys never shrink).
+    Every entry is taken out once and moved once a hit, so the cost is O(log n) amortised. After ``push``
+    and ``clean`` there are at most twice as many entries as records, and ``SLACK_ENTRIES``.
+    """
+
+    def __init__(self, records: dict[int, Record]) -> None:
+        self._records = records
+        self._entries: list[Key] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def push(self, record: Record) -> None:
+        """Queue a record that has no entry."""
+        record.entry = record.key
+        heapq.heappush(self._entries, record.key)
+        self.clean()
+
+    def peek(self) -> Record | None:
+        """The first exposed record."""
+        entries = self._entries
+        while entries:
+            entry = entries[0]
+            record = self._records.get(entry[2])
+            if record is None or record.entry is not entry:
+                heapq.heappop(entries)
+            elif not record.exposed:
+                record.entry = None
+                heapq.heappop(entries)
+            elif record.key != entry:
+                record.entry = record.key
+                heapq.heapreplace(entries, record.key)
+            else:
+                return record
+        return None
+
+    def pop(self) -> None:
+        """Take out what ``peek`` has just returned."""
+        entry = heapq.heappop(self._entries)
+        self._records[entry[2]].entry = None
+
+    def clean(self) -> None:
+        """Drop stale entries when they are the majority: O(entries), paid for by the entries that go."""
+        if len(self._entries) <= 2 * len(self._records) + SLACK_ENTRIES:
+            return
+        kept = []
+        for entry in self._entries:
+            record = self._records.get(entry[2])
+            if record is not None and record.entry is entry:
+                kept.append(entry)
+        heapq.heapify(kept)
+        self._entries = kept

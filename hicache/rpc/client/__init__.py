@@ -1,0 +1,39 @@
+"""The clients: ``Client`` here, its asyncio twin in ``hicache.rpc.client.aio``."""
+
+from __future__ import annotations
+
+from hicache.rpc.client.client import Client, Lease, NamespaceHandle, Reservation
+from hicache.rpc.client.options import ClientOptions, DataPlane, Tls, Verify
+from hicache.rpc.client.results import (
+    CheckResult,
+    CommitResult,
+    EvictResult,
+    MatchResult,
+    OperationResult,
+    PinResult,
+    PrefetchResult,
+    Stats,
+    StoreResult,
+    Tree,
+)
+
+__all__ = [
+    "CheckResult",
+    "Client",
+    "ClientOptions",
+    "CommitResult",
+    "DataPlane",
+    "EvictResult",
+    "Lease",
+    "MatchResult",
+    "NamespaceHandle",
+    "OperationResult",
+    "PinResult",
+    "PrefetchResult",
+    "Reservation",
+    "Stats",
+    "StoreResult",
+    "Tls",
+    "Tree",
+    "Verify",
+]

@@ -1,0 +1,128 @@
+"""Requests built and responses parsed for AdminService."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hicache.rpc.client.calls import Who
+from hicache.rpc.client.results import (
+    CheckResult,
+    EvictResult,
+    LatencyStats,
+    PinResult,
+    Stats,
+    TierStats,
+    Tree,
+    TreeNode,
+)
+from hicache.rpc.pb import admin_pb2
+
+
+def pin(who: Who, prompt: bytes, tier: int, ttl_ms: int) -> admin_pb2.PinRequest:
+    """Keep a prefix in a tier."""
+    return admin_pb2.PinRequest(
+        session_id=who.session_id,
+        request_id=who.request_id,
+        namespace_id=who.namespace_id,
+        prompt=prompt,
+        tier=tier,
+        ttl_ms=ttl_ms,
+    )
+
+
+def evict(who: Who, prompt: bytes, tier: int, *, everywhere: bool) -> admin_pb2.EvictRequest:
+    """Move a prefix and what continues it out of a tier, or of all."""
+    return admin_pb2.EvictRequest(
+        session_id=who.session_id,
+        request_id=who.request_id,
+        namespace_id=who.namespace_id,
+        prompt=prompt,
+        tier=tier,
+        everywhere=everywhere,
+    )
+
+
+def clear(who: Who, *, all_namespaces: bool) -> admin_pb2.ClearRequest:
+    """Drop what is neither leased nor pinned."""
+    return admin_pb2.ClearRequest(
+        session_id=who.session_id,
+        request_id=who.request_id,
+        namespace_id=who.namespace_id,
+        all_namespaces=all_namespaces,
+    )
+
+
+def parse_pin(message: admin_pb2.PinResponse) -> PinResult:
+    """The answer to Pin."""
+    return PinResult(message.pin_id, message.pages)
+
+
+def parse_evict(message: admin_pb2.EvictResponse | admin_pb2.ClearResponse) -> EvictResult:
+    """The answer to Evict and Clear."""
+    return EvictResult(message.pages, message.kept_pages)
+
+
+def parse_check(message: admin_pb2.CheckResponse) -> CheckResult:
+    """The answer to Check."""
+    return CheckResult(message.ok, message.problem, message.action_digest)
+
+
+def parse_stats(message: admin_pb2.GetStatsResponse) -> Stats:
+    """The answer to GetStats."""
+    counters: Mapping[str, int] = dict(message.counters)
+    return Stats(
+        server_version=message.server_version,
+        state=message.state,
+        uptime_ms=message.uptime_ms,
+        tiers=tuple(_tier(tier) for tier in message.tiers),
+        counters=counters,
+        latencies=tuple(
+            LatencyStats(row.call, row.count, row.p50_ms, row.p99_ms) for row in message.latencies
+        ),
+        sessions=message.sessions,
+        leases=message.leases,
+        reservations=message.reservations,
+        waiting=message.waiting,
+        copies_in_flight=message.copies_in_flight,
+        namespaces=message.namespaces,
+        tree_nodes=message.tree_nodes,
+        tree_runs=message.tree_runs,
+        tree_pages=message.tree_pages,
+    )
+
+
+def _tier(tier: admin_pb2.TierStats) -> TierStats:
+    return TierStats(
+        name=tier.name,
+        kind=tier.kind,
+        state=tier.state,
+        capacity_bytes=tier.capacity_bytes,
+        used_bytes=tier.used_bytes,
+        pages=tier.pages,
+        hit_pages=tier.hit_pages,
+        bytes_in=tier.bytes_in,
+        bytes_out=tier.bytes_out,
+        evicted_pages=tier.evicted_pages,
+        dropped_pages=tier.dropped_pages,
+    )
+
+
+def parse_tree(message: admin_pb2.GetTreeResponse) -> Tree:
+    """The answer to GetTree."""
+    return Tree(tuple(_node(node) for node in message.nodes), message.omitted_nodes)
+
+
+def _node(node: admin_pb2.TreeNode) -> TreeNode:
+    return TreeNode(
+        id=node.id,
+        parent=node.parent,
+        namespace=node.namespace,
+        depth_pages=node.depth_pages,
+        pages=node.pages,
+        first_symbol_digest=node.first_symbol_digest,
+        tier_pages=tuple(node.tier_pages),
+        pinned_pages=node.pinned_pages,
+        hits=node.hits,
+        idle_ms=node.idle_ms,
+        children=node.children,
+    )

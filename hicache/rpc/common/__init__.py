@@ -1,0 +1,1 @@
+"""What the server and the client of one wire share: status codes and the descriptor socket's packets."""

@@ -1,0 +1,1 @@
+"""Messages and service stubs of package hicache.v1, generated from protos/ by `make protos`."""

@@ -1,0 +1,5 @@
+"""Stand-in until hicache.runtime lands."""
+
+from typing import Any
+
+Service = Any

@@ -1,0 +1,54 @@
+"""GetStats: the service's counts as a message."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from hicache import __version__
+from hicache.rpc.pb import admin_pb2
+from hicache.rpc.server.port import Service
+from hicache.runtime.counters import CallLatency
+from hicache.runtime.stats import ServiceStats, TierStats
+
+
+def stats_response(service: Service, latencies: Sequence[CallLatency]) -> admin_pb2.GetStatsResponse:
+    """What the service counts, with the latencies of this edge; those are named as the calls are on the wire."""
+    stats: ServiceStats = service.stats()
+    engine = stats.engine
+    return admin_pb2.GetStatsResponse(
+        server_version=__version__,
+        uptime_ms=stats.uptime_ms,
+        state=stats.state,
+        tiers=[_tier(tier) for tier in stats.tiers],
+        counters=stats.counters,
+        sessions=engine.sessions,
+        leases=engine.leases,
+        reservations=engine.reservations,
+        waiting=engine.waiting,
+        copies_in_flight=engine.copies,
+        namespaces=engine.namespaces,
+        tree_nodes=engine.nodes,
+        tree_runs=engine.runs,
+        tree_pages=engine.pages,
+        latencies=[
+            admin_pb2.LatencyStats(**dataclasses.asdict(latency))
+            for latency in (*stats.latencies, *latencies)
+        ],
+    )
+
+
+def _tier(tier: TierStats) -> admin_pb2.TierStats:
+    return admin_pb2.TierStats(
+        name=tier.name,
+        kind=tier.kind,
+        state=tier.state,
+        capacity_bytes=tier.capacity_bytes,
+        used_bytes=tier.used_bytes,
+        pages=tier.pages,
+        hit_pages=tier.hit_pages,
+        bytes_in=tier.bytes_in,
+        bytes_out=tier.bytes_out,
+        evicted_pages=tier.evicted_pages,
+        dropped_pages=tier.dropped_pages,
+    )

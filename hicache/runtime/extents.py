@@ -1,0 +1,53 @@
+"""Where leased pages lie, as columns for clients that map the arena."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from hicache.engine.actions import FetchResult
+from hicache.runtime.ports import TierPort
+from hicache.runtime.regions import RegionRegistry
+from hicache.types import SLOTS_PER_SEGMENT
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExtentColumns:
+    """One entry an extent (``pages`` to ``first_slot``), pages in order from page 0; one a page (the others)."""
+
+    pages: list[int] = dataclasses.field(default_factory=list)
+    region_id: list[int] = dataclasses.field(default_factory=list)
+    offset: list[int] = dataclasses.field(default_factory=list)
+    first_slot: list[int] = dataclasses.field(default_factory=list)
+    checksums: list[int] = dataclasses.field(default_factory=list)
+    generations: list[int] = dataclasses.field(default_factory=list)
+
+
+def lease_slots(result: FetchResult) -> list[int]:
+    """The slots of the granted pages, in page order."""
+    return [slot for piece in result.pieces for slot in piece.slots]
+
+
+def extents(regions: RegionRegistry, port: TierPort, result: FetchResult) -> ExtentColumns:
+    """The granted pages of a lease; empty where the lease's tier cannot be mapped.
+
+    Slots that follow each other within one segment are one extent.
+    """
+    if port.mappable is None or not result.granted_pages:
+        return ExtentColumns()
+    slots = lease_slots(result)
+    assert len(slots) == result.granted_pages, "a lease's pieces are not its granted pages"
+    breaks = np.flatnonzero(np.diff(np.asarray(slots, dtype=np.int64)) != 1) + 1
+    starts = [0, *breaks.tolist()]
+    columns = ExtentColumns(
+        checksums=port.mappable.checksums(slots), generations=port.mappable.generations(slots)
+    )
+    for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
+        segment, index = divmod(slots[start], SLOTS_PER_SEGMENT)
+        arena = regions.arena_at(port.index, segment)
+        columns.pages.append(end - start)
+        columns.region_id.append(arena.region_id)
+        columns.offset.append(arena.first_slot_offset + index * arena.slot_stride)
+        columns.first_slot.append(index)
+    return columns

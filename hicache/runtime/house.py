@@ -1,0 +1,145 @@
+"""Everything behind the calls, wired together: stores, threads, copier, engine and loop. Opened and closed as one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from hicache.engine import Engine, events
+from hicache.engine.actions import Action
+from hicache.errors import ConfigError
+from hicache.runtime.clock import Clock
+from hicache.runtime.copier import Copier
+from hicache.runtime.loop import EngineLoop
+from hicache.runtime.namespaces import NamespaceBook
+from hicache.runtime.options import ServiceOptions
+from hicache.runtime.perform import Performer
+from hicache.runtime.ports import TierPort
+from hicache.runtime.recovery import Recoverer
+from hicache.runtime.regions import RegionRegistry
+from hicache.runtime.stores import Stores, open_stores
+from hicache.runtime.workers import Wake, Workers
+from hicache.types import Completion, Namespace, Op
+
+_log = logging.getLogger(__name__)
+
+
+class House:
+    """Use ``open_house``. The loop's thread owns it."""
+
+    def __init__(
+        self, options: ServiceOptions, clock: Clock, stores: Stores, wake: Wake, regions: RegionRegistry
+    ) -> None:
+        self.stores = stores
+        self.ports = stores.ports
+        self.regions = regions
+        self.engine = Engine(options.engine_options(stores.specs))
+        self.loop = EngineLoop(self.engine, clock, self._perform)
+        self.namespaces = NamespaceBook(stores.specs)
+        self._wake = wake
+        self._workers = Workers(options.workers, wake.ring)
+        self.copier = Copier(
+            self.ports,
+            self._workers,
+            done=self.loop.handle,
+            chunk_bytes=options.copy_chunk_bytes,
+            bounce_bytes=options.bounce_bytes,
+            lanes=2 * options.workers,
+        )
+        self._performer = Performer(self.ports, self.copier, regions, self.loop.handle)
+        for port in self.ports:
+            port.on_local = wake.ring
+        self.recoverer: Recoverer | None = None
+        self._recovering: asyncio.Task[None] | None = None
+
+    @property
+    def lease_port(self) -> TierPort:
+        """The tier that leases are in: the first that clients can read, else the first."""
+        return next((port for port in self.ports if port.spec.client_readable), self.ports[0])
+
+    def _perform(self, action: Action) -> None:
+        self._performer.perform(action)
+
+    def poll(self) -> None:
+        """Hand out what workers and stores have finished."""
+        self._workers.poll()
+        for port in self.ports:
+            port.poll()
+
+    # --- namespaces
+
+    def open_namespace(self, spec: Namespace) -> tuple[int, bytes]:
+        """The number and fingerprint of a namespace; the disk learns of it before any of its pages."""
+        number, digest, new = self.namespaces.add(spec)
+        if new:
+            if self.stores.disk is not None:
+                self.stores.disk.put_namespace(digest, spec)
+            self.loop.handle(events.NamespaceOpened(number, spec, digest))
+        return number, digest
+
+    # --- recovery
+
+    def start_recovery(self) -> None:
+        """Bring back what the disk holds, in the background; until then it takes no writes."""
+        disk = self.stores.disk
+        if disk is None:
+            return
+        port = next(port for port in self.ports if port.store is disk)
+        port.hold_writes()
+        stored = disk.namespaces()
+        self.recoverer = Recoverer(
+            disk.recover,
+            port,
+            namespace=lambda digest: self.open_namespace(stored[digest])[0],
+            handle=self.loop.handle,
+        )
+        self._recovering = asyncio.get_running_loop().create_task(self.recoverer.run())
+
+    async def recovered(self) -> None:
+        """Return when recovery is over."""
+        if self._recovering is not None:
+            await asyncio.shield(self._recovering)
+
+    # --- the end
+
+    async def flush(self) -> None:
+        """Return when everything that the stores were given is done, and durable where they are."""
+        await asyncio.gather(*(self._flush(port) for port in self.ports))
+
+    async def _flush(self, port: TierPort) -> None:
+        done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        port.submit(Op.FLUSH, lambda completion: done.done() or done.set_result(completion))
+        await done
+
+    async def close(self) -> None:
+        """Stop recovery, refuse who waits, finish what the stores were given, release everything."""
+        if self.recoverer is not None:
+            self.recoverer.stop()
+        await self.recovered()
+        self.loop.close()
+        self._wake.close()
+        await asyncio.to_thread(self._workers.close)
+        self._workers.poll()  # a chunk that was read in may still go to its store
+        for port in self.ports:
+            await asyncio.to_thread(port.finish)
+        self.poll()
+        self.regions.close()
+
+
+async def open_house(options: ServiceOptions, clock: Clock, regions: RegionRegistry) -> House:
+    """Open the stores (on a thread: a lock, a file to map) and wire everything. Raises as ``open_stores`` does."""
+    rings: list[Callable[[], None]] = []
+    wake = Wake(asyncio.get_running_loop(), lambda: rings[0]())
+    stores = await asyncio.to_thread(open_stores, options, wake.ring)
+    house = House(options, clock, stores, wake, regions)
+    rings.append(house.poll)
+    return house
+
+
+def refuse_optimised() -> None:
+    """Raise ConfigError where Python strips asserts: they are part of how this service keeps its promises."""
+    if not __debug__:
+        raise ConfigError(
+            "hicache does not serve under python -O: it relies on its asserts", hint="run without -O"
+        )

@@ -1,0 +1,153 @@
+"""Prometheus metrics. Nothing is counted through prometheus: a scrape takes one snapshot of the service's own counts.
+
+Names begin with ``hicache_``. By tier: ``tier`` is its name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from hicache.runtime.counters import Histogram
+from hicache.runtime.stats import ServiceStats, TierStats
+
+if TYPE_CHECKING:
+    from hicache.runtime.service import Service
+
+_log = logging.getLogger(__name__)
+
+PREFIX = "hicache_"
+SNAPSHOT_TIMEOUT_S = 5.0
+
+_TIER_GAUGES = (
+    ("capacity_bytes", "bytes the tier may take"),
+    ("used_bytes", "bytes it takes"),
+    ("pages", "pages it holds"),
+    ("queued_batches", "batches given to its store and not done"),
+)
+_TIER_TOTALS = (
+    ("hit_pages", "pages served from the tier"),
+    ("bytes_in", "bytes copied into it"),
+    ("bytes_out", "bytes copied out of it"),
+    ("evicted_pages", "pages that left it and stayed in another"),
+    ("dropped_pages", "pages that left it as their last tier"),
+    ("corrupt_pages", "pages whose bytes were not what was stored"),
+)
+_GAUGES = (
+    "sessions",
+    "leases",
+    "reservations",
+    "waiting",
+    "namespaces",
+    "nodes",
+    "runs",
+    "pages",
+    "stranded_pages",
+)
+_OWN_TOTALS = frozenset({"orphan_pages"})
+
+
+class ServiceCollector:
+    """Turns a snapshot into metric families. ``take`` is called on the scraper's thread."""
+
+    def __init__(self, take: Callable[[], tuple[ServiceStats, dict[str, Histogram]]]) -> None:
+        self._take = take
+
+    def collect(self) -> Iterator[Metric]:
+        """One scrape."""
+        stats, calls = self._take()
+        state = GaugeMetricFamily(PREFIX + "state", "1 for the state the service is in", labels=["state"])
+        for name in ("serving", "draining", "failed"):
+            state.add_metric([name], float(stats.state == name))
+        yield state
+        yield GaugeMetricFamily(PREFIX + "uptime_seconds", "since the start", value=stats.uptime_ms / 1000)
+        yield from _tiers(stats.tiers)
+        yield from _totals(stats)
+        yield _latencies(calls)
+
+
+def _tiers(tiers: tuple[TierStats, ...]) -> Iterator[Metric]:
+    for name, text in _TIER_GAUGES:
+        gauge = GaugeMetricFamily(f"{PREFIX}tier_{name}", text, labels=["tier"])
+        for tier in tiers:
+            gauge.add_metric([tier.name], getattr(tier, name))
+        yield gauge
+    for name, text in _TIER_TOTALS:
+        total = CounterMetricFamily(f"{PREFIX}tier_{name}", text, labels=["tier"])
+        for tier in tiers:
+            total.add_metric([tier.name], getattr(tier, name))
+        yield total
+    writable = GaugeMetricFamily(
+        f"{PREFIX}tier_state", "1 for the state the tier is in", labels=["tier", "state"]
+    )
+    for tier in tiers:
+        for word in ("ok", "read-only", "off"):
+            writable.add_metric([tier.name, word], float(tier.state == word))
+    yield writable
+
+
+def _totals(stats: ServiceStats) -> Iterator[Metric]:
+    for name in _GAUGES:
+        yield GaugeMetricFamily(PREFIX + name, name.replace("_", " "), value=getattr(stats.engine, name))
+    for field in dataclasses.fields(stats.engine.counters):
+        value: Any = getattr(stats.engine.counters, field.name)
+        if type(value) is int and field.name != "tiers":
+            yield CounterMetricFamily(PREFIX + field.name, field.name.replace("_", " "), value=value)
+    for name, count in stats.counters.items():
+        family = CounterMetricFamily if name in _OWN_TOTALS else GaugeMetricFamily
+        yield family(PREFIX + name, name.replace("_", " "), value=count)
+
+
+def _latencies(calls: dict[str, Histogram]) -> Metric:
+    found = HistogramMetricFamily(PREFIX + "call_seconds", "how long calls took", labels=["call"])
+    for call, histogram in sorted(calls.items()):
+        octaves = histogram.octaves()
+        buckets = [(f"{bound:g}", float(count)) for bound, count in octaves]
+        found.add_metric([call], [*buckets, ("+Inf", float(octaves[-1][1]))], histogram.total_ns / 1e9)
+    return found
+
+
+class MetricsServer:
+    """Serves ``/metrics`` from a thread of its own until ``close``."""
+
+    def __init__(self, service: Service, port: int, host: str = "127.0.0.1") -> None:
+        """Raises OSError where the address cannot be had. Make it on the service's loop."""
+        self._loop = asyncio.get_running_loop()
+        self._service = service
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(ServiceCollector(self._take))
+        self._server, self._thread = start_http_server(port, addr=host, registry=self.registry)
+        self.port = int(self._server.server_address[1])
+
+    def _take(self) -> tuple[ServiceStats, dict[str, Histogram]]:
+        """A snapshot, made on the loop's thread."""
+
+        async def snapshot() -> tuple[ServiceStats, dict[str, Histogram]]:
+            return self._service.stats(), dict(self._service.latencies.calls)
+
+        assert threading.current_thread() is not threading.main_thread() or not self._loop.is_running()
+        future = asyncio.run_coroutine_threadsafe(snapshot(), self._loop)
+        try:
+            return future.result(SNAPSHOT_TIMEOUT_S)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Stop serving. Idempotent. Not while the loop's thread is needed by a scrape: it answers with an error."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=SNAPSHOT_TIMEOUT_S)
+
+
+def start_http(service: Service, port: int, host: str = "127.0.0.1") -> MetricsServer:
+    """Serve the service's metrics at ``http://host:port/metrics``; port 0: any."""
+    return MetricsServer(service, port, host)

@@ -1,0 +1,141 @@
+"""The calls that look pages up, lease them and move them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from hicache.engine import Engine, MatchView, OperationView, events
+from hicache.engine.actions import FetchResult, OperationResult, RenewResult
+from hicache.runtime.clock import Clock
+from hicache.runtime.counters import Latencies
+from hicache.runtime.door import Door
+from hicache.runtime.loop import EngineLoop
+from hicache.runtime.namespaces import NamespaceBook
+from hicache.runtime.reader import PageReader
+
+
+class PageCalls:
+    """Each call checks its arguments, hands the engine one event, and waits for what it asked for."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        loop: EngineLoop,
+        namespaces: NamespaceBook,
+        *,
+        door: Door,
+        reader: PageReader,
+        clock: Clock,
+        latencies: Latencies,
+    ) -> None:
+        self._engine = engine
+        self._loop = loop
+        self._namespaces = namespaces
+        self._door = door
+        self._reader = reader
+        self._clock = clock
+        self._latencies = latencies
+
+    def match(self, namespace: int, prompt: bytes, *, touch: bool = False) -> MatchView:
+        """How much of a prompt is cached, and where. ``touch`` counts it as a use."""
+        began = self._clock.now_ns()
+        prompt = self._namespaces.prompt(namespace, prompt)
+        view = self._engine.match(namespace, prompt)
+        if touch and view.pages:
+            self._loop.handle(events.Touch(namespace, prompt))
+        self._latencies.observe("match", self._clock.now_ns() - began)
+        return view
+
+    # --- leases
+
+    async def fetch(
+        self,
+        session: int,
+        namespace: int,
+        prompt: bytes,
+        *,
+        max_pages: int = 0,
+        ttl_ms: int = 0,
+        wait_ms: int = 0,
+        promote: bool = True,
+    ) -> FetchResult:
+        """Lease what is readable and promote the rest; wait for that up to ``wait_ms``.
+
+        The result is the lease as it stands then. A call that is cancelled gives its lease back; promotions that it
+        started go on. Raises UnavailableError, StaleError, NotFoundError, InvalidArgumentError.
+        """
+        began = self._clock.now_ns()
+        self._door.admit(session)
+        whole = self._namespaces.prompt(namespace, prompt)
+        result = await self._loop.call(
+            FetchResult,
+            lambda request: events.Fetch(request, session, namespace, whole, max_pages, ttl_ms, promote),
+            session,
+        )
+        if result.lease and result.operation and wait_ms > 0:
+            result = await self._wait_lease(session, result, wait_ms)
+        self._latencies.observe("fetch", self._clock.now_ns() - began)
+        return result
+
+    async def _wait_lease(self, session: int, result: FetchResult, wait_ms: int) -> FetchResult:
+        try:
+            await self._loop.wait_operation(result.operation, wait_ms)
+        except asyncio.CancelledError:
+            self.release(session, (result.lease,))
+            raise
+        now = self._engine.lease_view(session, result.lease)
+        if now.granted_pages or now.operation:
+            return now
+        self.release(session, (result.lease,))  # nothing of it could be brought
+        return FetchResult(0, now.matched_pages, 0, 0, (), 0, now.tier_pages)
+
+    async def renew(self, session: int, leases: Sequence[int], ttl_ms: int = 0) -> RenewResult:
+        """Give leases more time."""
+        self._door.admit(session)
+        return await self._loop.call(
+            RenewResult, lambda request: events.RenewLeases(request, session, tuple(leases), ttl_ms), session
+        )
+
+    def release(self, session: int, leases: Sequence[int]) -> None:
+        """Give leases back; unknown ones are fine."""
+        self._loop.handle(events.ReleaseLeases(session, tuple(leases)))
+
+    def lease_view(self, session: int, lease: int) -> FetchResult:
+        """A lease as it stands. Raises NotFoundError."""
+        return self._engine.lease_view(session, lease)
+
+    async def read_pages(
+        self, session: int, lease: int, first: int, count: int
+    ) -> AsyncIterator[tuple[memoryview, int]]:
+        """Pages [first, first + count) of a lease with their checksums; ``count`` 0: to its end.
+
+        A page is valid until the next is asked for. Raises as ``PageReader.read`` does.
+        """
+        self._door.require(session)
+        async for page in self._reader.read(session, lease, first, count):
+            yield page
+
+    # --- operations
+
+    async def prefetch(self, session: int, namespace: int, prompt: bytes, tier: int) -> OperationResult:
+        """Promote a prefix to a tier without leasing it."""
+        self._door.admit(session)
+        whole = self._namespaces.prompt(namespace, prompt)
+        return await self._loop.call(
+            OperationResult,
+            lambda request: events.Prefetch(request, session, namespace, whole, tier),
+            session,
+        )
+
+    async def wait_operation(self, session: int, operation: int, wait_ms: int) -> OperationView:
+        """How an operation stands when it is done, or after ``wait_ms``. Raises NotFoundError."""
+        view = self._engine.operation_view(session, operation)
+        if view.done or wait_ms <= 0:
+            return view
+        await self._loop.wait_operation(operation, wait_ms)
+        return self._engine.operation_view(session, operation)
+
+    def cancel_operation(self, session: int, operation: int) -> None:
+        """Wait for it no longer; copies under way go on. Unknown ones are fine."""
+        self._loop.handle(events.CancelOperation(session, operation))

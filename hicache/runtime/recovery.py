@@ -1,0 +1,193 @@
+"""Bringing a durable tier's pages back at start, while serving goes on.
+
+A thread reads chains off the store; the loop hands them to the engine in events of bounded size. Until the end, what
+would change the store is held back (``TierPort.hold_writes``), so that what was read is what is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Generator, Iterator
+from typing import Protocol, TypeVar
+
+from hicache.engine.events import Recovered
+from hicache.runtime.ports import TierPort
+from hicache.runtime.workers import lower_priority
+from hicache.types import Op
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Pages in one event: the loop is busy with it for a few milliseconds.
+PAGES_PER_EVENT = 512
+ORPHANS_PER_BATCH = 4096
+
+
+class Chain(Protocol):
+    """Consecutive pages of one namespace."""
+
+    namespace_fingerprint: bytes
+    parent: int
+    symbols: bytes
+    keys: list[bytes]
+    charges: list[int]
+
+
+class Chains(Protocol):
+    """One pass over a store; ``orphans`` is complete after it."""
+
+    orphans: list[bytes]
+
+    def __iter__(self) -> Iterator[Chain]:
+        """Chains, namespace by namespace, parents first."""
+
+
+@dataclasses.dataclass(slots=True)
+class RecoveryReport:
+    """What came back."""
+
+    pages: int = 0
+    chains: int = 0
+    orphan_pages: int = 0
+    done: bool = False
+    error: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class _Part:
+    """Chains of one namespace on their way into one event."""
+
+    fingerprint: bytes
+    parents: list[int] = dataclasses.field(default_factory=list)
+    symbols: list[bytes] = dataclasses.field(default_factory=list)
+    keys: list[list[bytes]] = dataclasses.field(default_factory=list)
+    charges: list[list[int]] = dataclasses.field(default_factory=list)
+    pages: int = 0
+    last: bool = False
+
+    def add(self, parent: int, symbols: bytes, keys: list[bytes], charges: list[int]) -> None:
+        self.parents.append(parent)
+        self.symbols.append(symbols)
+        self.keys.append(keys)
+        self.charges.append(charges)
+        self.pages += len(keys)
+
+
+_END = _Part(b"")
+
+
+def parts(chains: Iterator[Chain]) -> Generator[_Part, None, None]:
+    """Chains in parts of about ``PAGES_PER_EVENT`` pages; longer chains are cut, and numbered anew for that."""
+    for fingerprint, group in itertools.groupby(chains, key=lambda chain: chain.namespace_fingerprint):
+        ends: list[int] = []  # the store's number of a chain -> the number of its last piece
+        count = 0
+        part = _Part(fingerprint)
+        for chain in group:
+            width = len(chain.symbols) // len(chain.keys)
+            parent = ends[chain.parent] if chain.parent >= 0 else -1
+            for start in range(0, len(chain.keys), PAGES_PER_EVENT):
+                end = start + PAGES_PER_EVENT
+                symbols = chain.symbols[start * width : end * width]
+                part.add(parent, symbols, chain.keys[start:end], chain.charges[start:end])
+                parent = count
+                count += 1
+                if part.pages >= PAGES_PER_EVENT:
+                    yield part
+                    part = _Part(fingerprint)
+            ends.append(parent)
+        part.last = True
+        yield part
+
+
+class Recoverer:
+    """Reads one store and hands what it holds to the engine.
+
+    ``namespace``: the engine's number of a stored namespace. Whatever fails is told in ``report``; what was not read
+    stays on the medium, unknown, until the next start.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Chains],
+        port: TierPort,
+        *,
+        namespace: Callable[[bytes], int],
+        handle: Callable[[Recovered], None],
+    ) -> None:
+        self._read = read
+        self._port = port
+        self._namespace = namespace
+        self._handle = handle
+        self._stopping = False
+        self._thread = concurrent.futures.ThreadPoolExecutor(
+            1, "hicache-recovery", initializer=lower_priority
+        )
+        self.report = RecoveryReport()
+
+    def stop(self) -> None:
+        """Read no further; ``run`` returns soon."""
+        self._stopping = True
+
+    async def run(self) -> None:
+        """Recover; then delete orphans and let writes through. Raises nothing for what the store does."""
+        try:
+            chains = await self._in_thread(self._read)
+            if chains is not None and await self._hand_on(iter(chains)):
+                _delete(self._port, chains.orphans)
+                self.report.orphan_pages = len(chains.orphans)
+        finally:
+            self._thread.shutdown(wait=True)
+            self._port.release_writes()
+            self.report.done = True
+        _log.info(
+            "tier %s: %d pages recovered, %d orphans deleted",
+            self._port.spec.name,
+            self.report.pages,
+            self.report.orphan_pages,
+        )
+
+    async def _hand_on(self, chains: Iterator[Chain]) -> bool:
+        """Whether everything was read."""
+        stream = parts(chains)
+        open_namespace = b""  # of which the engine still expects chains
+        while not self._stopping:
+            part = await self._in_thread(lambda: next(stream, _END))
+            if part is None:
+                break
+            if part is _END:
+                return True
+            self._hand(part)
+            open_namespace = b"" if part.last else part.fingerprint
+        if open_namespace:
+            self._hand(_Part(open_namespace, last=True))
+        await self._in_thread(stream.close)  # ends the store's transaction
+        return False
+
+    def _hand(self, part: _Part) -> None:
+        number = self._namespace(part.fingerprint)
+        columns = (part.parents, part.symbols, part.keys, part.charges)
+        self._handle(Recovered(number, self._port.index, *columns, done=part.last))
+        self.report.pages += part.pages
+        self.report.chains += len(part.parents)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T | None:
+        """The result; None where the store failed, which is noted."""
+        future = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        await asyncio.wait([future])
+        error = future.exception()
+        if error is None:
+            return future.result()
+        _log.error("recovery of tier %s stopped: %r", self._port.spec.name, error)
+        self.report.error = f"{type(error).__name__}: {error}"
+        return None
+
+
+def _delete(port: TierPort, orphans: list[bytes]) -> None:
+    """Delete what nothing will ever match. Before the writes that were held: one of them may store such a page."""
+    for start in range(0, len(orphans), ORPHANS_PER_BATCH):
+        port.submit_now(Op.DELETE, orphans[start : start + ORPHANS_PER_BATCH])

@@ -1,0 +1,185 @@
+"""Shared memory between sessions and the service.
+
+Client regions are the session's own: we own a descriptor, only ever pread it, and close it when the session ends and
+the copies under way are done. Arena regions are ours: each time a segment of a mappable tier is opened it becomes a
+region with an id of its own; when the segment is closed the region retires, and its room is used again only when every
+session that was handed its descriptor has said that it no longer maps it, or has ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable
+
+from hicache.errors import InvalidArgumentError, NotFoundError
+from hicache.runtime.mapping import Layout, Mappable
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RegionInfo:
+    """A client's region."""
+
+    region_id: int
+    size_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArenaInfo:
+    """One arena region: what a client needs to read it."""
+
+    region_id: int
+    tenant: str
+    size_bytes: int
+    page_bytes: int
+    first_slot_offset: int
+    slot_stride: int
+    slots: int
+
+
+class ClientRegion:
+    """A descriptor that a client gave us, closed when nobody needs it any more."""
+
+    def __init__(self, region_id: int, session: int, fd: int, size_bytes: int) -> None:
+        self.info = RegionInfo(region_id, size_bytes)
+        self.session = session
+        self.fd = fd
+        self._holds = 1  # the registry's
+
+    def hold(self) -> None:
+        """A copy reads from it."""
+        self._holds += 1
+
+    def release(self) -> None:
+        """Undo one ``hold``."""
+        assert self._holds > 0, "a region was released twice"
+        self._holds -= 1
+        if not self._holds:
+            os.close(self.fd)
+            self.fd = -1
+
+
+@dataclasses.dataclass(slots=True)
+class _Retiring:
+    arena: ArenaInfo
+    waiting_for: set[int]
+    then: Callable[[], None]
+
+
+class RegionRegistry:
+    """All regions of one service. The loop's thread owns it.
+
+    ``on_retired(tenant, region_id)``: tells that tenant's sessions, answers those that must confirm.
+    """
+
+    def __init__(self) -> None:
+        self.on_retired: Callable[[str, int], set[int]] = lambda _tenant, _region: set()
+        self._ids = itertools.count(1)
+        self._clients: dict[int, ClientRegion] = {}
+        self._arenas: dict[tuple[int, int], ArenaInfo] = {}  # (tier, segment)
+        self._fds: dict[int, tuple[ArenaInfo, Mappable, int]] = {}  # region -> (info, store, segment)
+        self._retiring: dict[int, _Retiring] = {}
+
+    # --- clients' own
+
+    def register(self, session: int, fd: int) -> RegionInfo:
+        """Take a descriptor over, whatever comes of it. Raises InvalidArgumentError for one that is not open."""
+        try:
+            size_bytes = os.fstat(fd).st_size
+        except OSError as error:
+            raise InvalidArgumentError(f"the region's descriptor cannot be used: {error}") from error
+        region = ClientRegion(next(self._ids), session, fd, size_bytes)
+        self._clients[region.info.region_id] = region
+        return region.info
+
+    def unregister(self, session: int, region: int) -> None:
+        """Forget a region of the session; unknown ones are fine. Copies under way finish first."""
+        found = self._clients.get(region)
+        if found is not None and found.session == session:
+            del self._clients[region]
+            found.release()
+
+    def find(self, session: int, region: int) -> ClientRegion:
+        """A region of the session. Raises NotFoundError for one that it has not registered."""
+        found = self._clients.get(region)
+        if found is None or found.session != session:
+            raise NotFoundError(
+                f"region {region} is not registered by this session", hint="register it first"
+            )
+        return found
+
+    def end_session(self, session: int) -> None:
+        """Let go of everything of a session; it maps nothing any more, or that is no concern of ours."""
+        for region in [each.info.region_id for each in self._clients.values() if each.session == session]:
+            self.unregister(session, region)
+        for region in list(self._retiring):
+            self.released(session, region)
+
+    # --- arenas
+
+    def arenas(self, tenant: str) -> list[ArenaInfo]:
+        """The tenant's arena regions."""
+        return [arena for arena in self._arenas.values() if arena.tenant == tenant]
+
+    def arena_fd(self, tenant: str, region: int) -> int:
+        """The descriptor of an arena region: pass it on, never close it. Raises NotFoundError for another's."""
+        found = self._fds.get(region)
+        if found is None or found[0].tenant != tenant:
+            raise NotFoundError(f"arena region {region} is gone or never was", hint="list the regions again")
+        _, store, segment = found
+        return store.fd(segment)
+
+    def arena_at(self, tier: int, segment: int) -> ArenaInfo:
+        """The region that an open segment of a mappable tier is."""
+        return self._arenas[tier, segment]
+
+    def arena_opened(self, tier: int, segment: int, tenant: str, store: Mappable) -> None:
+        """A segment was opened."""
+        layout: Layout = store.layout(segment)
+        arena = ArenaInfo(
+            next(self._ids),
+            tenant,
+            layout.size_bytes,
+            layout.page_bytes,
+            layout.first_slot_offset,
+            layout.stride,
+            layout.slots,
+        )
+        assert (tier, segment) not in self._arenas, "a segment was opened twice"
+        self._arenas[tier, segment] = arena
+        self._fds[arena.region_id] = (arena, store, segment)
+
+    def arena_retired(self, tier: int, segment: int, then: Callable[[], None]) -> None:
+        """A segment is being closed; ``then`` is called when no session maps it any more, perhaps at once."""
+        arena = self._arenas.pop((tier, segment), None)
+        if arena is None:  # it could never be opened
+            then()
+            return
+        del self._fds[arena.region_id]
+        waiting_for = set(self.on_retired(arena.tenant, arena.region_id))
+        if not waiting_for:
+            then()
+            return
+        self._retiring[arena.region_id] = _Retiring(arena, waiting_for, then)
+
+    def released(self, session: int, region: int) -> None:
+        """A session maps a retired region no longer. Anything else that it may say is ignored."""
+        retiring = self._retiring.get(region)
+        if retiring is None:
+            return
+        retiring.waiting_for.discard(session)
+        if not retiring.waiting_for:
+            del self._retiring[region]
+            retiring.then()
+
+    @property
+    def retiring(self) -> int:
+        """Arena regions that wait for sessions to unmap them."""
+        return len(self._retiring)
+
+    def close(self) -> None:
+        """Let go of every client region."""
+        for region in list(self._clients.values()):
+            self.unregister(region.session, region.info.region_id)
+        self._retiring.clear()

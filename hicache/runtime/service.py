@@ -1,0 +1,232 @@
+"""The service: every call that an edge may make, and the life of it all.
+
+    calls ──► events ──► engine ──► actions ──► performer ──► copier, ports ──► stores
+                ▲                                                   │
+                └──────────── CopyDone, SegmentClosed ... ◄─────────┘
+
+One asyncio loop's thread owns it; all methods are called there. Copies run on worker threads of lower priority.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+from collections.abc import Callable
+
+from hicache.engine import NodeView, events
+from hicache.engine.actions import DrainResult, FetchResult
+from hicache.errors import UnavailableError
+from hicache.runtime.clock import Clock
+from hicache.runtime.counters import Latencies
+from hicache.runtime.door import DRAINING, FAILED, SERVING, STOPPED, Door
+from hicache.runtime.extents import ExtentColumns, extents
+from hicache.runtime.house import House, open_house, refuse_optimised
+from hicache.runtime.operators import OperatorCalls
+from hicache.runtime.options import ServiceOptions
+from hicache.runtime.pages import PageCalls
+from hicache.runtime.reader import PageReader
+from hicache.runtime.recovery import RecoveryReport
+from hicache.runtime.regions import RegionRegistry
+from hicache.runtime.stats import ServiceStats, service_stats
+from hicache.runtime.storing import StoreCalls
+from hicache.types import Namespace, TierSpec
+
+_log = logging.getLogger(__name__)
+
+#: How long a thread may keep the interpreter from one that waits for it. With the default of 5 ms each worker that
+#: prepares a copy in Python could delay an answer by that much; at 0.5 ms an answer waits for about its own time, and
+#: the copies lose little, since their heavy parts run without the interpreter.
+SWITCH_INTERVAL_S = 0.0005
+
+
+class Service:
+    """A running cache. Make it, ``await start()``, in the end ``await close()`` (after ``drain`` to save pages).
+
+    The calls that move pages are bound to the service when it starts: ``match fetch renew release lease_view read_pages
+    prefetch wait_operation cancel_operation`` (``pages.PageCalls``), ``reserve commit begin_write abort``
+    (``storing.StoreCalls``), ``pin unpin evict clear`` (``operators.OperatorCalls``).
+
+    ``on_draining``: called with the grace in ms when a drain begins, and with 0 when the service fails.
+    ``regions``: shared memory. ``epoch``: 16 random bytes that name this run.
+    """
+
+    def __init__(self, options: ServiceOptions, *, clock: Clock | None = None) -> None:
+        self.options = options
+        self.epoch = secrets.token_bytes(16)
+        self.specs: tuple[TierSpec, ...] = options.specs()
+        self.regions = RegionRegistry()
+        self.on_draining: list[Callable[[int], object]] = []
+        self.latencies = Latencies()
+        self._clock = clock if clock is not None else Clock()
+        self._door = Door()
+        self._house: House | None = None
+        self._started_ms = 0
+
+    # --- life
+
+    async def start(self) -> None:
+        """Open the stores and serve; what the disk holds comes back in the background (``recovered``).
+
+        Raises ConfigError, ExhaustedError or UnavailableError; nothing stays open then.
+        """
+        refuse_optimised()
+        assert self._house is None, "a service starts once"
+        house = await open_house(self.options, self._clock, self.regions)
+        self._house = house
+        self.specs = house.stores.specs
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._bind(house)
+        house.loop.on_failed = self._failed
+        self._started_ms = self._clock.now_ms()
+        self._door.state = SERVING
+        house.start_recovery()
+
+    def _bind(self, house: House) -> None:
+        reader = PageReader(
+            house.engine, house.lease_port, namespace=house.namespaces.find, handle=house.loop.handle
+        )
+        pages = PageCalls(
+            house.engine,
+            house.loop,
+            house.namespaces,
+            door=self._door,
+            reader=reader,
+            clock=self._clock,
+            latencies=self.latencies,
+        )
+        self.match, self.fetch, self.renew, self.release = (
+            pages.match,
+            pages.fetch,
+            pages.renew,
+            pages.release,
+        )
+        self.lease_view, self.read_pages, self.prefetch = pages.lease_view, pages.read_pages, pages.prefetch
+        self.wait_operation, self.cancel_operation = pages.wait_operation, pages.cancel_operation
+        stores = StoreCalls(
+            house.loop,
+            house.namespaces,
+            self.regions,
+            door=self._door,
+            clock=self._clock,
+            latencies=self.latencies,
+        )
+        self.reserve, self.commit = stores.reserve, stores.commit
+        self.begin_write, self.abort = stores.begin_write, stores.abort
+        operators = OperatorCalls(house.loop, house.namespaces, door=self._door)
+        self.pin, self.unpin, self.evict, self.clear = (
+            operators.pin,
+            operators.unpin,
+            operators.evict,
+            operators.clear,
+        )
+
+    async def recovered(self) -> RecoveryReport:
+        """Return when what the disk held is back."""
+        house = self._running
+        await house.recovered()
+        return house.recoverer.report if house.recoverer is not None else RecoveryReport(done=True)
+
+    async def drain(self, grace_ms: int) -> DrainResult:
+        """Refuse new leases and room, tell the sessions, bring every page to a durable tier, within ``grace_ms``.
+
+        Raises UnavailableError where the service has failed or stopped.
+        """
+        house = self._running
+        if self._door.state == SERVING:
+            self._door.state = DRAINING
+            _log.info("draining, grace_ms=%d", grace_ms)
+            self._tell(grace_ms)
+        result = await house.loop.call(DrainResult, lambda request: events.Drain(request, grace_ms))
+        await house.flush()
+        _log.info("drained, unsaved_pages=%d", result.unsaved_pages)
+        return result
+
+    async def close(self) -> None:
+        """Finish what was started, release everything. Idempotent; the service cannot be started again."""
+        house, self._house = self._house, None
+        if house is not None:
+            self._door.state = STOPPED
+            await house.close()
+
+    def _failed(self) -> None:
+        self._door.state = FAILED
+        self._tell(0)
+
+    def _tell(self, grace_ms: int) -> None:
+        for callback in self.on_draining:
+            callback(grace_ms)
+
+    @property
+    def state(self) -> str:
+        """``serving``, ``draining``, ``failed`` (an invariant broke: everything is refused) or ``stopped``."""
+        return self._door.state
+
+    @property
+    def _running(self) -> House:
+        if self._house is None:
+            raise UnavailableError("the service is not running")
+        return self._house
+
+    def now_ms(self) -> int:
+        """The clock that expiries are told in."""
+        return self._clock.now_ms()
+
+    # --- sessions and namespaces
+
+    def open_session(self, tenant: str, name: str) -> int:
+        """A client attached. Raises UnavailableError unless serving."""
+        session = self._door.open(tenant, name)
+        self._running.loop.handle(events.SessionOpened(session, tenant))
+        return session
+
+    def suspend_session(self, session: int, window_ms: int) -> None:
+        """Its life line broke; the engine ends it after the window."""
+        self._running.loop.handle(events.SessionSuspended(session, window_ms))
+
+    def resume_session(self, session: int) -> None:
+        """It came back."""
+        self._running.loop.handle(events.SessionResumed(session))
+
+    def end_session(self, session: int, *, dead: bool) -> None:
+        """Release all that it holds; ``dead``: its process is gone. Unknown sessions are fine."""
+        if not self._door.end(session):
+            return
+        if self._house is not None:
+            self._house.loop.handle(events.SessionEnded(session, dead))
+        self.regions.end_session(session)
+
+    def open_namespace(self, spec: Namespace) -> tuple[int, bytes]:
+        """Its number in this run, and its fingerprint. Raises as ``NamespaceBook.check`` does."""
+        house = self._running
+        self._door.admit()
+        house.namespaces.check(spec)
+        return house.open_namespace(spec)
+
+    # --- reads
+
+    def extents(self, result: FetchResult) -> ExtentColumns:
+        """Where the granted pages lie; empty columns where the lease's tier cannot be mapped."""
+        return extents(self.regions, self._running.lease_port, result)
+
+    def stats(self) -> ServiceStats:
+        """A snapshot of all counts."""
+        house = self._running
+        return service_stats(
+            house, self._door.state, self._clock.now_ms() - self._started_ms, self.latencies.snapshot()
+        )
+
+    def check(self) -> None:
+        """Recompute every invariant of the engine; raises ViolationError with its story."""
+        self._running.engine.check()
+
+    def tree_view(self, namespace: int = 0, max_nodes: int = 1000) -> tuple[list[NodeView], int]:
+        """Nodes for people to look at, and how many were left out. Raises NotFoundError."""
+        house = self._running
+        if namespace:
+            house.namespaces.find(namespace)
+        return house.engine.tree_view(namespace, max_nodes)
+
+    def action_digest(self) -> str:
+        """Of all actions so far; empty unless ``options.digest``."""
+        return self._running.engine.action_digest()

@@ -1,0 +1,87 @@
+"""A snapshot of everything that is counted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from hicache.engine import EngineStats
+from hicache.runtime.counters import CallLatency
+from hicache.runtime.ports import TierPort
+
+if TYPE_CHECKING:
+    from hicache.runtime.house import House
+
+_stats = dataclasses.dataclass(slots=True, frozen=True)
+
+
+@_stats
+class TierStats:
+    """One tier. ``state``: ok, read-only, off. Bytes in and out are those that moved, raw."""
+
+    name: str
+    kind: str
+    state: str
+    capacity_bytes: int
+    used_bytes: int
+    pages: int
+    hit_pages: int
+    bytes_in: int
+    bytes_out: int
+    evicted_pages: int
+    dropped_pages: int
+    corrupt_pages: int
+    queued_batches: int
+
+
+@_stats
+class ServiceStats:
+    """``counters``: totals and gauges that are single numbers, by the names they have in the metrics."""
+
+    state: str
+    uptime_ms: int
+    engine: EngineStats
+    tiers: tuple[TierStats, ...]
+    counters: Mapping[str, int]
+    latencies: tuple[CallLatency, ...]
+
+
+def tier_stats(engine: EngineStats, ports: Sequence[TierPort]) -> tuple[TierStats, ...]:
+    """The engine's view of each tier, with what its port has seen."""
+    counts = engine.counters
+    return tuple(
+        TierStats(
+            name=view.name,
+            kind=view.kind,
+            state=port.health.state,
+            capacity_bytes=view.capacity_bytes,
+            used_bytes=view.used_bytes,
+            pages=view.pages,
+            hit_pages=counts.hit_pages[port.index],
+            bytes_in=port.bytes_in,
+            bytes_out=port.bytes_out,
+            evicted_pages=counts.evicted_pages[port.index],
+            dropped_pages=counts.dropped_pages[port.index],
+            corrupt_pages=counts.corrupt_pages[port.index],
+            queued_batches=port.in_flight,
+        )
+        for view, port in zip(engine.tiers, ports, strict=True)
+    )
+
+
+def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[CallLatency]) -> ServiceStats:
+    """A snapshot of a running service."""
+    engine = house.engine.stats()
+    report = house.recoverer.report if house.recoverer is not None else None
+    disk = house.stores.disk
+    counters = {
+        "copies_in_flight": house.copier.in_flight,
+        "copy_chunks_queued": house.copier.queued,
+        "calls_waiting": house.loop.open_requests,
+        "regions_retiring": house.regions.retiring,
+        "recovering": int(report is not None and not report.done),
+        "orphan_pages": report.orphan_pages if report is not None else 0,
+        "disk_file_bytes": disk.used_bytes if disk is not None else 0,
+    }
+    return ServiceStats(state, uptime_ms, engine, tier_stats(engine, house.ports), counters, tuple(latencies))

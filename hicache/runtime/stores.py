@@ -1,0 +1,78 @@
+"""Opens the stores of the configured tiers. What a tier needs (torch, lmdb) is imported only where it is configured."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING
+
+from hicache.errors import ConfigError
+from hicache.runtime.options import ServiceOptions
+from hicache.runtime.ports import TierPort
+from hicache.types import Notify, TierKind, TierSpec
+
+if TYPE_CHECKING:
+    from hicache.tier.disk import DiskStore
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stores:
+    """The open tiers, fastest first. ``disk`` once more, for what only it has (namespaces, recovery)."""
+
+    ports: tuple[TierPort, ...]
+    disk: DiskStore | None
+
+    @property
+    def specs(self) -> tuple[TierSpec, ...]:
+        """Of all tiers."""
+        return tuple(port.spec for port in self.ports)
+
+
+def open_stores(options: ServiceOptions, notify: Notify) -> Stores:
+    """Open every configured tier, or none: what was opened before a failure is closed again.
+
+    Raises ConfigError (a folder in use, a missing package), ExhaustedError, UnavailableError.
+    """
+    with contextlib.ExitStack() as opened:
+        disk = _open_disk(options, notify) if options.disk_bytes else None
+        if disk is not None:
+            opened.callback(disk.close)
+        ports: list[TierPort] = []
+        for index, spec in enumerate(options.specs(disk.usable_bytes if disk is not None else None)):
+            if spec.kind is TierKind.DISK:
+                assert disk is not None, "a disk tier without a disk store"
+                ports.append(TierPort(index, spec, disk))
+                continue
+            opener = _open_device if spec.kind is TierKind.DEVICE else _open_host
+            ports.append(opener(index, spec, options, notify))
+            opened.callback(ports[-1].store.close)
+        opened.pop_all()
+    return Stores(tuple(ports), disk)
+
+
+def _open_disk(options: ServiceOptions, notify: Notify) -> DiskStore:
+    try:
+        from hicache.tier.disk import DiskStore
+    except ImportError as error:
+        raise ConfigError(f"--disk-path: the disk tier needs lmdb and zstandard: {error}") from error
+    return DiskStore(
+        options.disk_path,
+        options.disk_bytes,
+        notify,
+        sync=options.disk_sync,
+        readers=options.disk_readers,
+        compress_workers=options.disk_compress_workers,
+    )
+
+
+def _open_device(index: int, spec: TierSpec, options: ServiceOptions, notify: Notify) -> TierPort:
+    from hicache.device import open_device
+
+    return TierPort(index, spec, open_device(options.device, spec, notify))
+
+
+def _open_host(index: int, spec: TierSpec, options: ServiceOptions, notify: Notify) -> TierPort:
+    from hicache.tier.host import HostStore
+
+    store = HostStore(spec, notify, workers=options.host_workers, prefault=options.prefault)
+    return TierPort(index, spec, store, addressable=store, mappable=store)

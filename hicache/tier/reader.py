@@ -1,0 +1,90 @@
+"""Threads that read pages: straight from LMDB's map, decoded into the destination, verified.
+
+A reader renews its transaction for every piece of a batch and resets it afterwards: a reader that lingers
+would keep freed pages from being reused and make the file grow. A corrupt page goes to the writer, which
+removes it and then settles the GET, so that "the page is gone" is true when the caller hears of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import lmdb
+
+from hicache.tier.codec import decode
+from hicache.tier.lmdb_env import Database
+from hicache.tier.outbox import Pending
+from hicache.tier.pieces import get_record
+from hicache.tier.writer import Purge
+from hicache.types import Outcome
+
+_log = logging.getLogger(__name__)
+
+_PIECE_BYTES = 8 << 20
+_Piece = tuple[Pending, range]
+
+
+class Readers:
+    """The reader threads, one queue."""
+
+    def __init__(self, database: Database, count: int, *, purge: Callable[[Purge], None]) -> None:
+        self._db = database
+        self._purge = purge
+        self._queue: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"hicache-disk-reader-{i}", daemon=True)
+            for i in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, pending: Pending) -> None:
+        """Read a GET batch, in pieces so that every reader has some of a large one."""
+        pages = len(pending.batch.keys)
+        share = -(-pages // len(self._threads))
+        step = max(1, min(share, _PIECE_BYTES // max(1, pending.batch.page_bytes)))
+        for start in range(0, pages, step):
+            self._queue.put((pending, range(start, min(start + step, pages))))
+
+    def close(self) -> None:
+        """Finish what was submitted, stop. Idempotent."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while (piece := self._queue.get()) is not None:
+            pending, positions = piece
+            corrupt: list[int] = []
+            try:
+                with self._db.env.begin(buffers=True) as txn:
+                    for at in positions:
+                        outcome = _read(txn, self._db, pending, at)
+                        pending.outcomes[at] = outcome
+                        if outcome is Outcome.CORRUPT:
+                            corrupt.append(at)
+            except Exception as exc:  # noqa: BLE001 - the loop's edge: the FAULT of the pages not read yet
+                _log.exception("disk: a read failed")
+                pending.error = f"{type(exc).__name__}: {exc}"
+            if corrupt:
+                self._purge(Purge(pending, tuple(corrupt)))
+            pending.settle(len(positions) - len(corrupt))
+            del piece, pending
+
+
+def _read(txn: lmdb.Transaction, db: Database, pending: Pending, at: int) -> Outcome:
+    batch = pending.batch
+    key = bytes(batch.keys[at])
+    record = get_record(txn, db, key)
+    if record is None:
+        return Outcome.MISS
+    found = decode(record, key, batch.buffers[at])
+    if found.outcome is Outcome.OK:
+        pending.checksums[at] = found.checksum
+    else:
+        _log.warning("disk: page %s is corrupt: %s", key.hex(), found.reason)
+    return found.outcome

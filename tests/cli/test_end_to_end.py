@@ -1,0 +1,174 @@
+"""The commands with a real sidecar process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hicache.cli import main
+from hicache.cli.sidecar import Sidecar, temporary
+from hicache.errors import UnavailableError
+
+SMALL = ("--host-bytes", "8MiB", "--no-prefault")
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Sidecar]:
+    with temporary(SMALL, disk_bytes="64MiB") as sidecar:
+        yield sidecar
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_serve_says_when_it_serves_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    sidecar = Sidecar(tmp_path, SMALL)
+    with sidecar:
+        pid = sidecar.pid
+        assert f"SERVING on unix:{sidecar.socket_path} with host 8.00 MiB" in sidecar.ready_line
+        assert sidecar.socket_path.stat().st_mode & 0o777 == 0o600
+    assert gone(pid)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"log", "hicache.sock.lock"}
+    log = sidecar.log_path.read_text()
+    assert "SIGTERM: draining" in log
+    assert all(line.startswith("time=") for line in log.splitlines())
+    assert "level=error" not in log
+
+
+def test_serve_drains_when_its_parent_is_gone(tmp_path: Path) -> None:
+    sidecar = Sidecar(tmp_path, SMALL).start()
+    child = sidecar._child
+    assert child is not None
+    assert child.stdin is not None
+    child.stdin.close()
+    assert child.wait(20) == 0
+    sidecar.kill()
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    sidecar = Sidecar(tmp_path, (*SMALL, "--grace", "60s")).start()
+    child = sidecar._child
+    assert child is not None
+    child.send_signal(signal.SIGINT)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(10) == 0
+    sidecar.kill()
+
+
+def test_a_sidecar_that_cannot_start_says_why(tmp_path: Path, running: Sidecar) -> None:
+    with pytest.raises(UnavailableError, match=r"(?s)ended before it served.*--disk-bytes"):
+        Sidecar(tmp_path, ("--disk-path", str(tmp_path / "disk"))).start()
+    words = [sys.executable, "-m", "hicache", "serve", "--socket-path", str(running.socket_path), *SMALL]
+    second = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+    assert second.returncode == main.EXIT_USAGE
+    assert f"pid {running.pid}" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_stats_tree_and_admin(running: Sidecar, capsys: pytest.CaptureFixture[str]) -> None:
+    target = ("--target", running.target)
+    assert main.main(["stats", "--once", *target]) == 0
+    assert "host" in capsys.readouterr().out
+    assert main.main(["stats", "--json", *target]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [tier["name"] for tier in found["tiers"]] == ["host", "disk"]
+    assert main.main(["tree", *target]) == 0
+    assert main.main(["tree", "--json", *target]) == 0
+    assert main.main(["admin", "clear", *target]) == 0
+    capsys.readouterr()
+    assert main.main(["admin", "check", "--json", *target]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """60 requests of 6 talks that grow by two blocks at a time, below one shared block."""
+    path = tmp_path / "trace.jsonl"
+    talks: dict[int, list[int]] = {}
+    with path.open("w", encoding="utf-8") as file:
+        for turn in range(60):
+            talk = talks.setdefault(turn * 7 % 6, [0])
+            talk += [1000 + turn * 2, 1001 + turn * 2]
+            file.write(json.dumps({"timestamp": turn, "hash_ids": talk}) + "\n")
+    return path
+
+
+def test_replay_hits_what_the_trace_promises(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "replay",
+        "--trace",
+        str(trace),
+        "--host-bytes",
+        "256KiB",
+        "--disk-bytes",
+        "64MiB",
+        "--json",
+        "-",
+    ]
+    assert main.main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["right"] is True
+    assert found["client"]["wrong_bytes"] == found["client"]["refused"] == 0
+    assert found["client"]["granted"] == found["facts"]["hit_blocks"] > 0
+    assert found["hit_ratio"] == found["facts"]["bound"]
+    assert found["client"]["stored"] == found["facts"]["unique_blocks"]
+    assert found["client"]["verified_bytes"] == found["facts"]["hit_blocks"] * 4096
+
+
+def test_replay_drives_a_running_sidecar(
+    running: Sidecar, trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "result.json"
+    words = ["replay", "--trace", str(trace), "--target", running.target, "--limit", "10"]
+    assert main.main([*words, "--json", str(result)]) == 0
+    shown = capsys.readouterr().out
+    assert "hit ratio" in shown
+    assert "0 wrong bytes" in shown
+    assert json.loads(result.read_text())["facts"]["requests"] == 10
+    assert main.main([*words, "--host-bytes", "1GiB"]) == main.EXIT_USAGE
+    assert "--host-bytes: tiers belong to the sidecar" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo_in_small(tmp_path: Path) -> None:
+    device = importlib.util.find_spec("torch") is not None
+    sizes = [
+        "--page-bytes",
+        "8KiB",
+        "--device-bytes",
+        "1MiB",
+        "--host-bytes",
+        "4MiB",
+        "--disk-bytes",
+        "64MiB",
+    ]
+    words = [sys.executable, "-m", "hicache", "demo", "--json", "--turns", "20", *sizes]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    began = time.monotonic()
+    done = subprocess.run(words, capture_output=True, text=True, timeout=90, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["right"] is True
+    assert found["client"]["wrong_bytes"] == found["client"]["refused"] == 0
+    assert found["client"]["verified_bytes"] > 0
+    tiers = {tier["name"]: tier for tier in found["sidecar"]["tiers"]}
+    assert list(tiers) == (["device"] if device else []) + ["host", "disk"]
+    assert all(tier["bytes_in"] > 0 for tier in tiers.values())
+    assert list(tmp_path.iterdir()) == []
+    print(f"took {time.monotonic() - began:.1f} s in {tempfile.gettempdir()}")
