@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
@@ -115,7 +113,6 @@ def _work(job: Job, pipe: Connection) -> None:
             tally = _drive(client, job, pipe)
         pipe.send(Progress("done", tally))
     except HicacheError as error:
-        traceback.print_exc(file=sys.stderr)
         pipe.send(Progress("failed", problem=str(error)))
     except (BrokenPipeError, KeyboardInterrupt):
         return  # the parent is gone, or is ending us

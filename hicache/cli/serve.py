@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
 
 from hicache.cli import config, units
@@ -145,16 +146,36 @@ async def _serve(settings: ServeConfig, *, until_eof: bool) -> None:
     options = server_options(settings)
     await service.start()
     try:
-        server = await serve(service, options)
-        try:
-            _announce(settings, service, server)
-            await _first(stop.asked.wait(), server.wait_drained())
-            server.drain(settings.grace_ms)
-            await _first(stop.now.wait(), server.wait_drained())
-        finally:
-            await server.stop(0 if stop.now.is_set() else settings.grace_ms)
+        with _metrics(service, settings.metrics_port):
+            server = await serve(service, options)
+            try:
+                _announce(settings, service, server)
+                await _first(stop.asked.wait(), server.wait_drained())
+                server.drain(settings.grace_ms)
+                await _first(stop.now.wait(), server.wait_drained())
+            finally:
+                await server.stop(0 if stop.now.is_set() else settings.grace_ms)
     finally:
         await service.close()
+
+
+@contextlib.contextmanager
+def _metrics(service: Service, port: int) -> Iterator[None]:
+    """Prometheus metrics while this lasts; port 0: none."""
+    if not port:
+        yield
+        return
+    from hicache.runtime.metrics import start_http
+
+    try:
+        metrics = start_http(service, port)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"--metrics-port: cannot listen on 127.0.0.1:{port}: {error}") from error
+    log.info("metrics url=http://127.0.0.1:%d/metrics", metrics.port)
+    try:
+        yield
+    finally:
+        metrics.close()
 
 
 async def _first(*waits: Coroutine[None, None, object]) -> None:

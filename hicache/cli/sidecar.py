@@ -17,11 +17,11 @@ from pathlib import Path
 
 from hicache.cli import config
 from hicache.cli.serve import READY_WORD
-from hicache.errors import UnavailableError
+from hicache.errors import HicacheError, UnavailableError
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
-_TAIL_LINES = 12
+_TAIL_LINES = 25
 
 
 class Sidecar:
@@ -87,10 +87,12 @@ class Sidecar:
         raise UnavailableError(f"the sidecar {why}; its log ends with:\n{self.log_tail()}")
 
     def log_tail(self) -> str:
-        """The last lines of the log, indented."""
+        """What matters of the log, indented: from its last error on, else its last lines."""
         with contextlib.suppress(OSError):
             lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-            return "\n".join(f"  | {line}" for line in lines[-_TAIL_LINES:])
+            errors = [index for index, line in enumerate(lines) if " level=error " in line]
+            shown = lines[errors[-1] :][:_TAIL_LINES] if errors else lines[-_TAIL_LINES:]
+            return "\n".join(f"  | {line}" for line in shown)
         return "  | (no log)"
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
@@ -132,4 +134,8 @@ def temporary(flags: Sequence[str] = (), *, disk_bytes: str = "") -> Iterator[Si
         folder = Path(name)
         disk = ("--disk-path", str(folder / "disk"), "--disk-bytes", disk_bytes) if disk_bytes else ()
         with Sidecar(folder, (*flags, *disk)) as sidecar:
-            yield sidecar
+            try:
+                yield sidecar
+            except HicacheError:
+                sys.stderr.write(f"the sidecar's log ends with:\n{sidecar.log_tail()}\n")
+                raise

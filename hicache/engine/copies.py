@@ -148,21 +148,17 @@ def _waits_for_other_source(core: Core, top: Run, src: int, dst: int) -> bool:
 
 def _room_for(core: Core, path: list[Run], dst: int, make_room: MakeRoom) -> bool:
     """Make room for a path in ``dst`` without evicting what stands just above it there."""
+    guards = [
+        core.guard(run, [tier for tier in core.tier_range if run.state[tier] == RESIDENT]) for run in path
+    ]
     above = path[0].tree.parent_run(path[0])
-    guard = above if above is not None and above.state[dst] == RESIDENT else None
-    if guard is not None:
-        core.pin(guard, dst)
-    # The path itself must not be chosen on the way either: it may be clean in a tier above.
-    held = [(run, tier) for run in path for tier in core.tier_range if run.state[tier] == RESIDENT]
-    for run, tier in held:
-        core.pin(run, tier)
+    if above is not None and above.state[dst] == RESIDENT:
+        guards.append(core.guard(above, [dst]))
     try:
         return make_room(dst, path[-1], sum(run.pages for run in path))
     finally:
-        for run, tier in held:
-            core.unpin(run, tier)
-        if guard is not None:
-            core.unpin(guard, dst)
+        for guard in guards:
+            core.unguard(guard)
 
 
 # --- completion

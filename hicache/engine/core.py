@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING
 
 from hicache.engine.actions import Action, Failure, Free, OpenSegment, Reply, Result
 from hicache.engine.counters import Counters
-from hicache.engine.holders import CopyJob, Ingest, Lease, NamespaceState, Operation, Reservation, Saver
+from hicache.engine.holders import (
+    CopyJob,
+    Guard,
+    Ingest,
+    Lease,
+    NamespaceState,
+    Operation,
+    Reservation,
+    Saver,
+)
 from hicache.engine.options import EngineOptions
 from hicache.engine.pools import Pool, Segments
 from hicache.engine.residency import check_step
@@ -185,6 +194,8 @@ class Core:
             pool.policy.insert(run.id, info, run.tick)
             if not run.pins[tier] and not run.below[tier]:
                 pool.policy.expose(run.id)
+        if above is not None and above.state[tier] == DRAINING and above.below[tier]:
+            self.rescue(above)  # something has come to stand below it
         if above is not None and above.state[tier] == RESIDENT and not above.pins[tier]:
             if above.below[tier]:
                 namespace_of(above).pools[tier].policy.hide(above.id)
@@ -236,6 +247,22 @@ class Core:
             self.room_changed = True
             if self.condemned and self.condemned.get(run.id) == tier:
                 self.void(run, tier)
+
+    def guard(self, run: Run, tiers: list[int]) -> Guard:
+        """Pin a run in some tiers for one step; it may be split meanwhile. End with ``unguard``."""
+        guard = Guard(tiers)
+        self.hold(guard, run)
+        for tier in tiers:
+            self.pin(run, tier)
+        return guard
+
+    def unguard(self, guard: Guard) -> None:
+        """Undo ``guard``."""
+        for run in guard.runs:
+            run.holders.remove(guard)
+            for tier in guard.tiers:
+                self.unpin(run, tier)
+        guard.runs = []
 
     def void(self, run: Run, tier: int) -> None:
         """The run's bytes in a tier are wrong: they leave at once, or when the last pin does."""

@@ -87,6 +87,14 @@ class Operation:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
+class Guard:
+    """Pins for the length of one step: what makes room must not take the pages that it is made for."""
+
+    tiers: list[int]
+    runs: list[Run] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
 class CopyJob:
     """One Copy under way. Its runs are pinned in ``src`` and FILLING in ``dst``."""
 

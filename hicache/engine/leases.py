@@ -182,12 +182,12 @@ def _start_copy(core: Core, operation: Operation, run: Run, source: int) -> bool
             return False
         jobs = [holder for holder in run.holders if isinstance(holder, CopyJob) and holder.dst == tier]
     else:
-        core.pin(run, source)  # what makes room must not take the page that is about to be copied
+        guard = core.guard(run, [source])
         try:
             pool = operation.namespace.pools[tier]
             there = room.make_room(core, pool, run.pages, operation.namespace.page_bytes)
         finally:
-            core.unpin(run, source)
+            core.unguard(guard)
         if not there or run.state[source] != RESIDENT:
             reclaim.wanted(core, pool)
             return False

@@ -7,7 +7,7 @@ are there, in page order, so that an abandoned store leaves no hole. Whoever sto
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hicache.engine import reclaim, room, savers
 from hicache.engine.actions import CommitResult, CopyIn, Free, ReserveResult
@@ -60,21 +60,56 @@ def try_grant(core: Core, waiter: ReserveWaiter, *, last_try: bool) -> bool:
         core.reply(waiter.request, ReserveResult(0, total, 0, 0))
         return True
     runs = core.cut(namespace, match)
-    above = runs[-1] if runs else None
-    if above is not None:
-        core.anchor(above, 1)
-    pages = min(total - match.pages, _most_pages(core, namespace))
-    drop = waiter.pressure is Pressure.DROP or (last_try and waiter.pressure is Pressure.WAIT)
-    there = pages > 0 and room.make_room(core, pool, pages, namespace.page_bytes)
-    if not there and pages > 0 and (drop or not _hope(core)):
-        there = room.make_room(core, pool, pages, namespace.page_bytes, drop=True)
-    if not there:
+    if runs:
+        core.hold(
+            waiter, runs[-1]
+        )  # what makes room may split the run: the waiter follows, as the anchor does
+        core.anchor(runs[-1], 1)
+    most = _most_pages(core, namespace)
+    asked = min(total - match.pages, most)
+    drop = waiter.pressure is Pressure.DROP or last_try
+    # A prompt that would take more than half of the tier gets at least that much: the head of a prompt is worth
+    # keeping, and waiting for the tier to be idle helps nobody. The last try takes what there is.
+    granted = 0
+    for pages in _sizes(asked, 1 if last_try else max(most // 2, 1)):
+        granted = pages if _room(core, namespace, pages, drop=drop) else 0
+        if granted:
+            break
+    if granted:
+        _grant(core, waiter, match.pages, granted)
+    else:
         reclaim.wanted(core, pool)
-        if above is not None:
-            core.anchor(above, -1)
-        return False
-    _grant(core, waiter, match.pages, pages, above)
-    return True
+    _let_go_anchor(core, waiter)
+    return granted > 0
+
+
+def _sizes(asked: int, least: int) -> Iterator[int]:
+    """What is asked for, then halves of it, not below ``least``."""
+    pages = asked
+    while pages >= min(least, asked) and pages > 0:
+        yield pages
+        pages = pages // 2
+
+
+def _room(core: Core, namespace: NamespaceState, pages: int, *, drop: bool) -> bool:
+    """Room without losing anything if that can be had, else by dropping unsaved pages if that is allowed."""
+    pool = namespace.pools[FIRST]
+    if room.make_room(core, pool, pages, namespace.page_bytes):
+        return True
+    # Asked only now: the try above may have started the very copies that are worth waiting for.
+    may_drop = drop or not _hope(core)
+    return may_drop and room.make_room(core, pool, pages, namespace.page_bytes, drop=True)
+
+
+def _let_go_anchor(core: Core, holder: ReserveWaiter | Reservation) -> None:
+    """Undo a hold on runs of which the last is anchored."""
+    held = list(holder.runs)
+    for run in held:
+        run.holders.remove(holder)
+    holder.runs = []
+    if held:
+        core.anchor(held[-1], -1)
+        merge_all(core, held)
 
 
 def _hope(core: Core) -> bool:
@@ -90,7 +125,7 @@ def _most_pages(core: Core, namespace: NamespaceState) -> int:
     return core.segments[FIRST].total * pool.slots_per_segment
 
 
-def _grant(core: Core, waiter: ReserveWaiter, present: int, pages: int, above: Run | None) -> None:
+def _grant(core: Core, waiter: ReserveWaiter, present: int, pages: int) -> None:
     namespace = waiter.namespace
     ttl = min(waiter.ttl_ms or core.options.default_ttl_ms, core.options.max_ttl_ms)
     places = namespace.pools[FIRST].take(pages, namespace.page_bytes)
@@ -107,8 +142,9 @@ def _grant(core: Core, waiter: ReserveWaiter, present: int, pages: int, above: R
         core.now_ms + ttl,
     )
     core.reservations[reservation.id] = reservation
-    if above is not None:
-        core.hold(reservation, above)  # already anchored
+    if waiter.runs:
+        core.hold(reservation, waiter.runs[-1])
+        core.anchor(waiter.runs[-1], 1)
     core.at(reservation.expires_ms, "reservation", reservation.id)
     core.reply(waiter.request, ReserveResult(reservation.id, present, pages, reservation.expires_ms))
 
@@ -383,12 +419,5 @@ def close(core: Core, reservation: Reservation) -> None:
     if reservation.places:
         core.release_places(reservation.namespace, FIRST, reservation.places)
         reservation.places = array("q")
-    if reservation.runs:
-        above = reservation.runs[-1]
-        held = list(reservation.runs)
-        for run in held:
-            run.holders.remove(reservation)
-        reservation.runs = []
-        core.anchor(above, -1)
-        merge_all(core, held)
+    _let_go_anchor(core, reservation)
     core.room_changed = True

@@ -49,7 +49,7 @@ class Lane:
 
 def page_buffer(size_bytes: int) -> memoryview:
     """Writable memory that is not cleared first."""
-    return memoryview(np.empty(size_bytes, dtype=np.uint8))
+    return np.empty(size_bytes, dtype=np.uint8).data
 
 
 class BouncePool:

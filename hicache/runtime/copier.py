@@ -3,7 +3,7 @@
     to addressable memory    GET into the destination's slots, then seal them
     from addressable memory  PUT from the source's slots, with their recorded checksums
     neither                  GET into bounce buffers, then PUT
-    from a client            a worker reads into the slots (or bounce buffers) and checksums the copy, then seal (or PUT)
+    from a client            a worker reads into slots (or bounce buffers), checksums the copy; then seal (or PUT)
 
 A copy is worked on in chunks of bounded size; it is done when every page has its outcome. PUTs to one tier happen in
 the order in which the engine asked for the copies, whatever order their pages became ready in: that keeps a durable

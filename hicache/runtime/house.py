@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 
 from hicache.engine import Engine, events
 from hicache.engine.actions import Action
@@ -19,7 +18,7 @@ from hicache.runtime.ports import TierPort
 from hicache.runtime.recovery import Recoverer
 from hicache.runtime.regions import RegionRegistry
 from hicache.runtime.stores import Stores, open_stores
-from hicache.runtime.workers import Wake, Workers
+from hicache.runtime.workers import Wake, Workers, resolve
 from hicache.types import Completion, Namespace, Op
 
 _log = logging.getLogger(__name__)
@@ -109,7 +108,7 @@ class House:
 
     async def _flush(self, port: TierPort) -> None:
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        port.submit(Op.FLUSH, lambda completion: done.done() or done.set_result(completion))
+        port.submit(Op.FLUSH, lambda completion: resolve(done, completion))
         await done
 
     async def close(self) -> None:
@@ -129,11 +128,10 @@ class House:
 
 async def open_house(options: ServiceOptions, clock: Clock, regions: RegionRegistry) -> House:
     """Open the stores (on a thread: a lock, a file to map) and wire everything. Raises as ``open_stores`` does."""
-    rings: list[Callable[[], None]] = []
-    wake = Wake(asyncio.get_running_loop(), lambda: rings[0]())
+    wake = Wake(asyncio.get_running_loop())
     stores = await asyncio.to_thread(open_stores, options, wake.ring)
     house = House(options, clock, stores, wake, regions)
-    rings.append(house.poll)
+    wake.call = house.poll
     return house
 
 

@@ -18,6 +18,7 @@ from hicache.engine.actions import Action, Failure, FetchResult, OperationDone, 
 from hicache.engine.events import Event
 from hicache.errors import ERROR_BY_CODE, HicacheError, UnavailableError
 from hicache.runtime.clock import Alarm, Clock
+from hicache.runtime.workers import resolve
 
 _log = logging.getLogger(__name__)
 
@@ -83,9 +84,7 @@ class EngineLoop:
         try:
             for action in self._engine.handle(event, self._clock.now_ms()):
                 self._start(action)
-        except (
-            Exception
-        ) as error:  # the loop's edge: an invariant is broken, nothing may be served from here on
+        except Exception as error:  # noqa: BLE001 - the loop's edge; nothing is served from here on
             self._fail(error)
 
     def _start(self, action: Action) -> None:
@@ -157,7 +156,7 @@ class EngineLoop:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         waiters = self._waiters.setdefault(operation, [])
         waiters.append(done)
-        alarm = self._clock.alarm(wait_ms, lambda: done.done() or done.set_result(None))
+        alarm = self._clock.alarm(wait_ms, lambda: resolve(done, None))
         try:
             await done
         finally:

@@ -9,7 +9,6 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +132,6 @@ class MetricsServer:
         async def snapshot() -> tuple[ServiceStats, dict[str, Histogram]]:
             return self._service.stats(), dict(self._service.latencies.calls)
 
-        assert threading.current_thread() is not threading.main_thread() or not self._loop.is_running()
         future = asyncio.run_coroutine_threadsafe(snapshot(), self._loop)
         try:
             return future.result(SNAPSHOT_TIMEOUT_S)

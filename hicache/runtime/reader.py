@@ -18,6 +18,7 @@ from hicache.keys import chain_keys
 from hicache.runtime.bounce import page_buffer
 from hicache.runtime.extents import lease_slots
 from hicache.runtime.ports import TierPort
+from hicache.runtime.workers import resolve
 from hicache.types import Completion, Namespace, Op, Outcome
 
 #: What one stream reads at a time, and all the memory it takes; one page where that is more.
@@ -100,7 +101,7 @@ class PageReader:
         arrived: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self._port.submit(
             Op.GET,
-            lambda completion: arrived.done() or arrived.set_result(completion),
+            lambda completion: resolve(arrived, completion),
             page_bytes=size,
             slots=slots,
             keys=stream.keys[pages.start : pages.stop],

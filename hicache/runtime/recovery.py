@@ -29,13 +29,27 @@ ORPHANS_PER_BATCH = 4096
 
 
 class Chain(Protocol):
-    """Consecutive pages of one namespace."""
+    """Consecutive pages of one namespace; see ``tier.recovery.RecoveredChain``."""
 
-    namespace_fingerprint: bytes
-    parent: int
-    symbols: bytes
-    keys: list[bytes]
-    charges: list[int]
+    @property
+    def namespace_fingerprint(self) -> bytes:
+        """Whose they are."""
+
+    @property
+    def parent(self) -> int:
+        """Number, among the namespace's chains, of the one before; -1 at the root."""
+
+    @property
+    def symbols(self) -> bytes:
+        """The pages' symbols, concatenated."""
+
+    @property
+    def keys(self) -> list[bytes]:
+        """One a page."""
+
+    @property
+    def charges(self) -> list[int]:
+        """Bytes of capacity, one a page."""
 
 
 class Chains(Protocol):

@@ -47,6 +47,10 @@ class RegionSource:
         for _, pages in pieces:
             self._before.append(self._before[-1] + pages)
 
+    def __repr__(self) -> str:
+        """The same for all: actions are digested by what they show, and a replay has no regions."""
+        return "PageSource()"
+
     def hold(self) -> None:
         """See PageSource."""
         for region, _ in self._places:
@@ -91,6 +95,10 @@ class StreamSource:
         self._pages = pages
         self._checksums = checksums
 
+    def __repr__(self) -> str:
+        """The same for all: actions are digested by what they show, and a replay has no regions."""
+        return "PageSource()"
+
     def hold(self) -> None:
         """See PageSource; the pages are its own."""
 
@@ -118,7 +126,7 @@ def filler(
     """
 
     def fill() -> list[tuple[Outcome, int]]:
-        filled = []
+        filled: list[tuple[Outcome, int]] = []
         for page, outcome, buffer in zip(pages, source.read(pages, buffers), buffers, strict=True):
             if outcome is not Outcome.OK:
                 filled.append((outcome, 0))

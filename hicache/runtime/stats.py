@@ -13,10 +13,8 @@ from hicache.runtime.ports import TierPort
 if TYPE_CHECKING:
     from hicache.runtime.house import House
 
-_stats = dataclasses.dataclass(slots=True, frozen=True)
 
-
-@_stats
+@dataclasses.dataclass(frozen=True, slots=True)
 class TierStats:
     """One tier. ``state``: ok, read-only, off. Bytes in and out are those that moved, raw."""
 
@@ -35,7 +33,7 @@ class TierStats:
     queued_batches: int
 
 
-@_stats
+@dataclasses.dataclass(frozen=True, slots=True)
 class ServiceStats:
     """``counters``: totals and gauges that are single numbers, by the names they have in the metrics."""
 

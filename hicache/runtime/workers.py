@@ -24,12 +24,18 @@ def lower_priority() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICE)
 
 
+def resolve(future: asyncio.Future[T], result: T) -> None:
+    """Give a future its result, unless who waited has gone."""
+    if not future.done():
+        future.set_result(result)
+
+
 class Wake:
     """Runs ``call`` on the loop's thread soon after somebody rang, once for many rings."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._call = call
+        self.call: Callable[[], None] = lambda: None
         self._rung = False
         self._lock = threading.Lock()
         self._closed = False
@@ -47,7 +53,7 @@ class Wake:
             self._rung = False  # before the call: what is published from now on rings again
             if self._closed:
                 return
-        self._call()
+        self.call()
 
     def close(self) -> None:
         """No more calls; rings are ignored. The loop may be closed afterwards."""
@@ -67,7 +73,8 @@ class Workers:
     def run(self, work: Callable[[], T], then: Callable[[T | None], None]) -> None:
         """Do ``work`` on a worker, then ``then`` with its result on the loop's thread; None if it raised."""
         self.running += 1
-        self._pool.submit(work).add_done_callback(_Delivery(self, then))
+        delivery: _Delivery[T] = _Delivery(self, then)
+        self._pool.submit(work).add_done_callback(delivery)
 
     def deliver(self, call: Callable[[], None]) -> None:
         """From a worker: a result for the loop."""

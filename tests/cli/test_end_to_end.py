@@ -6,10 +6,12 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +81,35 @@ def test_a_sidecar_that_cannot_start_says_why(tmp_path: Path, running: Sidecar) 
     assert second.returncode == main.EXIT_USAGE
     assert f"pid {running.pid}" in second.stderr
     assert "Traceback" not in second.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_metrics_are_served_on_their_port(tmp_path: Path) -> None:
+    port = free_port()
+    with Sidecar(tmp_path, (*SMALL, "--metrics-port", str(port))):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        assert 'hicache_tier_capacity_bytes{tier="host"} 8.388608e+06' in text
+        (tmp_path / "other").mkdir()
+        with pytest.raises(UnavailableError, match=rf"--metrics-port: cannot listen on 127\.0\.0\.1:{port}"):
+            Sidecar(tmp_path / "other", (*SMALL, "--metrics-port", str(port))).start()
+
+
+def test_the_readme_example_works(running: Sidecar) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    program = readme.partition("```python\n")[2].partition("```")[0]
+    program = program.replace("unix:///run/user/1000/hicache.sock", running.target)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
 
 
 def test_stats_tree_and_admin(running: Sidecar, capsys: pytest.CaptureFixture[str]) -> None:

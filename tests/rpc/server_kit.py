@@ -28,7 +28,7 @@ from hicache.rpc.pb import (
     session_pb2_grpc,
 )
 from hicache.rpc.server import Server, ServerOptions, serve
-from hicache.runtime.counters import CallLatency
+from hicache.runtime.counters import Latencies
 from hicache.runtime.stats import ServiceStats, TierStats
 from hicache.types import TierKind, TierSpec
 
@@ -126,6 +126,7 @@ class FakeService:
         self.state = "serving"
         self.options = SimpleNamespace(max_ttl_ms=600_000)
         self.regions = FakeRegions()
+        self.latencies = Latencies()
         self.on_draining: list[Callable[[int], None]] = []
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.script: dict[str, Any] = {}
@@ -261,8 +262,7 @@ class FakeService:
             TierStats(view.name, view.kind, state, 100, 10, 3, 1, 2, 3, 4, 5, 6, 7)
             for view, state in zip(views, ("ok", "read-only"), strict=True)
         )
-        latencies = (CallLatency("match", 1, 0.1, 0.2),)
-        return ServiceStats(self.state, 77, engine, tiers, {"fetches": 5}, latencies)
+        return ServiceStats(self.state, 77, engine, tiers, {"fetches": 5}, tuple(self.latencies.snapshot()))
 
     def tree_view(self, namespace: int, max_nodes: int) -> tuple[list[NodeView], int]:
         self.note("tree_view", namespace, max_nodes)

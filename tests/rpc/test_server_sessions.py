@@ -371,6 +371,25 @@ def test_a_caller_that_hung_up_finds_its_answer(tmp_path: Path) -> None:
     run(main())
 
 
+def test_work_ends_with_its_session(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as house:
+            client, sid, namespace = await ready(house)
+            house.service.gate = asyncio.Event()
+            call = client.cache.Reserve(
+                cache_pb2.ReserveRequest(
+                    session_id=sid, namespace_id=namespace, prompt=tokens(4), request_id=b"r1"
+                )
+            )
+            await asyncio.sleep(0.05)
+            house.server._sessions.end_all("test")
+            error = await failure(call)
+            assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert not house.service.called("reserve")
+
+    run(main())
+
+
 def test_failures_are_not_remembered(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path) as house:

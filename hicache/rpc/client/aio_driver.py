@@ -97,7 +97,7 @@ class _Stream:
                 if self._core.now_ns() - self._heard_ns > SILENT_KEEP_ALIVES * keep_alive_s * 1e9:
                     self._call.cancel()
                     return
-        except UnavailableError:
+        except HicacheError:
             return  # the life line sees it too
 
 
@@ -242,7 +242,7 @@ class Driver:
                     await self._stream.end()
                     self._stream = None
             pause_s = PAUSE_FIRST_S if session.attachments > attachments else min(2 * pause_s, PAUSE_MOST_S)
-            await asyncio.sleep(0 if session.closed else pause_s)
+            await asyncio.sleep(pause_s)
 
     async def _life(self, step: Step) -> Any:
         if isinstance(step, OpenStream):

@@ -1,9 +1,9 @@
-"""The synchronous client. Its handles do nothing but arguments and steps; what happens is in ``flows``.
+"""The synchronous client. Its handles run the steps that ``handles`` makes, and do nothing else.
 
 with hicache.Client("unix:///run/hicache.sock") as client:
-    cache = client.namespace(model="llama-3.1-8b", page_bytes=2 << 20)
-    with cache.fetch(tokens, wait_ms=50) as lease:
-        lease.copy_into(buffer)
+cache = client.namespace(model="llama-3.1-8b", page_bytes=2 << 20)
+with cache.fetch(tokens, wait_ms=50) as lease:
+lease.copy_into(buffer)
 """
 
 from __future__ import annotations
@@ -15,23 +15,20 @@ from typing import Any, Self, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from hicache.rpc.client import buffers, calls, flows, storing
-from hicache.rpc.client import options as settings
+from hicache.errors import HicacheError
+from hicache.rpc.client import buffers
 from hicache.rpc.client.admin import Admin
-from hicache.rpc.client.core import Core, linked
-from hicache.rpc.client.driver import Driver
-from hicache.rpc.client.handles import (
-    LeaseBase,
-    NamespaceBase,
+from hicache.rpc.client.arguments import (
     NamespaceFields,
     OptionFields,
-    ReservationBase,
-    count_of,
-    make_namespace,
+    fetch_ask,
     make_options,
-    pages_of,
     refuse_torch_views,
+    reserve_ask,
 )
+from hicache.rpc.client.calls import CommitAsk
+from hicache.rpc.client.driver import Driver
+from hicache.rpc.client.handles import ClientBase, LeaseBase, NamespaceBase, ReservationBase
 from hicache.rpc.client.lease import LeaseState
 from hicache.rpc.client.options import ClientOptions, Verify
 from hicache.rpc.client.prompt import Tokens
@@ -46,6 +43,9 @@ from hicache.rpc.client.results import (
 )
 from hicache.rpc.client.storing import Pages
 
+#: How long calls that move pages wait for room, or for pages from lower tiers, unless they say otherwise.
+WAIT_MS = 5_000
+
 
 class Lease(LeaseBase):
     """Pages lent for reading; given back once, by ``release`` or at the end of a ``with``.
@@ -54,7 +54,7 @@ class Lease(LeaseBase):
     """
 
     def __init__(self, driver: Driver, state: LeaseState) -> None:
-        super().__init__(state)
+        super().__init__(driver.core, state)
         self._driver = driver
 
     def __enter__(self) -> Self:
@@ -68,8 +68,7 @@ class Lease(LeaseBase):
 
         Raises NotFoundError or StaleError for a lease that is over, CorruptError where ``verify`` is "always".
         """
-        verify = self._driver.core.options.verify is Verify.ALWAYS
-        return self._driver.run(flows.views(self._driver.core, self._state, verify=verify))
+        return self._driver.run(self._views())
 
     def numpy(self, dtype: npt.DTypeLike = np.uint8) -> list[npt.NDArray[Any]]:
         """As ``views``, as read-only one-dimensional arrays."""
@@ -90,37 +89,27 @@ class Lease(LeaseBase):
         Raises NotFoundError (the lease expired meanwhile), StaleError (its session is gone) or CorruptError; the
         buffers then hold nothing to be used.
         """
-        core = self._driver.core
-        how = core.options.verify if verify is None else settings.verify(verify)
-        rows = buffers.page_rows(into, self.page_bytes, self._state.pages_from(first, count))
-        return self._driver.run(flows.copy(core, self._state, rows, first, verify=how is not Verify.OFF))
+        return self._driver.run(self._copy(into, first, count, verify))
 
     def renew(self, ttl_ms: int = 0) -> None:
         """Keep it for ``ttl_ms`` from now (0: the server's default). Raises NotFoundError if it is lost."""
-        self._state.check()
-        core = self._driver.core
-        budget = core.budget(None, incarnation=self._state.terms.incarnation)
-        self._driver.run(flows.renew(core, [self._state], count_of("ttl_ms", ttl_ms), budget))
-        self._state.check()
+        self._driver.run(self._renew(ttl_ms))
 
     def wait(self, wait_ms: int) -> OperationResult:
         """Wait for pages that are on their way; more of them may be granted afterwards."""
-        core = self._driver.core
-        wait_ms = count_of("wait_ms", wait_ms)
-        budget = core.budget(None, wait_ms=wait_ms, incarnation=self._state.terms.incarnation)
-        return self._driver.run(flows.wait_lease(core, self._state, wait_ms, budget))
+        return self._driver.run(self._wait(wait_ms))
 
     def release(self) -> None:
         """Give the pages back. Idempotent; never raises for a server that is gone."""
         if not self._state.over:
-            self._driver.run(flows.release(self._driver.core, [self._state]))
+            self._driver.run(self._release())
 
 
 class Reservation(ReservationBase):
     """Room for missing pages. A ``with`` aborts what was not committed."""
 
     def __init__(self, driver: Driver, state: ReservationState) -> None:
-        super().__init__(state)
+        super().__init__(driver.core, state)
         self._driver = driver
 
     def __enter__(self) -> Self:
@@ -131,7 +120,7 @@ class Reservation(ReservationBase):
 
     def write(self, page: int, data: Any) -> None:
         """Copy a page's bytes (buffer, array or CPU tensor) into its buffer."""
-        self._state.write(page, data)
+        self._driver.run(self._write(page, data))
 
     def commit(
         self,
@@ -147,22 +136,28 @@ class Reservation(ReservationBase):
         ``last=False`` keeps the reservation for more. ``verify`` sends checksums, which the server compares with its
         own copy.
         """
-        core = self._driver.core
-        ask = calls.CommitAsk(durable, last, verify)
-        budget = core.budget(timeout_s, incarnation=self._state.incarnation)
-        return self._driver.run(storing.commit(core, self._state, pages, ask, budget))
+        return self._driver.run(self._commit(pages, timeout_s, CommitAsk(durable, last, verify)))
+
+    def store(self, pages: Pages, *, durable: bool = False) -> StoreResult:
+        """Write and commit all missing pages, in parts of bounded size.
+
+        ``pages`` is a sequence with one buffer for every page of the prompt, or a function ``(page, view)`` that
+        fills the view.
+        """
+        ask = CommitAsk(durable=durable, last=True, verify=True)
+        return self._driver.run(self._store(pages, ask))
 
     def abort(self) -> None:
         """Give back what was not committed. Idempotent; never raises for a server that is gone."""
         if not self._state.ended:
-            self._driver.run(storing.abort(self._driver.core, self._state))
+            self._driver.run(self._abort())
 
 
 class NamespaceHandle(NamespaceBase):
     """The calls in one namespace; opened at its first use, and again after a restart of the sidecar."""
 
     def __init__(self, driver: Driver, fields: NamespaceFields) -> None:
-        super().__init__(make_namespace(**fields))
+        super().__init__(driver.core, fields)
         self._driver = driver
 
     def match(
@@ -174,9 +169,7 @@ class NamespaceHandle(NamespaceBase):
         timeout_s: float | None = None,
     ) -> MatchResult:
         """How much of a prompt is cached; counts as a use only with ``touch``."""
-        core, prompt = self._driver.core, self._pack(tokens, extra_keys)
-        steps = flows.match(core, self._state, prompt, touch=touch, budget=core.budget(timeout_s))
-        return self._driver.run(steps)
+        return self._driver.run(self._match(tokens, extra_keys, timeout_s, touch=touch))
 
     def fetch(
         self,
@@ -193,17 +186,15 @@ class NamespaceHandle(NamespaceBase):
         What is readable is granted at once; pages that must first be promoted are waited for up to ``wait_ms``, and
         may be waited for further with ``Lease.wait``. ``ttl_ms`` 0: the server's default.
         """
-        core, prompt = self._driver.core, self._pack(tokens, extra_keys)
-        ask = calls.FetchAsk(pages_of(max_pages), count_of("ttl_ms", ttl_ms), count_of("wait_ms", wait_ms))
-        budget = core.budget(timeout_s, wait_ms=wait_ms)
-        return Lease(self._driver, self._driver.run(flows.fetch(core, self._state, prompt, ask, budget)))
+        ask = fetch_ask(max_pages, ttl_ms, wait_ms)
+        return Lease(self._driver, self._driver.run(self._fetch(tokens, extra_keys, timeout_s, ask)))
 
     def load(
         self,
         tokens: Tokens,
         into: Any,
         *,
-        wait_ms: int = 5_000,
+        wait_ms: int = WAIT_MS,
         extra_keys: Sequence[bytes] | None = None,
         timeout_s: float | None = None,
     ) -> int:
@@ -211,9 +202,9 @@ class NamespaceHandle(NamespaceBase):
         room = buffers.capacity_pages(into, self.page_bytes)
         if not room:
             return 0
-        with self.fetch(
-            tokens, max_pages=room, wait_ms=wait_ms, extra_keys=extra_keys, timeout_s=timeout_s
-        ) as lease:
+        ask = fetch_ask(room, 0, wait_ms)
+        state = self._driver.run(self._fetch(tokens, extra_keys, timeout_s, ask))
+        with Lease(self._driver, state) as lease:
             return lease.copy_into(into)
 
     def reserve(
@@ -221,7 +212,7 @@ class NamespaceHandle(NamespaceBase):
         tokens: Tokens,
         *,
         ttl_ms: int = 0,
-        wait_ms: int = 5_000,
+        wait_ms: int = WAIT_MS,
         drop_pressure: bool = False,
         extra_keys: Sequence[bytes] | None = None,
         timeout_s: float | None = None,
@@ -230,12 +221,9 @@ class NamespaceHandle(NamespaceBase):
 
         ``drop_pressure``: drop unsaved victims instead of waiting. Raises ExhaustedError where there is no room.
         """
-        core, prompt = self._driver.core, self._pack(tokens, extra_keys)
-        ask = calls.ReserveAsk(count_of("ttl_ms", ttl_ms), count_of("wait_ms", wait_ms), drop_pressure)
-        budget = core.budget(timeout_s, wait_ms=wait_ms)
-        return Reservation(
-            self._driver, self._driver.run(storing.reserve(core, self._state, prompt, ask, budget))
-        )
+        ask = reserve_ask(ttl_ms, wait_ms, drop_pressure=drop_pressure)
+        state = self._driver.run(self._reserve(tokens, extra_keys, timeout_s, ask))
+        return Reservation(self._driver, state)
 
     def store(
         self,
@@ -243,22 +231,15 @@ class NamespaceHandle(NamespaceBase):
         pages: Pages,
         *,
         durable: bool = False,
-        wait_ms: int = 5_000,
+        wait_ms: int = WAIT_MS,
         drop_pressure: bool = False,
         extra_keys: Sequence[bytes] | None = None,
     ) -> StoreResult:
-        """Store a prompt's missing pages, in parts of bounded size.
-
-        ``pages`` is a sequence with one buffer for every page of the prompt, or a function ``(page, view)`` that
-        fills the view.
-        """
-        total, core, ask = CommitResult(), self._driver.core, calls.CommitAsk(durable, last=True, verify=True)
-        with self.reserve(
-            tokens, wait_ms=wait_ms, drop_pressure=drop_pressure, extra_keys=extra_keys
-        ) as reservation:
-            while not reservation.ended:
-                total += self._driver.run(storing.store_part(core, reservation._state, pages, ask))
-        return StoreResult(reservation.present_pages, total)
+        """``reserve``, then ``Reservation.store``."""
+        ask = reserve_ask(0, wait_ms, drop_pressure=drop_pressure)
+        state = self._driver.run(self._reserve(tokens, extra_keys, None, ask))
+        with Reservation(self._driver, state) as reservation:
+            return reservation.store(pages, durable=durable)
 
     def prefetch(
         self,
@@ -269,11 +250,10 @@ class NamespaceHandle(NamespaceBase):
         timeout_s: float | None = None,
     ) -> PrefetchResult:
         """Promote a prompt's cached pages to a tier (by number or name) without leasing them."""
-        core, prompt = self._driver.core, self._pack(tokens, extra_keys)
-        return self._driver.run(flows.prefetch(core, self._state, prompt, tier, core.budget(timeout_s)))
+        return self._driver.run(self._prefetch(tokens, extra_keys, timeout_s, tier))
 
 
-class Client:
+class Client(ClientBase):
     """A connection to one sidecar. Threads may share it; a fork may not.
 
     ``target``: a path or ``unix:///path`` of the sidecar's socket, or ``host:port`` with ``token`` or ``tls``. The
@@ -284,10 +264,15 @@ class Client:
         self, target: str, options: ClientOptions | None = None, **fields: Unpack[OptionFields]
     ) -> None:
         self._driver = Driver(target, make_options(options, fields))
+        super().__init__(self._driver.core)
         self.admin = Admin(self._driver)
 
     def __enter__(self) -> Self:
-        self.connect()
+        try:
+            self.connect()
+        except HicacheError:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -295,27 +280,9 @@ class Client:
     ) -> None:
         self.close()
 
-    @property
-    def core(self) -> Core:
-        """What the client is made of; for tests and measurements."""
-        return self._driver.core
-
-    @property
-    def attached(self) -> bool:
-        """Whether there is a live session, this moment."""
-        session = self._driver.core.session
-        return not session.closed and session.current() is not None
-
-    @property
-    def draining(self) -> bool:
-        """Whether the sidecar said that it is about to stop."""
-        return self._driver.core.session.draining
-
     def connect(self) -> Capabilities:
         """Attach, or wait until it is done. Raises UnavailableError after ``connect_timeout_s``."""
-        core = self._driver.core
-        deadline_ns = core.now_ns() + int(core.options.connect_timeout_s * 1e9)
-        return self._driver.run(linked(core, deadline_ns, 0)).capabilities
+        return self._driver.run(self._connect())
 
     def close(self) -> None:
         """End the session: everything it holds is released. Idempotent."""
@@ -327,24 +294,17 @@ class Client:
 
     def renew(self, leases: Iterable[Lease], ttl_ms: int = 0) -> list[Lease]:
         """Renew many leases with one call; answers those that are lost."""
-        core, held = self._driver.core, {lease._state: lease for lease in leases if lease.still_valid()}
-        budget = core.budget(None, incarnation=core.session.incarnation)
-        lost = self._driver.run(flows.renew(core, list(held), count_of("ttl_ms", ttl_ms), budget))
-        return [held[state] for state in lost]
+        held = {lease._state: lease for lease in leases}
+        return [held[lost] for lost in self._driver.run(self._renew(held.values(), ttl_ms))]
 
     def release(self, leases: Iterable[Lease]) -> None:
         """Release many leases with one call."""
-        states = [lease._state for lease in leases]
-        self._driver.run(flows.release(self._driver.core, states))
+        self._driver.run(self._release(leases))
 
     def wait_operation(self, operation: int, wait_ms: int) -> OperationResult:
         """Wait for an operation, such as a prefetch."""
-        core, wait_ms = self._driver.core, count_of("wait_ms", wait_ms)
-        return self._driver.run(
-            flows.wait_operation(core, operation, wait_ms, core.budget(None, wait_ms=wait_ms))
-        )
+        return self._driver.run(self._wait_operation(operation, wait_ms))
 
     def cancel(self, operation: int) -> None:
         """Wait for an operation no longer; copies that others share go on."""
-        core = self._driver.core
-        self._driver.run(flows.cancel(core, operation, core.budget(None)))
+        self._driver.run(self._cancel(operation))

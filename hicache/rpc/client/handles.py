@@ -1,113 +1,40 @@
-"""What the synchronous and the asyncio handles share: settings, arguments, and everything that needs no I/O."""
+"""What the synchronous and the asyncio handles share: everything but the running of steps."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Any, Required, TypedDict, Unpack
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from hicache import keys
-from hicache.errors import InvalidArgumentError, UnsupportedError
+from hicache.rpc.client import buffers, calls, flows, prompt, storing
 from hicache.rpc.client import options as settings
-from hicache.rpc.client import prompt
-from hicache.rpc.client.core import NS_PER_MS, NamespaceState
+from hicache.rpc.client.arguments import NamespaceFields, count_of, make_namespace
+from hicache.rpc.client.core import NS_PER_MS, Core, linked
 from hicache.rpc.client.lease import LeaseState
-from hicache.rpc.client.options import ClientOptions, DataPlane, Tls, Verify
+from hicache.rpc.client.options import Verify
 from hicache.rpc.client.prompt import Tokens
 from hicache.rpc.client.reservation import ReservationState
-from hicache.types import Namespace, SymbolKind
+from hicache.rpc.client.results import (
+    Capabilities,
+    CommitResult,
+    MatchResult,
+    OperationResult,
+    PrefetchResult,
+    StoreResult,
+)
+from hicache.rpc.client.steps import Steps, Work
+from hicache.rpc.client.storing import Pages
+from hicache.types import Namespace
 
-
-class OptionFields(TypedDict, total=False):
-    """The fields of ClientOptions, as keywords of a Client."""
-
-    name: str
-    timeout_s: float
-    connect_timeout_s: float
-    data_plane: DataPlane | str
-    verify: Verify | str
-    token: str
-    tls: Tls | None
-    write_limit_bytes: int
-    write_step_bytes: int
-    deadline_margin_ms: int
-
-
-class NamespaceFields(TypedDict, total=False):
-    """The fields of a Namespace that callers set; the tenant is the server's to say."""
-
-    model: Required[str]
-    page_bytes: Required[int]
-    page_tokens: int
-    salt: str
-    revision: str
-    adapter: str
-    kv_dtype: str
-    layout: str
-    codec: str
-    layers: int
-    kv_heads: int
-    head_size: int
-    world_size: int
-    engine_version: str
-    symbol_kind: SymbolKind | str
-    symbol_hash_bytes: int
-    extra_key_bytes: int
-
-
-DEFAULT_PAGE_TOKENS = 64
-
-
-def make_options(options: ClientOptions | None, fields: OptionFields) -> ClientOptions:
-    """Options with some fields set. Raises ConfigError for values that cannot work."""
-    changes: dict[str, Any] = dict(fields)
-    if "data_plane" in changes:
-        changes["data_plane"] = settings.data_plane(changes["data_plane"])
-    if "verify" in changes:
-        changes["verify"] = settings.verify(changes["verify"])
-    return dataclasses.replace(ClientOptions() if options is None else options, **changes)
-
-
-def make_namespace(**fields: Unpack[NamespaceFields]) -> NamespaceState:
-    """A namespace to be opened at its first use. Raises InvalidArgumentError naming the field."""
-    if "tenant" in fields:
-        raise InvalidArgumentError(
-            "namespace: the tenant is the server's to say, from this client's credentials"
-        )
-    known: dict[str, Any] = {"page_tokens": DEFAULT_PAGE_TOKENS, **fields}
-    if "symbol_kind" in fields:
-        try:
-            known["symbol_kind"] = SymbolKind(known["symbol_kind"])
-        except ValueError:
-            raise InvalidArgumentError(
-                f"namespace: symbol_kind is tokens or hashes, not {known['symbol_kind']!r}"
-            ) from None
-    spec = Namespace(**known)
-    keys.validate(spec)
-    return NamespaceState(spec)
-
-
-def count_of(name: str, value: int | None) -> int:
-    """An argument that must not be negative; None is 0. Raises InvalidArgumentError."""
-    if value is None:
-        return 0
-    if not isinstance(value, int) or value < 0 or value >= 1 << 63:
-        raise InvalidArgumentError(f"{name} must be a whole number, 0 or more, not {value!r}")
-    return value
-
-
-def pages_of(max_pages: int | None) -> int:
-    """``max_pages`` as Fetch takes it. Raises InvalidArgumentError for 0, which would mean all."""
-    if max_pages is not None and not 1 <= max_pages < 1 << 32:
-        raise InvalidArgumentError(f"max_pages must be at least 1, not {max_pages!r}; None for all")
-    return max_pages or 0
+Keys = Sequence[bytes] | None
 
 
 class NamespaceBase:
     """A namespace without its calls."""
 
-    def __init__(self, state: NamespaceState) -> None:
-        self._state = state
+    def __init__(self, core: Core, fields: NamespaceFields) -> None:
+        self._core = core
+        self._state = make_namespace(**fields)
 
     @property
     def spec(self) -> Namespace:
@@ -136,11 +63,36 @@ class NamespaceBase:
     def _pack(self, tokens: Tokens, extra_keys: Sequence[bytes] | None) -> bytes:
         return prompt.pack(self._state.spec, tokens, extra_keys)
 
+    def _match(
+        self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, *, touch: bool
+    ) -> Steps[MatchResult]:
+        prompt, budget = self._pack(tokens, extra_keys), self._core.budget(timeout_s)
+        return flows.match(self._core, self._state, prompt, touch=touch, budget=budget)
+
+    def _fetch(
+        self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, ask: calls.FetchAsk
+    ) -> Steps[LeaseState]:
+        prompt, budget = self._pack(tokens, extra_keys), self._core.budget(timeout_s, wait_ms=ask.wait_ms)
+        return flows.fetch(self._core, self._state, prompt, ask, budget)
+
+    def _reserve(
+        self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, ask: calls.ReserveAsk
+    ) -> Steps[ReservationState]:
+        prompt, budget = self._pack(tokens, extra_keys), self._core.budget(timeout_s, wait_ms=ask.wait_ms)
+        return storing.reserve(self._core, self._state, prompt, ask, budget)
+
+    def _prefetch(
+        self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, tier: int | str
+    ) -> Steps[PrefetchResult]:
+        prompt, budget = self._pack(tokens, extra_keys), self._core.budget(timeout_s)
+        return flows.prefetch(self._core, self._state, prompt, tier, budget)
+
 
 class LeaseBase:
     """A lease without its calls. ``len()`` is the number of pages that can be read now."""
 
-    def __init__(self, state: LeaseState) -> None:
+    def __init__(self, core: Core, state: LeaseState) -> None:
+        self._core = core
         self._state = state
 
     def __len__(self) -> int:
@@ -198,21 +150,34 @@ class LeaseBase:
         """Whether the pages are still what was leased: ask *after* reading a view, before using what was read."""
         return self._state.still_valid()
 
+    def _views(self) -> Steps[list[memoryview]]:
+        return flows.views(self._core, self._state, verify=self._core.options.verify is Verify.ALWAYS)
 
-def refuse_torch_views(*, copy: bool) -> None:
-    """Torch has no read-only tensors, and a write to a read-only mapping kills the process."""
-    if not copy:
-        raise UnsupportedError(
-            "torch views of leased pages are not given out: torch cannot make them read-only, and a write through "
-            "one kills this process",
-            hint="use copy=True, or numpy() for read-only arrays in place",
-        )
+    def _copy(self, into: Any, first: int, count: int | None, verify: Verify | str | None) -> Steps[int]:
+        how = self._core.options.verify if verify is None else settings.verify(verify)
+        rows = buffers.page_rows(into, self.page_bytes, self._state.pages_from(first, count))
+        return flows.copy(self._core, self._state, rows, first, verify=how is not Verify.OFF)
+
+    def _renew(self, ttl_ms: int) -> Steps[None]:
+        self._state.check()
+        budget = self._core.budget(None, incarnation=self._state.terms.incarnation)
+        yield from flows.renew(self._core, [self._state], count_of("ttl_ms", ttl_ms), budget)
+        self._state.check()
+
+    def _wait(self, wait_ms: int) -> Steps[OperationResult]:
+        wait_ms = count_of("wait_ms", wait_ms)
+        budget = self._core.budget(None, wait_ms=wait_ms, incarnation=self._state.terms.incarnation)
+        return flows.wait_lease(self._core, self._state, wait_ms, budget)
+
+    def _release(self) -> Steps[None]:
+        return flows.release(self._core, [self._state])
 
 
 class ReservationBase:
     """A reservation without its calls. Several threads may prepare its pages."""
 
-    def __init__(self, state: ReservationState) -> None:
+    def __init__(self, core: Core, state: ReservationState) -> None:
+        self._core = core
         self._state = state
 
     @property
@@ -246,3 +211,68 @@ class ReservationBase:
         Raises InvalidArgumentError for a page that is not missing, ExhaustedError at ``write_limit_bytes``.
         """
         return self._state.buffer(page)
+
+    def _write(self, page: int, data: Any) -> Steps[None]:
+        yield Work(functools.partial(self._state.write, page, data), self._state.page_bytes)
+
+    def _commit(
+        self, pages: Iterable[int] | None, timeout_s: float | None, ask: calls.CommitAsk
+    ) -> Steps[CommitResult]:
+        budget = self._core.budget(timeout_s, incarnation=self._state.incarnation)
+        return storing.commit(self._core, self._state, pages, ask, budget)
+
+    def _store(self, pages: Pages, ask: calls.CommitAsk) -> Steps[StoreResult]:
+        """All missing pages, part by part."""
+        total = CommitResult()
+        while not self._state.ended:
+            total += yield from storing.store_part(self._core, self._state, pages, ask)
+        return StoreResult(self.present_pages, total)
+
+    def _abort(self) -> Steps[None]:
+        return storing.abort(self._core, self._state)
+
+
+class ClientBase:
+    """A client without its calls."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    @property
+    def core(self) -> Core:
+        """What the client is made of; for tests and measurements."""
+        return self._core
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is a live session, this moment."""
+        return self._core.session.alive
+
+    @property
+    def draining(self) -> bool:
+        """Whether the sidecar said that it is about to stop."""
+        return self._core.session.draining
+
+    def _connect(self) -> Steps[Capabilities]:
+        core = self._core
+        deadline_ns = core.now_ns() + int(core.options.connect_timeout_s * 1e9)
+        return (yield from linked(core, deadline_ns, 0)).capabilities
+
+    def _renew(self, leases: Iterable[LeaseBase], ttl_ms: int) -> Steps[list[LeaseState]]:
+        """Those that are lost, of the leases given."""
+        states = [lease._state for lease in leases]
+        ttl_ms = count_of("ttl_ms", ttl_ms)
+        now = self._core.session.incarnation
+        ours = [state for state in states if state.terms.incarnation == now]
+        yield from flows.renew(self._core, ours, ttl_ms, self._core.budget(None, incarnation=now))
+        return [state for state in states if not state.still_valid()]
+
+    def _release(self, leases: Iterable[LeaseBase]) -> Steps[None]:
+        return flows.release(self._core, [lease._state for lease in leases])
+
+    def _wait_operation(self, operation: int, wait_ms: int) -> Steps[OperationResult]:
+        wait_ms = count_of("wait_ms", wait_ms)
+        return flows.wait_operation(self._core, operation, wait_ms, self._core.budget(None, wait_ms=wait_ms))
+
+    def _cancel(self, operation: int) -> Steps[None]:
+        return flows.cancel(self._core, operation, self._core.budget(None))

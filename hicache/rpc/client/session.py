@@ -66,6 +66,11 @@ class Session:
         """What Hello asks to resume; empty for a new session."""
         return self._last.session_id if self._last is not None else b""
 
+    @property
+    def alive(self) -> bool:
+        """Whether there is an attached session, this moment."""
+        return self._link is not None and not self.closed
+
     def current(self) -> Link | None:
         """The attached session; None while there is hope for one.
 

@@ -10,9 +10,9 @@ from hicache.rpc.server import convert
 from hicache.rpc.server.edge import Edge, admin_call, ttl_ms
 from hicache.rpc.server.idempotency import payload_digest
 from hicache.rpc.server.identity import Context
-from hicache.rpc.server.port import Service
 from hicache.rpc.server.sessions import Session
 from hicache.rpc.server.stats import stats_response
+from hicache.runtime.service import Service
 
 DEFAULT_TREE_NODES = 1_000
 MAX_TREE_NODES = 50_000
@@ -97,7 +97,7 @@ class AdminServicer:
         self, _session: Session, _request: admin_pb2.GetStatsRequest, _: Context
     ) -> admin_pb2.GetStatsResponse:
         """Counters and gauges."""
-        return stats_response(self._service, self.edge.latencies.snapshot())
+        return stats_response(self._service.stats())
 
     @admin_call
     async def GetTree(

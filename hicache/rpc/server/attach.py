@@ -19,8 +19,8 @@ from hicache.rpc.server import convert
 from hicache.rpc.server.edge import Edge, session_call
 from hicache.rpc.server.identity import Context, Credentials, Peer, local_peer
 from hicache.rpc.server.onetime import OneTimeTokens
-from hicache.rpc.server.port import Service
 from hicache.rpc.server.sessions import Outbox, Session
+from hicache.runtime.service import Service
 
 HELLO_TIMEOUT_S = 10.0
 KEEP_ALIVES_MISSED = 3

@@ -14,9 +14,9 @@ from hicache.rpc.server import convert
 from hicache.rpc.server.edge import Edge, session_call, ttl_ms, wait_ms
 from hicache.rpc.server.idempotency import payload_digest
 from hicache.rpc.server.identity import Context
-from hicache.rpc.server.port import Service
 from hicache.rpc.server.sessions import Session
 from hicache.rpc.server.writes import write_pages
+from hicache.runtime.service import Service
 from hicache.types import Ack, Pressure
 
 MAX_LEASES_PER_CALL = 65_536

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hicache.engine import MatchView, NodeView, OperationView, actions
 from hicache.errors import CorruptError, InvalidArgumentError
 from hicache.rpc.pb import admin_pb2, cache_pb2, session_pb2
-from hicache.rpc.server.port import Service
+from hicache.runtime.service import Service
 from hicache.types import Namespace, SymbolKind, TierSpec
 
 MAX_U32 = (1 << 32) - 1

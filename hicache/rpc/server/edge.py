@@ -29,19 +29,24 @@ MAX_TTL_MS = 1 << 40  # more would overflow sums; the engine has its own, lower 
 
 
 class Edge:
-    """What the servicers share. ``now`` gives seconds of a monotonic clock."""
+    """What the servicers share. ``now`` gives seconds of a monotonic clock.
+
+    Durations go to the service's own ``latencies``, as "rpc/" and the name of the call.
+    """
 
     def __init__(
         self,
         sessions: Sessions,
         authenticator: Authenticator,
         options: ServerOptions,
+        *,
+        latencies: Latencies,
         now: Callable[[], float],
     ) -> None:
         self.sessions = sessions
         self.authenticator = authenticator
         self.options = options
-        self.latencies = Latencies()
+        self.latencies = latencies
         self.now = now
 
     def enter(self, session_id: bytes, context: Context) -> Session:
@@ -68,7 +73,7 @@ class Edge:
                 context, HicacheError(f"{call} failed: {type(error).__name__}; the server's log says more")
             )
         finally:
-            self.latencies.observe(call, int((self.now() - began) * 1e9))
+            self.latencies.observe("rpc/" + call, int((self.now() - began) * 1e9))
 
     def prompt(self, session: Session, namespace_id: int, prompt: bytes) -> bytes:
         """The whole pages of a prompt.

@@ -20,8 +20,8 @@ from hicache.errors import DeniedError, HicacheError, InvalidArgumentError, NotF
 from hicache.rpc.common import fdproto
 from hicache.rpc.server.identity import Credentials
 from hicache.rpc.server.onetime import OneTimeTokens
-from hicache.rpc.server.port import Service
 from hicache.rpc.server.sessions import Session, Sessions
+from hicache.runtime.service import Service
 
 log = logging.getLogger(__name__)
 

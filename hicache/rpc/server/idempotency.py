@@ -19,7 +19,7 @@ from typing import Any
 import xxhash
 from google.protobuf.message import Message
 
-from hicache.errors import ExistsError, InvalidArgumentError
+from hicache.errors import ExistsError, InvalidArgumentError, StaleError
 from hicache.runtime import log
 
 MAX_REQUEST_ID_BYTES = 64
@@ -113,6 +113,12 @@ class AnswerBook:
         self._keep(request_id, b"", future)
         return Claim(future, lambda: self._entries.pop(request_id, None))
 
+    def close(self) -> None:
+        """The session ended: stop what is still running."""
+        for entry in list(self._entries.values()):
+            if isinstance(entry.answer, asyncio.Task):
+                entry.answer.cancel()
+
     async def answer(
         self, request_id: bytes, digest: Callable[[], bytes], work: Callable[[], Coroutine[Any, Any, Any]]
     ) -> Any:
@@ -133,7 +139,9 @@ class AnswerBook:
             )
         try:
             return await asyncio.shield(entry.answer)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
+            if entry.answer.cancelled():
+                raise StaleError("the session ended", hint="attach again") from error
             if not entry.answer.done():
                 self._abandon(entry.answer)
             raise

@@ -8,8 +8,8 @@ from hicache.rpc.server.edge import Edge, session_call
 from hicache.rpc.server.idempotency import payload_digest
 from hicache.rpc.server.identity import Context
 from hicache.rpc.server.onetime import OneTimeTokens
-from hicache.rpc.server.port import Service
 from hicache.rpc.server.sessions import Session
+from hicache.runtime.service import Service
 
 
 class RegionServicer:

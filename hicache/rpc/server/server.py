@@ -35,10 +35,9 @@ from hicache.rpc.server.identity import Authenticator, Context, Credentials
 from hicache.rpc.server.lock import SocketLock, remove_stale_socket
 from hicache.rpc.server.onetime import OneTimeTokens
 from hicache.rpc.server.options import ServerOptions
-from hicache.rpc.server.port import Service
 from hicache.rpc.server.region import RegionServicer
 from hicache.rpc.server.sessions import Sessions
-from hicache.runtime.counters import CallLatency
+from hicache.runtime.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +67,9 @@ class Server:
         self._options = options
         self._authenticator = Authenticator(options)
         self._sessions = Sessions(service, options)
-        self._edge = Edge(self._sessions, self._authenticator, options, loop.time)
+        self._edge = Edge(
+            self._sessions, self._authenticator, options, latencies=service.latencies, now=loop.time
+        )
         self._hellos: OneTimeTokens[Credentials] = OneTimeTokens(
             now=loop.time, ttl_s=HELLO_TTL_S, per_owner=MAX_HELLOS_PER_UID, discard=lambda _: None
         )
@@ -95,7 +96,7 @@ class Server:
         try:
             self._bind()
             await self._server.start()
-        except BaseException:
+        except (HicacheError, RuntimeError, OSError):
             self._unbind()
             await self._server.stop(None)
             raise
@@ -127,10 +128,6 @@ class Server:
     async def wait_drained(self) -> None:
         """Return when a drain that ``drain`` or an administrator began is done: time to ``stop``."""
         await self._drained.wait()
-
-    def latencies(self) -> list[CallLatency]:
-        """How long calls took since the start, by name."""
-        return self._edge.latencies.snapshot()
 
     async def _drain(self, grace_ms: int) -> None:
         try:

@@ -12,6 +12,7 @@ holds in the engine (leases, reservations) is released by ``service.end_session`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -33,7 +34,7 @@ from hicache.rpc.pb import session_pb2
 from hicache.rpc.server.idempotency import AnswerBook
 from hicache.rpc.server.identity import Peer
 from hicache.rpc.server.options import ServerOptions
-from hicache.rpc.server.port import Service
+from hicache.runtime.service import Service
 from hicache.types import Namespace
 
 log = logging.getLogger(__name__)
@@ -190,9 +191,9 @@ class Sessions:
         if session.outbox is not None:
             session.outbox.close()
         if session.window is not None:
+            self._service.resume_session(session.number)
             session.window.cancel()
             session.window = None
-            self._service.resume_session(session.number)
         outbox = session.outbox = Outbox()
         for region_id in sorted(session.retired):
             outbox.put(_region_retired(region_id))
@@ -212,7 +213,8 @@ class Sessions:
             session.name,
             window_ms,
         )
-        self._service.suspend_session(session.number, window_ms + ENGINE_WINDOW_MARGIN_MS)
+        with contextlib.suppress(UnavailableError):  # a service that failed or stopped holds nothing any more
+            self._service.suspend_session(session.number, window_ms + ENGINE_WINDOW_MARGIN_MS)
         session.window = self._loop.call_later(window_ms / 1000, self._window_passed, session)
 
     def end(self, session: Session, *, dead: bool, why: str) -> None:
@@ -227,6 +229,7 @@ class Sessions:
         log.info("session %d (%s) ended: %s", session.number, session.name, why)
         self.on_end(session.number)
         self._service.end_session(session.number, dead=dead)
+        session.answers.close()
 
     def close_streams(self) -> None:
         """End every Attach stream, after what waits to be sent on it."""

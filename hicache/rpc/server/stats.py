@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from hicache import __version__
 from hicache.rpc.pb import admin_pb2
-from hicache.rpc.server.port import Service
-from hicache.runtime.counters import CallLatency
 from hicache.runtime.stats import ServiceStats, TierStats
 
 
-def stats_response(service: Service, latencies: Sequence[CallLatency]) -> admin_pb2.GetStatsResponse:
-    """What the service counts, with the latencies of this edge; those are named as the calls are on the wire."""
-    stats: ServiceStats = service.stats()
+def stats_response(stats: ServiceStats) -> admin_pb2.GetStatsResponse:
+    """What the service counts."""
     engine = stats.engine
     return admin_pb2.GetStatsResponse(
         server_version=__version__,
@@ -31,10 +27,7 @@ def stats_response(service: Service, latencies: Sequence[CallLatency]) -> admin_
         tree_nodes=engine.nodes,
         tree_runs=engine.runs,
         tree_pages=engine.pages,
-        latencies=[
-            admin_pb2.LatencyStats(**dataclasses.asdict(latency))
-            for latency in (*stats.latencies, *latencies)
-        ],
+        latencies=[admin_pb2.LatencyStats(**dataclasses.asdict(each)) for each in stats.latencies],
     )
 
 

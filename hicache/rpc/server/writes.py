@@ -11,8 +11,8 @@ from hicache.errors import ExistsError, InvalidArgumentError
 from hicache.rpc.pb import cache_pb2
 from hicache.rpc.server import convert
 from hicache.rpc.server.idempotency import Claim, StreamAnswer
-from hicache.rpc.server.port import Service
 from hicache.rpc.server.sessions import Session
+from hicache.runtime.service import Service
 from hicache.types import Ack
 
 Chunks = AsyncIterator[cache_pb2.WritePagesRequest]

@@ -1,0 +1,310 @@
+"""The asyncio client: the synchronous one with ``await``. Its handles run the steps that ``handles`` makes.
+
+async with hicache.aio.Client("unix:///run/hicache.sock") as client:
+cache = client.namespace(model="llama-3.1-8b", page_bytes=2 << 20)
+async with await cache.fetch(tokens, wait_ms=50) as lease:
+await lease.copy_into(buffer)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from hicache.errors import HicacheError
+from hicache.rpc.client import buffers
+from hicache.rpc.client.aio_admin import Admin
+from hicache.rpc.client.aio_driver import Driver
+from hicache.rpc.client.arguments import (
+    NamespaceFields,
+    OptionFields,
+    fetch_ask,
+    make_options,
+    refuse_torch_views,
+    reserve_ask,
+)
+from hicache.rpc.client.calls import CommitAsk
+from hicache.rpc.client.handles import ClientBase, LeaseBase, NamespaceBase, ReservationBase
+from hicache.rpc.client.lease import LeaseState
+from hicache.rpc.client.options import ClientOptions, Verify
+from hicache.rpc.client.prompt import Tokens
+from hicache.rpc.client.reservation import ReservationState
+from hicache.rpc.client.results import (
+    Capabilities,
+    CommitResult,
+    MatchResult,
+    OperationResult,
+    PrefetchResult,
+    StoreResult,
+)
+from hicache.rpc.client.storing import Pages
+
+#: How long calls that move pages wait for room, or for pages from lower tiers, unless they say otherwise.
+WAIT_MS = 5_000
+
+
+class Lease(LeaseBase):
+    """Pages lent for reading; given back once, by ``release`` or at the end of an ``async with``.
+
+    What its views and arrays show is good only while ``still_valid()``; copies are checked before they are returned.
+    """
+
+    def __init__(self, driver: Driver, state: LeaseState) -> None:
+        super().__init__(driver.core, state)
+        self._driver = driver
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.release()
+
+    async def views(self) -> list[memoryview]:
+        """A read-only view of each granted page, in place where it is mapped.
+
+        Raises NotFoundError or StaleError for a lease that is over, CorruptError where ``verify`` is "always".
+        """
+        return await self._driver.run(self._views())
+
+    async def numpy(self, dtype: npt.DTypeLike = np.uint8) -> list[npt.NDArray[Any]]:
+        """As ``views``, as read-only one-dimensional arrays."""
+        return buffers.as_arrays(await self.views(), dtype)
+
+    async def torch(self, dtype: Any = None, *, copy: bool = True) -> Any:
+        """A checked copy of all granted pages: a CPU tensor of shape (pages, elements of a page)."""
+        refuse_torch_views(copy=copy)
+        tensor, rows = buffers.new_tensor(len(self), self.page_bytes, dtype)
+        await self.copy_into(rows)
+        return tensor
+
+    async def copy_into(
+        self, into: Any, first: int = 0, count: int | None = None, *, verify: Verify | str | None = None
+    ) -> int:
+        """Copy pages from ``first`` on into one big buffer, or one buffer a page. Answers how many.
+
+        Raises NotFoundError (the lease expired meanwhile), StaleError (its session is gone) or CorruptError; the
+        buffers then hold nothing to be used.
+        """
+        return await self._driver.run(self._copy(into, first, count, verify))
+
+    async def renew(self, ttl_ms: int = 0) -> None:
+        """Keep it for ``ttl_ms`` from now (0: the server's default). Raises NotFoundError if it is lost."""
+        await self._driver.run(self._renew(ttl_ms))
+
+    async def wait(self, wait_ms: int) -> OperationResult:
+        """Wait for pages that are on their way; more of them may be granted afterwards."""
+        return await self._driver.run(self._wait(wait_ms))
+
+    async def release(self) -> None:
+        """Give the pages back. Idempotent; never raises for a server that is gone."""
+        if not self._state.over:
+            await self._driver.run(self._release())
+
+
+class Reservation(ReservationBase):
+    """Room for missing pages. An ``async with`` aborts what was not committed."""
+
+    def __init__(self, driver: Driver, state: ReservationState) -> None:
+        super().__init__(driver.core, state)
+        self._driver = driver
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.abort()
+
+    async def write(self, page: int, data: Any) -> None:
+        """Copy a page's bytes (buffer, array or CPU tensor) into its buffer."""
+        await self._driver.run(self._write(page, data))
+
+    async def commit(
+        self,
+        pages: Iterable[int] | None = None,
+        *,
+        durable: bool = False,
+        last: bool = True,
+        verify: bool = True,
+        timeout_s: float | None = None,
+    ) -> CommitResult:
+        """Make prepared pages matchable (``durable``: and safe from a crash); None: all that are prepared.
+
+        ``last=False`` keeps the reservation for more. ``verify`` sends checksums, which the server compares with its
+        own copy.
+        """
+        return await self._driver.run(self._commit(pages, timeout_s, CommitAsk(durable, last, verify)))
+
+    async def store(self, pages: Pages, *, durable: bool = False) -> StoreResult:
+        """Write and commit all missing pages, in parts of bounded size.
+
+        ``pages`` is a sequence with one buffer for every page of the prompt, or a function ``(page, view)`` that
+        fills the view.
+        """
+        ask = CommitAsk(durable=durable, last=True, verify=True)
+        return await self._driver.run(self._store(pages, ask))
+
+    async def abort(self) -> None:
+        """Give back what was not committed. Idempotent; never raises for a server that is gone."""
+        if not self._state.ended:
+            await self._driver.run(self._abort())
+
+
+class NamespaceHandle(NamespaceBase):
+    """The calls in one namespace; opened at its first use, and again after a restart of the sidecar."""
+
+    def __init__(self, driver: Driver, fields: NamespaceFields) -> None:
+        super().__init__(driver.core, fields)
+        self._driver = driver
+
+    async def match(
+        self,
+        tokens: Tokens,
+        *,
+        extra_keys: Sequence[bytes] | None = None,
+        touch: bool = False,
+        timeout_s: float | None = None,
+    ) -> MatchResult:
+        """How much of a prompt is cached; counts as a use only with ``touch``."""
+        return await self._driver.run(self._match(tokens, extra_keys, timeout_s, touch=touch))
+
+    async def fetch(
+        self,
+        tokens: Tokens,
+        *,
+        max_pages: int | None = None,
+        ttl_ms: int = 0,
+        wait_ms: int = 0,
+        extra_keys: Sequence[bytes] | None = None,
+        timeout_s: float | None = None,
+    ) -> Lease:
+        """Lease what is cached of a prompt. A miss is a lease of no pages.
+
+        What is readable is granted at once; pages that must first be promoted are waited for up to ``wait_ms``, and
+        may be waited for further with ``Lease.wait``. ``ttl_ms`` 0: the server's default.
+        """
+        ask = fetch_ask(max_pages, ttl_ms, wait_ms)
+        return Lease(self._driver, await self._driver.run(self._fetch(tokens, extra_keys, timeout_s, ask)))
+
+    async def load(
+        self,
+        tokens: Tokens,
+        into: Any,
+        *,
+        wait_ms: int = WAIT_MS,
+        extra_keys: Sequence[bytes] | None = None,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Copy what is cached of a prompt into a buffer, or one buffer a page; answers how many pages."""
+        room = buffers.capacity_pages(into, self.page_bytes)
+        if not room:
+            return 0
+        ask = fetch_ask(room, 0, wait_ms)
+        state = await self._driver.run(self._fetch(tokens, extra_keys, timeout_s, ask))
+        async with Lease(self._driver, state) as lease:
+            return await lease.copy_into(into)
+
+    async def reserve(
+        self,
+        tokens: Tokens,
+        *,
+        ttl_ms: int = 0,
+        wait_ms: int = WAIT_MS,
+        drop_pressure: bool = False,
+        extra_keys: Sequence[bytes] | None = None,
+        timeout_s: float | None = None,
+    ) -> Reservation:
+        """Room for a prompt's missing pages, waited for up to ``wait_ms`` while others are moved out.
+
+        ``drop_pressure``: drop unsaved victims instead of waiting. Raises ExhaustedError where there is no room.
+        """
+        ask = reserve_ask(ttl_ms, wait_ms, drop_pressure=drop_pressure)
+        state = await self._driver.run(self._reserve(tokens, extra_keys, timeout_s, ask))
+        return Reservation(self._driver, state)
+
+    async def store(
+        self,
+        tokens: Tokens,
+        pages: Pages,
+        *,
+        durable: bool = False,
+        wait_ms: int = WAIT_MS,
+        drop_pressure: bool = False,
+        extra_keys: Sequence[bytes] | None = None,
+    ) -> StoreResult:
+        """``reserve``, then ``Reservation.store``."""
+        ask = reserve_ask(0, wait_ms, drop_pressure=drop_pressure)
+        state = await self._driver.run(self._reserve(tokens, extra_keys, None, ask))
+        async with Reservation(self._driver, state) as reservation:
+            return await reservation.store(pages, durable=durable)
+
+    async def prefetch(
+        self,
+        tokens: Tokens,
+        tier: int | str = 0,
+        *,
+        extra_keys: Sequence[bytes] | None = None,
+        timeout_s: float | None = None,
+    ) -> PrefetchResult:
+        """Promote a prompt's cached pages to a tier (by number or name) without leasing them."""
+        return await self._driver.run(self._prefetch(tokens, extra_keys, timeout_s, tier))
+
+
+class Client(ClientBase):
+    """A connection to one sidecar. It belongs to one event loop.
+
+    ``target``: a path or ``unix:///path`` of the sidecar's socket, or ``host:port`` with ``token`` or ``tls``. The
+    keywords are the fields of ClientOptions. Raises ConfigError for settings that cannot work.
+    """
+
+    def __init__(
+        self, target: str, options: ClientOptions | None = None, **fields: Unpack[OptionFields]
+    ) -> None:
+        self._driver = Driver(target, make_options(options, fields))
+        super().__init__(self._driver.core)
+        self.admin = Admin(self._driver)
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.connect()
+        except HicacheError:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def connect(self) -> Capabilities:
+        """Attach, or wait until it is done. Raises UnavailableError after ``connect_timeout_s``."""
+        return await self._driver.run(self._connect())
+
+    async def close(self) -> None:
+        """End the session: everything it holds is released. Idempotent."""
+        await self._driver.close()
+
+    def namespace(self, **fields: Unpack[NamespaceFields]) -> NamespaceHandle:
+        """A namespace: ``model`` and ``page_bytes`` at least. Raises InvalidArgumentError naming the field."""
+        return NamespaceHandle(self._driver, fields)
+
+    async def renew(self, leases: Iterable[Lease], ttl_ms: int = 0) -> list[Lease]:
+        """Renew many leases with one call; answers those that are lost."""
+        held = {lease._state: lease for lease in leases}
+        return [held[lost] for lost in await self._driver.run(self._renew(held.values(), ttl_ms))]
+
+    async def release(self, leases: Iterable[Lease]) -> None:
+        """Release many leases with one call."""
+        await self._driver.run(self._release(leases))
+
+    async def wait_operation(self, operation: int, wait_ms: int) -> OperationResult:
+        """Wait for an operation, such as a prefetch."""
+        return await self._driver.run(self._wait_operation(operation, wait_ms))
+
+    async def cancel(self, operation: int) -> None:
+        """Wait for an operation no longer; copies that others share go on."""
+        await self._driver.run(self._cancel(operation))

@@ -1,5 +1,0 @@
-"""Stand-in until hicache.runtime lands."""
-
-from typing import Any
-
-Service = Any

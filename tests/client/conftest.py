@@ -1,0 +1,152 @@
+"""A real sidecar in a process of its own, and both clients behind one asynchronous face."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hicache
+import hicache.aio
+from hicache.rpc.client import Lease, NamespaceHandle, Reservation
+
+SIDECAR = textwrap.dedent(
+    """
+    import asyncio, json, signal, sys
+    from hicache.rpc.server import ServerOptions, serve
+    from hicache.runtime import Service, ServiceOptions
+
+    async def main():
+        settings = json.loads(sys.argv[1])
+        service = Service(ServiceOptions(**settings["service"]))
+        await service.start()
+        server = await serve(service, ServerOptions(**settings["server"]))
+        done = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
+        print(json.dumps(server.addresses), flush=True)
+        await done.wait()
+        await server.stop(500)
+        await service.close()
+
+    asyncio.run(main())
+    """
+)
+
+
+class Sidecar:
+    """A sidecar on a socket of its own; it can be killed and started again."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.socket = str(home / "hc.sock")
+        self.target = f"unix://{self.socket}"
+        self.service: dict[str, Any] = {"host_bytes": 64 << 20, "host_segment_bytes": 8 << 20}
+        self.server: dict[str, Any] = {"socket_path": self.socket}
+        self.process: subprocess.Popen[str] | None = None
+        self.addresses: list[str] = []
+
+    def start(self) -> Sidecar:
+        settings = json.dumps({"service": self.service, "server": self.server})
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SIDECAR, settings], stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the sidecar started"
+        self.addresses = json.loads(line)
+        return self
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait(20)
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+            self.process = None
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+
+@pytest.fixture
+def idle_sidecar() -> Iterator[Sidecar]:
+    """Not started, so that a test can set it up."""
+    with tempfile.TemporaryDirectory(prefix="hc") as home:  # short: socket paths are limited
+        sidecar = Sidecar(Path(home))
+        yield sidecar
+        sidecar.kill()
+
+
+@pytest.fixture
+def sidecar(idle_sidecar: Sidecar) -> Sidecar:
+    return idle_sidecar.start()
+
+
+PLAIN = {"namespace", "still_valid", "buffer", "pages"}  # the same, and not awaited, in both clients
+WRAPPED = (Lease, NamespaceHandle, Reservation)
+
+
+class Awaited:
+    """The synchronous client as the asyncio one looks, so that one test drives either."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if name == "admin":
+            return Awaited(found)
+        if not callable(found):
+            return found
+        if name in PLAIN:
+            return lambda *args, **kwargs: wrap(found(*unwrap(args), **kwargs))
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return wrap(await asyncio.to_thread(found, *unwrap(args), **kwargs))
+
+        return call
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    async def __aenter__(self) -> Awaited:
+        await asyncio.to_thread(self._inner.__enter__)
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        await asyncio.to_thread(self._inner.__exit__, *error)
+
+
+def wrap(found: Any) -> Any:
+    return Awaited(found) if isinstance(found, WRAPPED) else found
+
+
+def unwrap(args: tuple[Any, ...]) -> list[Any]:
+    def inner(arg: Any) -> Any:
+        if isinstance(arg, list) and any(isinstance(item, Awaited) for item in arg):
+            return [inner(item) for item in arg]
+        return arg._inner if isinstance(arg, Awaited) else arg
+
+    return [inner(arg) for arg in args]
+
+
+@pytest.fixture(params=["sync", "aio"])
+def make_client(request: pytest.FixtureRequest) -> Any:
+    """Makes either client, as the asyncio one looks."""
+
+    def make(target: str, **fields: Any) -> Any:
+        if request.param == "aio":
+            return hicache.aio.Client(target, **fields)
+        return Awaited(hicache.Client(target, **fields))
+
+    return make
