@@ -15,6 +15,7 @@ import tempfile
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from hicache.cli.settings import Kind, ServeConfig, Setting, Value, parse, settings_of, show
@@ -59,15 +60,25 @@ def prepare_socket_dir(socket_path: str) -> None:
 # --- flags
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type, *, only: tuple[str, ...] = ()) -> None:
-    """One flag for each setting of ``cls`` (or of those named), grouped by section."""
+def add_flags(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    *,
+    only: tuple[str, ...] = (),
+    defaults: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """One flag for each setting of ``cls`` (or of those named), grouped by section.
+
+    ``defaults`` tell, by name, what a command does without a flag where that is not the setting's own default.
+    """
     groups: dict[str, argparse._ArgumentGroup] = {}
     for found in settings_of(cls):
         if only and found.name not in only:
             continue
         group = groups.setdefault(found.section, parser.add_argument_group(f"{found.section} settings"))
-        shown = show(found, found.default)
-        text = found.help + (f"; default {shown}" if shown and "default" not in found.help else "")
+        shown = defaults.get(found.name, show(found, found.default))
+        text = found.help.partition("; default")[0] if found.name in defaults else found.help
+        text += f"; default {shown}" if shown and "; default" not in text else ""
         extra: dict[str, Any] = {"metavar": "|".join(found.choices) or found.kind.value}
         if found.kind is Kind.SWITCH:
             extra = {"action": argparse.BooleanOptionalAction}

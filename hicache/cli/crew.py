@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -57,15 +59,25 @@ def run(jobs: Sequence[Job], on_step: Callable[[str], None]) -> Tally:
     ]
     patience_s = 0.0
     try:
-        for worker, (_, mine) in zip(workers, pipes, strict=True):
-            worker.start()
-            mine.close()
+        with _interrupts_ignored():  # inherited: Ctrl-C is for this process, which ends the others in order
+            for worker, (_, mine) in zip(workers, pipes, strict=True):
+                worker.start()
+                mine.close()
         total = _collect([theirs for theirs, _ in pipes], on_step)
         patience_s = END_S  # they are done, and leave by themselves
         return total
     finally:
         for worker in workers:
             _end(worker, patience_s)
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _collect(pipes: list[Connection], on_step: Callable[[str], None]) -> Tally:
@@ -114,8 +126,8 @@ def _work(job: Job, pipe: Connection) -> None:
         pipe.send(Progress("done", tally))
     except HicacheError as error:
         pipe.send(Progress("failed", problem=str(error)))
-    except (BrokenPipeError, KeyboardInterrupt):
-        return  # the parent is gone, or is ending us
+    except BrokenPipeError:
+        return  # the parent is gone
 
 
 def _drive(client: Client, job: Job, pipe: Connection) -> Tally:

@@ -15,6 +15,7 @@ from hicache.cli.drive import Tally
 from hicache.cli.stats import plain
 from hicache.cli.workload import WorkloadSpec, turns
 from hicache.errors import ConfigError, HicacheError
+from hicache.policy import POLICIES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("--device-bytes", text, "48MiB", "capacity of the device tier"),
         ("--host-bytes", text, "128MiB", "capacity of the host tier"),
         ("--disk-bytes", text, "1GiB", "capacity of the disk tier"),
-        ("--policy", text, "lru", "eviction policy: lru or sieve"),
+        ("--policy", text, "lru", f"eviction policy: {' or '.join(sorted(POLICIES))}"),
     ):
         parser.add_argument(flag, type=kind, default=default, metavar="N", help=f"{what}; default {default}")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
@@ -110,7 +111,7 @@ def _demo(arguments: argparse.Namespace, console: Console) -> Outcome:
     clock = Clock()
     began_ms = clock.now_ms()
     with sidecar.temporary(_flags(arguments), disk_bytes=arguments.disk_bytes) as own:
-        console.print(f"[dim]{own.ready_line}[/] (pid {own.pid})")
+        console.print(f"[dim]{own.ready_line}[/] (pid {own.pid})", soft_wrap=True)
         jobs = [_job(arguments, own.target, worker) for worker in range(arguments.clients)]
         with _progress(console, jobs) as on_step:
             tally = crew.run(jobs, on_step)
@@ -129,7 +130,7 @@ def _flags(arguments: argparse.Namespace) -> list[str]:
             units.parse_size(getattr(arguments, name))
         except ConfigError as error:
             raise ConfigError(f"--{name.replace('_', '-')}: {error.message}", hint=error.hint) from None
-    flags = ["--host-bytes", arguments.host_bytes, "--policy", arguments.policy, "--grace", "5s"]
+    flags = ["--host-bytes", arguments.host_bytes, "--policy", arguments.policy]
     device = arguments.device
     if device == "auto":
         device = "cpu" if probes.has_module("torch") else "none"

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from hicache.rpc.client import Client
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add ``--target`` and its company."""
-    config.add_flags(parser, ClientConfig)
+def add_flags(parser: argparse.ArgumentParser, *, without_target: str = "") -> None:
+    """Add ``--target`` and its company; ``without_target`` tells what happens without it, if that is special."""
+    config.add_flags(parser, ClientConfig, defaults={"target": without_target} if without_target else {})
 
 
 def load(arguments: argparse.Namespace) -> ClientConfig:

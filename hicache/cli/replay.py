@@ -65,10 +65,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="write the result as JSON to FILE; '-': standard output"
     )
-    link.add_flags(parser)
-    config.add_flags(parser, ServeConfig, only=OWN)
-    note = f"these are for a sidecar of its own, without --target; then host {HOST_BYTES}, disk {DISK_BYTES}"
-    parser.add_argument_group("own sidecar", f"The tiers and policy settings above: {note}.")
+    link.add_flags(parser, without_target="a sidecar of its own, with the tiers and policy below")
+    defaults = {
+        "host_bytes": HOST_BYTES,
+        "disk_bytes": f"{DISK_BYTES}, in a temporary folder; 0: no disk tier",
+    }
+    config.add_flags(parser, ServeConfig, only=OWN, defaults=defaults)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,7 +110,8 @@ def run(arguments: argparse.Namespace) -> int:
     facts = traces.facts(traces.read(Path(arguments.trace), int(arguments.limit)))
     console.print(
         f"{Path(arguments.trace).name}: {facts.requests:,} requests, {facts.blocks:,} blocks, "
-        f"{facts.unique_blocks:,} of them different; an infinite cache hits {facts.bound:.4f}"
+        f"{facts.unique_blocks:,} of them different; an infinite cache hits {facts.bound:.4f}",
+        soft_wrap=True,
     )
     with _target(arguments, console) as target:
         outcome = _replay(arguments, target, facts, console)
@@ -137,7 +140,7 @@ def _target(arguments: argparse.Namespace, console: Console) -> Iterator[str]:
     disk_bytes = str(words.pop("disk_bytes"))
     flags = [word for name, value in words.items() for word in ("--" + name.replace("_", "-"), str(value))]
     with sidecar.temporary(flags, disk_bytes=disk_bytes if units.parse_size(disk_bytes) else "") as started:
-        console.print(f"[dim]{started.ready_line}[/] (pid {started.pid})")
+        console.print(f"[dim]{started.ready_line}[/] (pid {started.pid})", soft_wrap=True)
         yield started.target
 
 
@@ -198,7 +201,8 @@ def _print(console: Console, outcome: Outcome) -> None:
     )
     console.print(
         f"hit ratio [bold]{tally.hit_ratio:.4f}[/] = {by_tier or '0'}; an infinite cache: {facts.bound:.4f}; "
-        f"{tally.granted:,} of its {facts.hit_blocks:,} hits"
+        f"{tally.granted:,} of its {facts.hit_blocks:,} hits",
+        soft_wrap=True,
     )
     rate = facts.requests / max(outcome.took_ms, 1) * 1000
     console.print(f"{facts.requests:,} requests in {outcome.took_ms / 1000:.1f} s, {rate:.0f} a second")

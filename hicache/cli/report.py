@@ -44,7 +44,9 @@ def print_report(console: Console, tally: Tally, stats: Stats, check: CheckResul
 
 def _page_rows(tally: Tally, stats: Stats) -> Sequence[tuple[str, int, int]]:
     served = [(f"hits in {tier.name}", tally.hits.get(tier.name, 0), tally.asked) for tier in stats.tiers]
-    counted = [(name.replace("_", " "), stats.counters.get(name, 0), 0) for name in COUNTERS]
+    counted = [
+        (name.replace("_", " "), stats.counters[name], 0) for name in COUNTERS if name in stats.counters
+    ]
     return (
         ("asked for", tally.asked, 0),
         *served,

@@ -15,6 +15,7 @@ from typing import Any
 
 from hicache.cli import units
 from hicache.errors import ConfigError
+from hicache.policy import POLICIES
 from hicache.types import WritePolicy
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -129,7 +130,7 @@ class ServeConfig:
         "tiers", Kind.SWITCH, default=True, help_text="fault host memory in ahead of need, in the background"
     )
 
-    policy: str = setting("policy", Kind.TEXT, "lru", "which pages leave first", ("lru", "sieve"))
+    policy: str = setting("policy", Kind.TEXT, "lru", "which pages leave first", tuple(sorted(POLICIES)))
     write_policy: str = setting(
         "policy",
         Kind.TEXT,
@@ -174,7 +175,7 @@ class ClientConfig:
         "client",
         Kind.TEXT,
         "",
-        "the sidecar: unix:///path or host:port; default: the default socket of `hicache serve`",
+        "the sidecar: unix:///path or host:port; default the socket of `hicache serve`",
     )
     auth_token_file: str = setting("client", Kind.PATH, "", "file holding the bearer token, for TCP")
     tls_ca: str = setting("client", Kind.PATH, "", "PEM authority of the server's certificate, for TCP")

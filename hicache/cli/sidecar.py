@@ -69,11 +69,12 @@ class Sidecar:
                 env=config.child_environment(),
                 start_new_session=True,  # Ctrl-C is for us; we end the child in order
             )
+        self.ready_line = ""
         try:
             self.ready_line = self._wait_ready(timeout_s)
-        except BaseException:
-            self.kill()
-            raise
+        finally:
+            if not self.ready_line:
+                self.kill()
         return self
 
     def _wait_ready(self, timeout_s: float) -> str:
@@ -133,7 +134,8 @@ def temporary(flags: Sequence[str] = (), *, disk_bytes: str = "") -> Iterator[Si
     with tempfile.TemporaryDirectory(prefix="hicache-") as name:
         folder = Path(name)
         disk = ("--disk-path", str(folder / "disk"), "--disk-bytes", disk_bytes) if disk_bytes else ()
-        with Sidecar(folder, (*flags, *disk)) as sidecar:
+        grace = ("--grace", "1s")  # what it holds goes with the folder: nothing to save
+        with Sidecar(folder, (*grace, *flags, *disk)) as sidecar:
             try:
                 yield sidecar
             except HicacheError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
@@ -52,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
         elif arguments.once:
             terminal.console().print(render(client.admin.stats(), None))
         else:
-            _watch(client, interval_ms)
+            with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+                _watch(client, interval_ms)
     return 0
 
 

@@ -43,7 +43,16 @@ class Door:
         if session is not None:
             self.require(session)
 
+    def alive(self) -> None:
+        """Raise UnavailableError where the engine must not even be read: the service has failed or stopped."""
+        if self.state in {FAILED, STOPPED}:
+            raise UnavailableError(f"the service is {self.state}")
+
     def require(self, session: int) -> None:
-        """Raise StaleError for a session that is not open."""
+        """Let work on what a session holds already go on.
+
+        Raises UnavailableError where the service has failed or stopped, StaleError for a session that is not open.
+        """
+        self.alive()
         if session not in self._sessions:
             raise StaleError(f"session {session} is not open", hint="attach again")

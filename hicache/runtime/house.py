@@ -60,11 +60,9 @@ class House:
     def _perform(self, action: Action) -> None:
         self._performer.perform(action)
 
-    def poll(self) -> None:
-        """Hand out what workers and stores have finished."""
-        self._workers.poll()
-        for port in self.ports:
-            port.poll()
+    def poll(self) -> int:
+        """Hand out what workers and stores have finished; returns how many results there were."""
+        return self._workers.poll() + sum(port.poll() for port in self.ports)
 
     # --- namespaces
 
@@ -102,9 +100,14 @@ class House:
 
     # --- the end
 
-    async def flush(self) -> None:
-        """Return when everything that the stores were given is done, and durable where they are."""
-        await asyncio.gather(*(self._flush(port) for port in self.ports))
+    async def flush(self, timeout_ms: int) -> None:
+        """Return when everything that the stores were given is done, and durable where they are; or in time."""
+        flushes = [asyncio.ensure_future(self._flush(port)) for port in self.ports]
+        _, late = await asyncio.wait(flushes, timeout=timeout_ms / 1000)
+        for flush in late:
+            flush.cancel()
+        if late:
+            _log.warning("the stores had not finished within %d ms", timeout_ms)
 
     async def _flush(self, port: TierPort) -> None:
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
@@ -119,10 +122,12 @@ class House:
         self.loop.close()
         self._wake.close()
         await asyncio.to_thread(self._workers.close)
-        self._workers.poll()  # a chunk that was read in may still go to its store
+        self.poll()  # a chunk that was read in may still go to its store; those that wait for a worker fail
         for port in self.ports:
             await asyncio.to_thread(port.finish)
-        self.poll()
+        while self.poll():
+            pass  # each chunk that fails lets the next one in, to fail as well
+        assert not self.copier.in_flight, "a copy was lost"
         self.regions.close()
 
 

@@ -40,6 +40,7 @@ class PageCalls:
     def match(self, namespace: int, prompt: bytes, *, touch: bool = False) -> MatchView:
         """How much of a prompt is cached, and where. ``touch`` counts it as a use."""
         began = self._clock.now_ns()
+        self._door.alive()
         prompt = self._namespaces.prompt(namespace, prompt)
         view = self._engine.match(namespace, prompt)
         if touch and view.pages:
@@ -91,8 +92,8 @@ class PageCalls:
         return FetchResult(0, now.matched_pages, 0, 0, (), 0, now.tier_pages)
 
     async def renew(self, session: int, leases: Sequence[int], ttl_ms: int = 0) -> RenewResult:
-        """Give leases more time."""
-        self._door.admit(session)
+        """Give leases more time; also while draining, for as long as that lasts."""
+        self._door.require(session)
         return await self._loop.call(
             RenewResult, lambda request: events.RenewLeases(request, session, tuple(leases), ttl_ms), session
         )
@@ -103,6 +104,7 @@ class PageCalls:
 
     def lease_view(self, session: int, lease: int) -> FetchResult:
         """A lease as it stands. Raises NotFoundError."""
+        self._door.alive()
         return self._engine.lease_view(session, lease)
 
     async def read_pages(
@@ -114,6 +116,7 @@ class PageCalls:
         """
         self._door.require(session)
         async for page in self._reader.read(session, lease, first, count):
+            self._door.alive()
             yield page
 
     # --- operations
@@ -130,6 +133,7 @@ class PageCalls:
 
     async def wait_operation(self, session: int, operation: int, wait_ms: int) -> OperationView:
         """How an operation stands when it is done, or after ``wait_ms``. Raises NotFoundError."""
+        self._door.alive()
         view = self._engine.operation_view(session, operation)
         if view.done or wait_ms <= 0:
             return view

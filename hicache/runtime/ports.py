@@ -149,8 +149,9 @@ class TierPort:
         self._local.append(Completion(batch.id, (Outcome.FAULT,) * pages, nothing, nothing, reason))
         self.on_local()
 
-    def poll(self) -> None:
-        """Hand every completion that is there to whom it belongs."""
+    def poll(self) -> int:
+        """Hand every completion that is there to whom it belongs; returns how many."""
+        found = 0
         for completion in self.store.poll():
             batch, then = self._settle(completion)
             self._count(batch, completion)
@@ -159,11 +160,14 @@ class TierPort:
                     "tier %s is %s from now on: %s", self.spec.name, self.health.state, completion.error
                 )
                 self.on_latched(self)
+            found += 1
             then(completion)
         while self._local:
             completion = self._local.popleft()
             _, then = self._settle(completion)
+            found += 1
             then(completion)
+        return found
 
     def _settle(self, completion: Completion) -> tuple[Batch, Then]:
         batch, then = self._waiting.pop(completion.id)

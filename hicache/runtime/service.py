@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 #: prepares a copy in Python could delay an answer by that much; at 0.5 ms an answer waits for about its own time, and
 #: the copies lose little, since their heavy parts run without the interpreter.
 SWITCH_INTERVAL_S = 0.0005
+FLUSH_MS = 1_000  # what was copied gets this long to reach its medium, whatever the grace
 
 
 class Service:
@@ -62,6 +63,7 @@ class Service:
         self._door = Door()
         self._house: House | None = None
         self._started_ms = 0
+        self._switch_interval_s = 0.0
 
     # --- life
 
@@ -75,6 +77,7 @@ class Service:
         house = await open_house(self.options, self._clock, self.regions)
         self._house = house
         self.specs = house.stores.specs
+        self._switch_interval_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._bind(house)
         house.loop.on_failed = self._failed
@@ -138,7 +141,7 @@ class Service:
             _log.info("draining, grace_ms=%d", grace_ms)
             self._tell(grace_ms)
         result = await house.loop.call(DrainResult, lambda request: events.Drain(request, grace_ms))
-        await house.flush()
+        await house.flush(max(grace_ms, FLUSH_MS))
         _log.info("drained, unsaved_pages=%d", result.unsaved_pages)
         return result
 
@@ -148,6 +151,7 @@ class Service:
         if house is not None:
             self._door.state = STOPPED
             await house.close()
+            sys.setswitchinterval(self._switch_interval_s)
 
     def _failed(self) -> None:
         self._door.state = FAILED

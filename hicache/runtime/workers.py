@@ -35,7 +35,7 @@ class Wake:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self.call: Callable[[], None] = lambda: None
+        self.call: Callable[[], object] = lambda: None
         self._rung = False
         self._lock = threading.Lock()
         self._closed = False
@@ -68,11 +68,18 @@ class Workers:
         self._ring = ring
         self._done: deque[Callable[[], None]] = deque()
         self._pool = concurrent.futures.ThreadPoolExecutor(count, "hicache-copy", initializer=lower_priority)
+        self._closed = False
         self.running = 0
 
     def run(self, work: Callable[[], T], then: Callable[[T | None], None]) -> None:
-        """Do ``work`` on a worker, then ``then`` with its result on the loop's thread; None if it raised."""
+        """Do ``work`` on a worker, then ``then`` with its result on the loop's thread.
+
+        None instead of a result: it raised, or came after ``close``.
+        """
         self.running += 1
+        if self._closed:
+            self.deliver(lambda: then(None))
+            return
         delivery: _Delivery[T] = _Delivery(self, then)
         self._pool.submit(work).add_done_callback(delivery)
 
@@ -81,15 +88,19 @@ class Workers:
         self._done.append(call)
         self._ring()
 
-    def poll(self) -> None:
-        """Hand out the results that are there. On the loop's thread."""
+    def poll(self) -> int:
+        """Hand out the results that are there; returns how many. On the loop's thread."""
+        found = 0
         while self._done:
             call = self._done.popleft()
             self.running -= 1
+            found += 1
             call()
+        return found
 
     def close(self) -> None:
-        """Finish what was given; the last results are there for ``poll``."""
+        """Finish what was given; the last results are there for ``poll``. What comes later is not done."""
+        self._closed = True
         self._pool.shutdown(wait=True)
 
 

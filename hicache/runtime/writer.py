@@ -31,7 +31,7 @@ class Writer:
         self._first = -1  # of the pages that are gathered here
         self._pages: dict[int, memoryview] = {}
         self._checksums: dict[int, int] = {}
-        self._sent: asyncio.Task[CommitResult] | None = None
+        self._sent: asyncio.Future[CommitResult] | None = None
         self._total = CommitResult(0, 0, 0, 0)
         self._closed = False
 
@@ -51,7 +51,7 @@ class Writer:
             self._first = page
         if len(self._pages) >= self._chunk_pages:
             await self._settle()
-            self._sent = asyncio.get_running_loop().create_task(self._flush(Ack.VISIBLE, last=False))
+            self._sent = asyncio.ensure_future(self._take(Ack.VISIBLE, last=False))
         self._pages[page] = memoryview(data)
         if checksum is not None:
             self._checksums[page] = checksum
@@ -61,7 +61,7 @@ class Writer:
         self._check_open()
         await self._settle()
         pages = len(self._pages)
-        result = await self._flush(ack, last=last)
+        result = await self._take(ack, last=last)
         self._add(result)
         durable = result.durable_pages
         if pages and durable == pages:
@@ -83,11 +83,12 @@ class Writer:
         if self._closed:
             raise ConflictError("this write is over", hint="begin another one")
 
-    async def _flush(self, ack: Ack, *, last: bool) -> CommitResult:
+    def _take(self, ack: Ack, *, last: bool) -> Awaitable[CommitResult]:
+        """Commit what is gathered. It is taken out here and now, not when the commit comes to run."""
         pages, checksums, first = self._pages, self._checksums, self._first
         self._pages, self._checksums, self._first = {}, {}, first + len(pages)
         pieces = ((first, len(pages)),) if pages else ()
-        return await self._send(pieces, StreamSource(pages, checksums), ack, last)
+        return self._send(pieces, StreamSource(pages, checksums), ack, last)
 
     async def _settle(self) -> None:
         """Wait for the chunk under way."""
@@ -111,7 +112,7 @@ class Writer:
         )
 
 
-def _look(task: asyncio.Task[CommitResult]) -> None:
+def _look(task: asyncio.Future[CommitResult]) -> None:
     """Nobody waits for this chunk; its error was the caller's concern."""
     if not task.cancelled():
         task.exception()

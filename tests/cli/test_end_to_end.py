@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from hicache.cli import main
+from hicache.cli import crew, main
 from hicache.cli.sidecar import Sidecar, temporary
-from hicache.errors import UnavailableError
+from hicache.cli.workload import WorkloadSpec
+from hicache.errors import HicacheError, UnavailableError
 
 SMALL = ("--host-bytes", "8MiB", "--no-prefault")
 
@@ -174,6 +176,45 @@ def test_replay_drives_a_running_sidecar(
     assert json.loads(result.read_text())["facts"]["requests"] == 10
     assert main.main([*words, "--host-bytes", "1GiB"]) == main.EXIT_USAGE
     assert "--host-bytes: tiers belong to the sidecar" in capsys.readouterr().err
+
+
+def test_admin_drain_ends_the_sidecar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sidecar = Sidecar(tmp_path, SMALL).start()
+    assert main.main(["admin", "drain", "--grace", "5s", "--target", sidecar.target]) == 0
+    child = sidecar._child
+    assert child is not None
+    assert child.wait(10) == 0
+    assert "drains" in capsys.readouterr().out
+    sidecar.kill()
+
+
+def test_a_client_process_that_fails_is_told_and_none_is_left(running: Sidecar) -> None:
+    jobs = [
+        crew.Job(running.target, WorkloadSpec(worker=worker, turns=3), 64, page_bytes, "crew", 1000)
+        for worker, page_bytes in enumerate((4096, 64 << 20))
+    ]
+    with pytest.raises(HicacheError, match=r"a client process failed: .*page"):
+        crew.run(jobs, lambda _: None)
+    assert not multiprocessing.active_children()
+
+
+def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "hicache", "demo", "--device", "none", "--turns", "2000"]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    demo = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
+    assert demo.stdout is not None
+    line = demo.stdout.readline()
+    assert "SERVING" in line
+    time.sleep(1.5)
+    os.killpg(demo.pid, signal.SIGINT)
+    _, errors = demo.communicate(timeout=30)
+    assert demo.returncode == main.EXIT_INTERRUPTED
+    assert errors.endswith("hicache: interrupted\n")
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+    assert gone(int(line.rpartition("pid ")[2].strip(" )\n")))
 
 
 @pytest.mark.slow

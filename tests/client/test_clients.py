@@ -266,6 +266,64 @@ def test_pages_come_back_from_disk(make_client: Any, idle_sidecar: Any) -> None:
     asyncio.run(scenario())
 
 
+def test_memory_that_the_sidecar_takes_back_is_unmapped(make_client: Any, idle_sidecar: Any) -> None:
+    """Pages of another size need the segments; the server gets them back only when the client has let go."""
+    idle_sidecar.service |= {"host_bytes": 8 << 20, "host_segment_bytes": 1 << 20, "expiry_grace_ms": 100}
+    idle_sidecar.start()
+
+    async def scenario() -> None:
+        async with make_client(idle_sidecar.target) as client:
+            small, large = namespace(client), namespace(client, page_bytes=2 * PAGE)
+            tokens = [np.arange(n * 10_000, n * 10_000 + 64 * PAGES, dtype=np.int32) for n in range(12)]
+            for prompt in tokens:
+                await small.store(prompt, pages_of())
+                async with await small.fetch(prompt) as lease:
+                    await lease.copy_into(bytearray(len(lease) * PAGE))
+            mapped = len(client.core.arena)
+            assert mapped >= 4
+            data = pages_of(2, page_bytes=2 * PAGE)
+            for prompt in tokens:
+                await large.store(prompt, data, wait_ms=20_000)
+                async with await large.fetch(prompt) as lease:
+                    out = np.zeros_like(data)[: len(lease)]
+                    await lease.copy_into(out)
+                    assert len(lease) == PAGES and (out == data).all()
+            assert (await client.admin.check()).ok
+            regions = {id_: client.core.arena.find(id_) for id_ in client.core.arena._regions}
+            assert len({region.info.page_bytes for region in regions.values() if region}) >= 1
+            assert len(regions) <= 8
+
+    asyncio.run(scenario())
+
+
+def test_threads_and_tasks_share_a_client(make_client: Any, sidecar: Any) -> None:
+    async def scenario() -> None:
+        data = pages_of()
+        async with make_client(sidecar.target) as client:
+            cache = namespace(client)
+
+            async def engine(number: int) -> None:
+                prompt = np.arange(number * 1000, number * 1000 + 64 * 4, dtype=np.int32)
+                mine = (data[:4] + number).astype(np.uint8)
+                for _ in range(5):
+                    await cache.store(prompt, mine)
+                    async with await cache.fetch(prompt) as lease:
+                        out = np.zeros_like(mine)
+                        assert await lease.copy_into(out) == 4
+                        assert (out == mine).all()
+
+            await asyncio.gather(*(engine(number) for number in range(12)))
+            assert client.core.memory.used_bytes == 0
+            found = await asyncio.gather(
+                *(cache.match(TOKENS) for _ in range(300))
+            )  # more than may be in flight
+            assert len(found) == 300
+            stats = await client.admin.stats()
+            assert (stats.leases, stats.reservations, stats.sessions) == (0, 0, 1)
+
+    asyncio.run(scenario())
+
+
 # --- restarts and failures
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
 import os
 import socket
 import stat
@@ -30,6 +31,7 @@ from hicache.errors import (
 )
 from hicache.rpc.common import fdproto
 from hicache.rpc.pb import region_pb2
+from hicache.rpc.server import fdsocket
 from hicache.rpc.server.onetime import OneTimeTokens
 
 
@@ -342,3 +344,64 @@ def test_another_user_is_denied() -> None:
     assert local_peer(options, Credentials(1, os.geteuid())).admin
     with pytest.raises(DeniedError):
         local_peer(options, Credentials(1, 4243))
+
+
+def test_connections_of_one_user_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fdsocket, "MAX_CONNECTIONS_PER_UID", 2)
+
+    async def main() -> None:
+        async with serving(tmp_path) as house:
+            path = house.options.fd_socket_path
+            held = [fdproto.connect(path, 1.0) for _ in range(2)]
+            await until(lambda: len(house.server._fd_socket._open) == 2)
+            with pytest.raises((UnavailableError, OSError)):
+                await house.client.transact(fdproto.Hello())
+            for sock in held:
+                sock.close()
+            await until(lambda: not house.server._fd_socket._open)
+            await house.client.transact(fdproto.Hello())
+
+    run(main())
+
+
+def test_idle_connections_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fdsocket, "IDLE_S", 0.05)
+
+    async def main() -> None:
+        async with serving(tmp_path) as house:
+            with fdproto.connect(house.options.fd_socket_path, 5.0) as sock:
+                packet = await asyncio.to_thread(fdproto.receive, sock)
+                assert not packet.data
+
+    run(main())
+
+
+def test_without_descriptors_accepting_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fdsocket, "ACCEPT_PAUSE_S", 0.05)
+
+    async def main() -> None:
+        async with serving(tmp_path) as house:
+            listening = house.server._fd_socket._listener
+            attempts = 0
+
+            class Full:
+                """A listener whose process has no descriptor left, once."""
+
+                def fileno(self) -> int:
+                    return listening.fileno()
+
+                def accept(self) -> Any:
+                    nonlocal attempts
+                    attempts += 1
+                    if attempts == 1:
+                        raise OSError(errno.EMFILE, "too many open files")
+                    return listening.accept()
+
+                def close(self) -> None:
+                    listening.close()
+
+            monkeypatch.setattr(house.server._fd_socket, "_listener", Full())
+            await house.client.transact(fdproto.Hello())
+            assert attempts == 2
+
+    run(main())

@@ -14,12 +14,15 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from server_kit import Client, House, failure, open_fds, run, serving, tokens, until
+from server_kit import Client, FakeService, House, failure, open_fds, run, serving, tokens, until
 
-from hicache.errors import UnavailableError
+from hicache.errors import DeniedError, UnavailableError
 from hicache.rpc.common import fdproto
 from hicache.rpc.pb import admin_pb2, cache_pb2, session_pb2
+from hicache.rpc.server import ServerOptions
 from hicache.rpc.server.idempotency import AnswerBook, Claim, StreamAnswer
+from hicache.rpc.server.identity import Peer
+from hicache.rpc.server.sessions import Sessions
 
 
 def test_hello_is_welcomed(tmp_path: Path) -> None:
@@ -446,5 +449,69 @@ def test_streams_claim_their_request_id() -> None:
         known = book.claim(b"a")
         assert isinstance(known, asyncio.Future)
         assert await known is answer
+
+    run(main())
+
+
+# --- the table of sessions by itself
+
+
+def test_a_service_that_refuses_leaves_nothing_behind() -> None:
+    async def main() -> None:
+        service = FakeService()
+        service.script["open_session"] = UnavailableError("failed")
+        sessions = Sessions(service, ServerOptions(socket_path="/s"))
+        before = open_fds()
+        with pytest.raises(UnavailableError):
+            sessions.open(Peer("default", admin=False, pid=os.getpid(), uid=0), "test")
+        assert (len(sessions), open_fds()) == (0, before)
+
+    run(main())
+
+
+def test_a_dead_process_cannot_attach() -> None:
+    async def main() -> None:
+        child = subprocess.Popen([sys.executable, "-c", ""])
+        child.wait()
+        sessions = Sessions(FakeService(), ServerOptions(socket_path="/s"))
+        with pytest.raises(UnavailableError, match="gone"):
+            sessions.open(Peer("default", admin=False, pid=child.pid, uid=0), "test")
+
+    run(main())
+
+
+def test_a_session_follows_the_process_that_resumes_it() -> None:
+    async def main() -> None:
+        service = FakeService()
+        sessions = Sessions(service, ServerOptions(socket_path="/s"))
+        children = [
+            subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2)
+        ]
+        first, second = (Peer("default", admin=False, pid=child.pid, uid=7) for child in children)
+        session = sessions.open(first, "test")
+        with pytest.raises(DeniedError):
+            sessions.resume(session.id, Peer("default", admin=False, pid=second.pid, uid=8))
+        assert sessions.resume(session.id, second) is session
+        for child, ended in zip(children, (False, True), strict=True):
+            child.kill()
+            child.communicate()
+            await asyncio.sleep(0.05)
+            assert bool(service.called("end_session")) is ended
+        assert sessions.resume(session.id, second) is None
+
+    run(main())
+
+
+def test_a_client_that_never_reads_loses_its_stream() -> None:
+    async def main() -> None:
+        sessions = Sessions(FakeService(), ServerOptions(socket_path="/s"))
+        outbox = sessions.connect(sessions.open(Peer("default", admin=False), "test"))
+        for _ in range(5_000):
+            outbox.put(session_pb2.AttachResponse())
+        assert outbox.closed
+        count = 0
+        while await outbox.get() is not None:
+            count += 1
+        assert count < 5_000
 
     run(main())

@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -71,9 +72,7 @@ def namespace(**changes: Any) -> Namespace:
 
 def prompt(pages: int, salt: int = 0) -> bytes:
     """Token ids of whole pages; prompts of one salt share their prefix."""
-    ids = itertools.chain.from_iterable(
-        ((salt << 16) + page, 1, 2, 3) for page in range(pages)
-    )
+    ids = itertools.chain.from_iterable(((salt << 16) + page, 1, 2, 3) for page in range(pages))
     return b"".join(number.to_bytes(4, "little") for number in ids)
 
 
@@ -93,7 +92,7 @@ def memfd(data: bytes) -> int:
 
 
 def open_fds() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
+    return {each.name for each in Path("/proc/self/fd").iterdir()}
 
 
 async def settle(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -128,9 +127,7 @@ class TestClient:
         self.session = service.open_session(tenant, "test")
         self.namespace, self.fingerprint = service.open_namespace(self.spec)
 
-    async def store(
-        self, pages: int, salt: int = 0, *, ack: Ack = Ack.VISIBLE, wait_ms: int = 5_000
-    ) -> Any:
+    async def store(self, pages: int, salt: int = 0, *, ack: Ack = Ack.VISIBLE, wait_ms: int = 5_000) -> Any:
         """Store a prompt of so many pages, whatever of it is missing."""
         reserved = await self.service.reserve(
             self.session, self.namespace, prompt(pages, salt), wait_ms=wait_ms

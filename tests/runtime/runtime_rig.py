@@ -66,7 +66,9 @@ class Rig:
         for port in self.ports:
             port.poll()
 
-    async def batch(self, tier: int, op: Op, pages: Sequence[int], buffers: Sequence[memoryview]) -> Completion:
+    async def batch(
+        self, tier: int, op: Op, pages: Sequence[int], buffers: Sequence[memoryview]
+    ) -> Completion:
         port = self.ports[tier]
         found: list[Completion] = []
         keyed = port.spec.keyed
@@ -113,7 +115,9 @@ class Rig:
         )
         return await self.finished(self._copies)
 
-    def start_copy_in(self, tier: int, pages: Sequence[int], source: object, slots: Sequence[int] = ()) -> int:
+    def start_copy_in(
+        self, tier: int, pages: Sequence[int], source: object, slots: Sequence[int] = ()
+    ) -> int:
         keyed = self.ports[tier].spec.keyed
         self._copies += 1
         self.copier.copy_in(

@@ -174,7 +174,9 @@ def test_a_clients_region_is_copied_in(tmp_path: Path, tier: int) -> None:
             numbers = [2, 3, 4, 8, 9, 10, 11, 12, 13]
             left = region_of(b"".join(map(page, numbers[:3])))
             right = region_of(b"x" + b"".join(map(page, numbers[3:])))
-            source = RegionSource([(2, 3), (8, 6)], [(left, 0), (right, 1)], [checksum(page(n)) for n in numbers])
+            source = RegionSource(
+                [(2, 3), (8, 6)], [(left, 0), (right, 1)], [checksum(page(n)) for n in numbers]
+            )
             event = await bench.copy_in(tier, numbers, source)
             assert event.outcomes is None
             assert len(event.charges) == (len(numbers) if tier == DISK else 0)

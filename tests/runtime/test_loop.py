@@ -9,7 +9,16 @@ import pytest
 from runtime_helpers import FakeClock
 
 from hicache.engine import events
-from hicache.engine.actions import Action, Failure, FetchResult, Free, OperationDone, RenewResult, Reply, ReserveResult
+from hicache.engine.actions import (
+    Action,
+    Failure,
+    FetchResult,
+    Free,
+    OperationDone,
+    RenewResult,
+    Reply,
+    ReserveResult,
+)
 from hicache.engine.events import Event
 from hicache.errors import ErrorCode, ExhaustedError, UnavailableError, ViolationError
 from hicache.runtime.loop import EngineLoop

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import mmap
-from collections.abc import Awaitable, Callable
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,8 +35,9 @@ from hicache.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from hicache.runtime import Service, ServiceOptions
-from hicache.types import Ack, SymbolKind, WritePolicy
+from hicache.runtime import Service, ServiceOptions, sources
+from hicache.tier.region import read_region
+from hicache.types import Ack, Outcome, SymbolKind, WritePolicy
 
 HOST_ONLY = ServiceOptions(host_bytes=4 << 20, prefault=False)
 
@@ -246,12 +249,21 @@ def test_malformed_commits_change_nothing() -> None:
     run(HOST_ONLY, test)
 
 
-def test_a_session_that_ends_while_its_pages_are_copied_leaves_nothing() -> None:
+def test_a_session_that_ends_while_its_pages_are_copied_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    go_on = threading.Event()
+
+    def slow(fd: int, offsets: Sequence[int], buffers: Sequence[memoryview]) -> list[Outcome]:
+        assert go_on.wait(10)
+        return read_region(fd, offsets, buffers)
+
     async def test(service: Service, client: TestClient) -> None:
         store = asyncio.ensure_future(client.store(500))
         await settle(lambda: service.stats().counters["copies_in_flight"] == 1)
         service.end_session(client.session, dead=True)
         service.end_session(client.session, dead=True)
+        go_on.set()
         await asyncio.gather(store, return_exceptions=True)
         await settle(lambda: service.stats().counters["copies_in_flight"] == 0)
         stats = service.stats().engine
@@ -259,6 +271,7 @@ def test_a_session_that_ends_while_its_pages_are_copied_leaves_nothing() -> None
         with pytest.raises(StaleError):
             await client.fetch(1)
 
+    monkeypatch.setattr(sources, "read_region", slow)
     run(HOST_ONLY, test)
 
 
@@ -350,7 +363,9 @@ def test_a_namespace_has_one_number() -> None:
         ({"symbol_kind": SymbolKind.HASHES}, InvalidArgumentError, "symbol_hash_bytes"),
     ],
 )
-def test_namespaces_that_cannot_be_served(changes: dict[str, object], error: type[HicacheError], words: str) -> None:
+def test_namespaces_that_cannot_be_served(
+    changes: dict[str, object], error: type[HicacheError], words: str
+) -> None:
     async def test(service: Service, _: TestClient) -> None:
         with pytest.raises(error, match=words):
             service.open_namespace(namespace(**changes))
@@ -381,9 +396,7 @@ def test_room_moves_between_tenants_when_the_sessions_have_let_go() -> None:
 
         service.regions.on_retired = retire
         blue = TestClient(service, tenant="blue")
-        asked = asyncio.ensure_future(
-            service.reserve(blue.session, blue.namespace, prompt(3), wait_ms=5_000)
-        )
+        asked = asyncio.ensure_future(service.reserve(blue.session, blue.namespace, prompt(3), wait_ms=5_000))
         await settle(lambda: bool(mapped))
         await asyncio.sleep(0.02)
         assert not asked.done()
@@ -454,6 +467,33 @@ def test_close_refuses_who_waits(tmp_path: Path) -> None:
     assert open_fds() == before
 
 
+@pytest.mark.parametrize("which", ["d", "h", "k"])
+def test_close_in_the_middle_of_a_commit(tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that no worker has begun fail; nothing stays open."""
+
+    def slow(fd: int, offsets: Sequence[int], buffers: Sequence[memoryview]) -> list[Outcome]:
+        time.sleep(0.05)
+        return read_region(fd, offsets, buffers)
+
+    monkeypatch.setattr(sources, "read_region", slow)
+
+    async def main() -> None:
+        service = Service(tiers(tmp_path, which, workers=1, copy_chunk_bytes=8192, bounce_bytes=16384))
+        await service.start()
+        client = TestClient(service)
+        store = asyncio.ensure_future(client.store(400))
+        await settle(lambda: service.stats().counters["copy_chunks_queued"] > 0)
+        house = service._running
+        await service.close()
+        with pytest.raises(UnavailableError):
+            await store
+        assert house.copier.in_flight == 0
+
+    before = open_fds()
+    asyncio.run(main())
+    assert open_fds() == before
+
+
 def test_a_failed_engine_serves_nothing(caplog: pytest.LogCaptureFixture) -> None:
     async def test(service: Service, client: TestClient) -> None:
         told: list[int] = []
@@ -469,9 +509,11 @@ def test_a_failed_engine_serves_nothing(caplog: pytest.LogCaptureFixture) -> Non
         with pytest.raises(UnavailableError):
             await client.fetch(2)
         assert (service.state, told) == ("failed", [0])
-        for call in (client.fetch(2), client.store(3), service.drain(10)):
+        for call in (client.fetch(2), client.store(3), service.drain(10), client.read(result)):
             with pytest.raises(UnavailableError):
                 await call
+        with pytest.raises(UnavailableError):
+            client.match(2)
 
     run(HOST_ONLY, test)
     assert "the last events before it" in caplog.text
@@ -503,7 +545,9 @@ def test_the_same_calls_give_the_same_actions() -> None:
     digests = []
 
     async def main() -> None:
-        async with running(ServiceOptions(host_bytes=1 << 20, prefault=False, digest=True), FakeClock()) as service:
+        async with running(
+            ServiceOptions(host_bytes=1 << 20, prefault=False, digest=True), FakeClock()
+        ) as service:
             client = TestClient(service)
             for salt in range(8):
                 await client.store(60, salt)
@@ -543,5 +587,7 @@ def test_churn_over_all_tiers_stays_right(tmp_path: Path, policy: WritePolicy) -
         assert all(tier.used_bytes <= tier.capacity_bytes for tier in stats.tiers)
         assert sum(tier.corrupt_pages for tier in stats.tiers) == 0
 
-    options = tiers(tmp_path, "dhk", write_policy=policy, device_bytes=1 << 19, host_bytes=1 << 20, disk_bytes=8 << 20)
+    options = tiers(
+        tmp_path, "dhk", write_policy=policy, device_bytes=1 << 19, host_bytes=1 << 20, disk_bytes=8 << 20
+    )
     run(options, test)

@@ -21,7 +21,14 @@ POSITIONAL_ARGS_MAX = 5
 
 # "file:function" -> why it may catch everything. Only loop and RPC edges belong here; each must report
 # what it caught.
-BROAD_HANDLERS: dict[str, str] = {}
+BROAD_HANDLERS: dict[str, str] = {
+    "hicache/rpc/server/edge.py:Edge.guard": "the RPC edge: logged with the request id, answered INTERNAL",
+    "hicache/runtime/loop.py:EngineLoop._step": "the loop's edge: the service fails and says so",
+    "hicache/tier/encoder.py:Encoder._run": "a worker's loop edge: the batch completes with FAULT",
+    "hicache/tier/host.py:_run": "a worker's loop edge: the batch completes with FAULT",
+    "hicache/tier/reader.py:Readers._run": "a worker's loop edge: the batch completes with FAULT",
+    "hicache/tier/writer.py:Writer._commit": "a worker's loop edge: the group completes with FAULT",
+}
 
 CLOCK_FILE = "hicache/runtime/clock.py"
 ENVIRONMENT_FILE = "hicache/cli/config.py"

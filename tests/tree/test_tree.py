@@ -71,6 +71,7 @@ def test_a_hole_at_the_start_of_a_child_leaves_the_parent_matched() -> None:
     hole = add(tree, symbols(1, 2, 4), after=stem)
     tree.set_state(hole, 0, FILLING)
     match = tree.match(symbols(1, 2, 4))
+    assert repr(match) == "Match(2 pages, 1 nodes, 2 pages of the last)"
     assert (match.pages, match.nodes, match.last_pages) == (2, [stem.node], 2)
 
 
@@ -133,8 +134,10 @@ def test_a_long_run_leaves_in_small_pieces() -> None:
     run = add(tree, prompt)
     for left in range(pages - 1, pages - 60, -1):
         tail = tree.split_run(run, run.pages - 1)
+        edge = run.node.edge
         assert drop(tree, tail) == [tail]
         assert tree.match(prompt).pages == left
+        assert run.node.edge is edge or left == pages - 1, "copied more than once"
     tree.check()
     grown = add(tree, prompt, after=run)
     assert grown.node is run.node

@@ -40,8 +40,8 @@ class Page:
 class Holding:
     """A holder, and in ``pages`` what it must hold."""
 
-    def __init__(self, run: Run, pages: list[bytes]) -> None:
-        self.runs = [run]
+    def __init__(self, runs: list[Run], pages: list[bytes]) -> None:
+        self.runs = runs
         self.pages = pages
 
 
@@ -231,11 +231,14 @@ class TreeMachine(RuleBasedStateMachine):
         self.model[self.tree.prompt_to(run)].anchors += step
 
     @precondition(lambda self: self.model and len(self.holders) < 4)
-    @rule(data=st.data())
-    def hold(self, data: st.DataObject) -> None:
-        run = self.pick(data)
-        holder = Holding(run, self.prefixes(run))
-        run.holders.append(holder)
+    @rule(data=st.data(), whole_path=st.booleans())
+    def hold(self, data: st.DataObject, whole_path: bool) -> None:
+        runs = [self.pick(data)]
+        while whole_path and (above := self.tree.parent_run(runs[0])) is not None:
+            runs.insert(0, above)
+        holder = Holding(runs, [prefix for run in runs for prefix in self.prefixes(run)])
+        for run in runs:
+            run.holders.append(holder)
         self.holders.append(holder)
 
     @precondition(lambda self: self.holders)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hicache.rpc.client import administration
-from hicache.rpc.client.arguments import count_of
 from hicache.rpc.client.aio_driver import Driver
+from hicache.rpc.client.arguments import count_of
 from hicache.rpc.client.handles import NamespaceBase
 from hicache.rpc.client.prompt import Tokens
 from hicache.rpc.client.results import CheckResult, EvictResult, PinResult, Stats, Tree

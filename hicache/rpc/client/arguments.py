@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Required, TypedDict, Unpack
+import operator
+from typing import Any, Required, SupportsIndex, TypedDict, Unpack
 
 from hicache import keys
 from hicache.errors import InvalidArgumentError, UnsupportedError
@@ -84,20 +85,22 @@ def make_namespace(**fields: Unpack[NamespaceFields]) -> NamespaceState:
     return NamespaceState(spec)
 
 
-def count_of(name: str, value: int | None) -> int:
-    """An argument that must not be negative; None is 0. Raises InvalidArgumentError."""
-    if value is None:
-        return 0
-    if not isinstance(value, int) or value < 0 or value >= 1 << 63:
+def count_of(name: str, value: SupportsIndex) -> int:
+    """An argument that must not be negative. Raises InvalidArgumentError."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = -1
+    if not 0 <= count < 1 << 63:
         raise InvalidArgumentError(f"{name} must be a whole number, 0 or more, not {value!r}")
-    return value
+    return count
 
 
 def pages_of(max_pages: int | None) -> int:
     """``max_pages`` as Fetch takes it. Raises InvalidArgumentError for 0, which would mean all."""
     if max_pages is not None and not 1 <= max_pages < 1 << 32:
         raise InvalidArgumentError(f"max_pages must be at least 1, not {max_pages!r}; None for all")
-    return max_pages or 0
+    return 0 if max_pages is None else max_pages
 
 
 def refuse_torch_views(*, copy: bool) -> None:

@@ -13,7 +13,14 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from hicache.errors import HicacheError, InvalidArgumentError, StaleError, UnavailableError, UnsupportedError
+from hicache.errors import (
+    ExhaustedError,
+    HicacheError,
+    InvalidArgumentError,
+    StaleError,
+    UnavailableError,
+    UnsupportedError,
+)
 from hicache.rpc.client import calls
 from hicache.rpc.client.arena import Arena
 from hicache.rpc.client.lease import LeaseState, Terms
@@ -28,6 +35,8 @@ from hicache.types import Namespace
 NS_PER_MS = 1_000_000
 RETRY_FIRST_S = 0.05
 RETRY_MOST_S = 1.0
+#: A server that asks for so short a pause has too many calls of ours in flight; nothing was done.
+CROWDED_MS = 20
 #: How often a call may find a new session before it gives up.
 STALE_MOST = 5
 
@@ -162,12 +171,20 @@ def invoke(core: Core, build: Callable[[Attempt], Steps[Step]], budget: Budget) 
             return Reply(message, link)
         except UnavailableError as error:
             pause_s = max(pause_s, error.retry_after_ms / 1000)
-            if link is None or not budget.retry or core.now_ns() + int(pause_s * 1e9) >= deadline_ns:
+            if link is None or not budget.retry:
                 raise
-        except StaleError:
+            failure: HicacheError = error
+        except StaleError as error:
             stale += 1
-            if budget.incarnation or stale > STALE_MOST or core.now_ns() + int(pause_s * 1e9) >= deadline_ns:
+            if budget.incarnation or stale > STALE_MOST:
                 raise
+            failure = error
+        except ExhaustedError as error:
+            if not 0 < error.retry_after_ms <= CROWDED_MS:
+                raise
+            failure = error
+        if core.now_ns() + int(pause_s * 1e9) >= deadline_ns:
+            raise failure
         yield Sleep(pause_s)
         pause_s = min(2 * pause_s, RETRY_MOST_S)
 
