@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from hicache.errors import ConfigError, ViolationError
 from hicache.policy import POLICIES, Plan, Policy, RunInfo, make_policy
@@ -176,6 +176,12 @@ class Comparison(RuleBasedStateMachine):
     known = precondition(lambda self: self.plan is None and self.twin.queue)
     planning = precondition(lambda self: self.plan is not None)
 
+    @initialize(paths=st.lists(st.integers(0, 3), min_size=2, max_size=7))
+    def fill(self, paths: list[int]) -> None:
+        for path in paths:
+            self.insert(3, path, again=False, step=1)
+        self.expose_all()
+
     @idle
     @rule(pages=st.integers(1, 5), path=st.integers(0, 3), again=st.booleans(), step=st.integers(0, 1))
     def insert(self, pages: int, path: int, again: bool, step: int) -> None:
@@ -192,6 +198,15 @@ class Comparison(RuleBasedStateMachine):
         self.now += step
         self.policy.hit(run, self.now)
         self.twin.hit(run, self.now)
+
+    @known
+    @rule(uses=st.lists(st.integers(0, 99), max_size=5))
+    def hit_some(self, uses: list[int]) -> None:
+        self.now += 1
+        for use in uses:
+            run = self.twin.queue[use % len(self.twin.queue)].run
+            self.policy.hit(run, self.now)
+            self.twin.hit(run, self.now)
 
     @known
     @rule(data=st.data())
@@ -299,6 +314,18 @@ class Comparison(RuleBasedStateMachine):
         self.plan.abort()
         self.plan = None
 
+    @known
+    @rule(count=st.integers(1, 5), keep=st.sampled_from([0, 0, 0, 1, 2]), backwards=st.booleans())
+    def evict(self, count: int, keep: int, backwards: bool) -> None:
+        plan, twin_plan = self.policy.begin(), PLANS[self.name](self.twin)
+        given = [run for run in (plan.next() for _ in range(count)) if run is not None]
+        assert given == [run for run in (twin_plan.next() for _ in range(count)) if run is not None]
+        evicted = given[: len(given) - keep]
+        plan.commit(evicted)
+        twin_plan.commit(evicted)
+        for run in evicted[::-1] if backwards else evicted:
+            self.drop(run)
+
     @idle
     @rule()
     def drain(self) -> None:
@@ -318,7 +345,7 @@ def test_policy_and_twin_agree(name: str) -> None:
     """Over any history, with plans that abort, expose and leave runs behind, both give the same victims."""
     machine = type(f"Comparison_{name}", (Comparison,), {"name": name})
     case = machine.TestCase
-    case.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+    case.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
     case().runTest()
 
 

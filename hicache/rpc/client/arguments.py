@@ -28,6 +28,7 @@ class OptionFields(TypedDict, total=False):
     write_limit_bytes: int
     write_step_bytes: int
     deadline_margin_ms: int
+    keep_message_memory: bool
 
 
 class NamespaceFields(TypedDict, total=False):

@@ -32,6 +32,7 @@ from hicache.rpc.client.steps import (
     Upload,
     Work,
 )
+from hicache.rpc.common import heap
 from hicache.rpc.pb import session_pb2
 from hicache.runtime.clock import Clock
 
@@ -108,6 +109,8 @@ class Driver:
         self._stream: _Stream | None = None
         self._process = os.getpid()
         address, secret = channel.address(target, options), channel.credentials(options)
+        if options.keep_message_memory:
+            heap.keep_message_memory()
         self.core = Core(target, options, now_ns=Clock().now_ns, new_id=new_request_id, signal=self._signal)
         self._metadata = channel.metadata(options)
         self._channel = (
