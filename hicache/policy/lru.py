@@ -6,7 +6,6 @@ With leaves as the only candidates that is LRU over pages touched deepest first.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection
 
 from hicache.policy.base import RunInfo
 from hicache.policy.ordered import OrderedPlan, OrderedPolicy
@@ -63,5 +62,5 @@ class _LruPlan(OrderedPlan):
     def show(self, record: Record) -> None:
         heapq.heappush(self._shown_keys, record.key)
 
-    def settle(self, evicted: Collection[int]) -> None:
+    def settle(self) -> None:
         """Nothing: choosing by age changes nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from hicache.errors import ViolationError
 from hicache.policy.base import Plan, RunInfo
@@ -127,7 +127,7 @@ class OrderedPlan(abc.ABC):
         """Make a hidden record a candidate of this plan."""
 
     @abc.abstractmethod
-    def settle(self, evicted: Collection[int]) -> None:
+    def settle(self) -> None:
         """Write down what choosing has changed in the policy, before records are put back."""
 
     def next(self) -> int | None:
@@ -155,7 +155,7 @@ class OrderedPlan(abc.ABC):
             raise ViolationError(f"policy: runs {sorted(leaving - self.given)} leave, which no plan gave")
         for run in leaving:
             self.policy.find(run).exposed = False
-        self.settle(leaving)
+        self.settle()
         self._end()
 
     def abort(self) -> None:

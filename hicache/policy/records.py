@@ -37,8 +37,9 @@ class Queue:
 
     A heap with lazy deletion: hiding, hitting and forgetting a run leave its entry where it is. An entry at
     the top is dropped if its run is gone or hidden, and moved if the key has grown (keys never shrink).
-    Every entry is taken out once and moved once a hit, so the cost is O(log n) amortised. After ``push``
-    and ``clean`` there are at most twice as many entries as records, and ``SLACK_ENTRIES``.
+    Every entry is taken out once and moved once a hit, so the cost is O(log n) amortised. A record has at
+    most one entry, and ``clean`` bounds what forgotten ones leave behind, so there are never more entries
+    than three times the records and ``SLACK_ENTRIES``.
     """
 
     def __init__(self, records: dict[int, Record]) -> None:
@@ -52,7 +53,6 @@ class Queue:
         """Queue a record that has no entry."""
         record.entry = record.key
         heapq.heappush(self._entries, record.key)
-        self.clean()
 
     def peek(self) -> Record | None:
         """The first exposed record."""

@@ -19,7 +19,6 @@ operation, which either gives a victim or clears a bit that a hit had set.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection
 
 from hicache.policy.base import RunInfo
 from hicache.policy.ordered import OrderedPlan, OrderedPolicy
@@ -68,7 +67,9 @@ class SievePolicy(OrderedPolicy):
         """The run has left; a hand that rested on it moves to the next newer. O(1) amortised."""
         record = self.find(run)
         if self.hand is record:
-            self.move_hand(record.newer)
+            self.hand = record.newer
+            if self.hand is None:  # past the newest: a new round, all that was passed lies ahead
+                self.ahead = 1 - self.ahead
         if self._newest is record:
             self._newest = record.older
         if record.older is not None:
@@ -76,12 +77,6 @@ class SievePolicy(OrderedPolicy):
         if record.newer is not None:
             record.newer.older = record.older
         super().forget(run)
-
-    def move_hand(self, to: Record | None) -> None:
-        """Rest the hand on a record, between which and its old place no exposed one stands. O(1)."""
-        if to is None and self.hand is not None:
-            self.ahead = 1 - self.ahead  # past the newest: a new round, all that was passed lies ahead
-        self.hand = to
 
     def new_plan(self) -> OrderedPlan:
         """A plan with a hand of its own."""
@@ -144,16 +139,17 @@ class _SievePlan(OrderedPlan):
             return record.key > self._passed
         return self._begun or self._sieve.is_ahead(record)
 
-    def settle(self, evicted: Collection[int]) -> None:
-        """The policy's hand, side and bits become this plan's."""
+    def settle(self) -> None:
+        """The policy's hand, side and bits become this plan's.
+
+        The hand rests on the last victim; if that leaves, it moves on when it is forgotten.
+        """
         if self._last is None:
             return
         for run in self._cleared:
             self.policy.find(run).visited = False
         self._sieve.ahead = self._ahead
         self._sieve.hand = self._last
-        if self._last.run in evicted:
-            self._sieve.move_hand(self._last.newer)
 
 
 def _link(record: Record, older: Record | None, newer: Record | None) -> None:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -49,9 +48,7 @@ _GAUGES = (
     "nodes",
     "runs",
     "pages",
-    "stranded_pages",
 )
-_OWN_TOTALS = frozenset({"orphan_pages"})
 
 
 class ServiceCollector:
@@ -96,12 +93,8 @@ def _tiers(tiers: tuple[TierStats, ...]) -> Iterator[Metric]:
 def _totals(stats: ServiceStats) -> Iterator[Metric]:
     for name in _GAUGES:
         yield GaugeMetricFamily(PREFIX + name, name.replace("_", " "), value=getattr(stats.engine, name))
-    for field in dataclasses.fields(stats.engine.counters):
-        value: Any = getattr(stats.engine.counters, field.name)
-        if type(value) is int and field.name != "tiers":
-            yield CounterMetricFamily(PREFIX + field.name, field.name.replace("_", " "), value=value)
     for name, count in stats.counters.items():
-        family = CounterMetricFamily if name in _OWN_TOTALS else GaugeMetricFamily
+        family = CounterMetricFamily if name in stats.totals else GaugeMetricFamily
         yield family(PREFIX + name, name.replace("_", " "), value=count)
 
 

@@ -35,13 +35,17 @@ class TierStats:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServiceStats:
-    """``counters``: totals and gauges that are single numbers, by the names they have in the metrics."""
+    """``counters``: totals and gauges that are single numbers, by the names they have in the metrics.
+
+    ``totals``: which of them only ever grow.
+    """
 
     state: str
     uptime_ms: int
     engine: EngineStats
     tiers: tuple[TierStats, ...]
     counters: Mapping[str, int]
+    totals: frozenset[str]
     latencies: tuple[CallLatency, ...]
 
 
@@ -73,13 +77,26 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
     engine = house.engine.stats()
     report = house.recoverer.report if house.recoverer is not None else None
     disk = house.stores.disk
-    counters = {
+    totals = {
+        field.name: getattr(engine.counters, field.name) for field in dataclasses.fields(engine.counters)
+    }
+    totals = {name: value for name, value in totals.items() if type(value) is int and name != "tiers"}
+    totals["orphan_pages"] = report.orphan_pages if report is not None else 0
+    gauges = {
+        "stranded_pages": engine.stranded_pages,
         "copies_in_flight": house.copier.in_flight,
         "copy_chunks_queued": house.copier.queued,
         "calls_waiting": house.loop.open_requests,
         "regions_retiring": house.regions.retiring,
         "recovering": int(report is not None and not report.done),
-        "orphan_pages": report.orphan_pages if report is not None else 0,
         "disk_file_bytes": disk.used_bytes if disk is not None else 0,
     }
-    return ServiceStats(state, uptime_ms, engine, tier_stats(engine, house.ports), counters, tuple(latencies))
+    return ServiceStats(
+        state,
+        uptime_ms,
+        engine,
+        tier_stats(engine, house.ports),
+        {**totals, **gauges},
+        frozenset(totals),
+        tuple(latencies),
+    )

@@ -55,14 +55,17 @@ def _open_disk(options: ServiceOptions, notify: Notify) -> DiskStore:
         from hicache.tier.disk import DiskStore
     except ImportError as error:
         raise ConfigError(f"--disk-path: the disk tier needs lmdb and zstandard: {error}") from error
-    return DiskStore(
-        options.disk_path,
-        options.disk_bytes,
-        notify,
-        sync=options.disk_sync,
-        readers=options.disk_readers,
-        compress_workers=options.disk_compress_workers,
-    )
+    try:
+        return DiskStore(
+            options.disk_path,
+            options.disk_bytes,
+            notify,
+            sync=options.disk_sync,
+            readers=options.disk_readers,
+            compress_workers=options.disk_compress_workers,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"--disk-path: {error.message}", hint=error.hint) from error
 
 
 def _open_device(index: int, spec: TierSpec, options: ServiceOptions, notify: Notify) -> TierPort:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from hicache.errors import InvalidArgumentError, UnavailableError
@@ -28,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 #: Pages of one batch that belong to one worker: (batch, positions in it, the slots as (segment, index)).
 _Task = tuple[Pending, list[int], list[tuple[Segment, int]]]
+_Where = npt.NDArray[np.bool_]
+_Indices = npt.NDArray[np.int64]
 _Queue = queue.SimpleQueue[_Task | None]
 
 
@@ -103,21 +106,40 @@ class HostStore:
         """Record the checksums of pages that were copied into their slots through ``views``."""
         if len(slots) != len(checksums):
             raise InvalidArgumentError(f"{len(slots)} slots and {len(checksums)} checksums")
-        for (segment, index), checksum in zip(self._find(slots), checksums, strict=True):
-            segment.seal(index, checksum)
+        values = np.asarray(checksums, dtype=np.uint64)
+        for segment, where, indices in self._group(slots):
+            segment.checksums[indices] = values[where]
+            segment.sealed[indices] = 1
 
     def checksums(self, slots: Sequence[int]) -> list[int]:
         """The recorded checksums; 0 for a slot that never held a page."""
-        return [int(segment.checksums[index]) for segment, index in self._find(slots)]
+        found = np.empty(len(slots), dtype=np.uint64)
+        for segment, where, indices in self._group(slots):
+            found[where] = segment.checksums[indices]
+        return found.tolist()
 
     def generations(self, slots: Sequence[int]) -> list[int]:
         """The slots' generations, as clients see them in the segment's header."""
-        return [int(segment.generations[index]) for segment, index in self._find(slots)]
+        found = np.empty(len(slots), dtype=np.uint64)
+        for segment, where, indices in self._group(slots):
+            found[where] = segment.generations[indices]
+        return found.tolist()
 
     def free(self, slots: Sequence[int]) -> None:
         """The slots hold nothing from now on; their generations move on."""
-        for segment, index in self._find(slots):
-            segment.free(index)
+        for segment, _, indices in self._group(slots):
+            segment.sealed[indices] = 0
+            segment.generations[indices] += np.uint64(1)
+
+    def _group(self, slots: Sequence[int]) -> Iterator[tuple[Segment, _Where, _Indices]]:
+        """The slots by segment: which entries of ``slots`` lie in it, and their indices there. No loop over slots."""
+        numbers, indices = np.divmod(np.asarray(slots, dtype=np.int64), SLOTS_PER_SEGMENT)
+        for number in np.unique(numbers).tolist():
+            mine = numbers == number
+            segment, inside = self._segment(number), indices[mine]
+            if int(inside.max()) >= segment.layout.slots:
+                raise InvalidArgumentError(f"segment {number} has only {segment.layout.slots} slots")
+            yield segment, mine, inside
 
     # -- the store port
 

@@ -221,15 +221,15 @@ def test_demo_in_small(tmp_path: Path) -> None:
     device = importlib.util.find_spec("torch") is not None
     sizes = [
         "--page-bytes",
-        "8KiB",
+        "4KiB",
         "--device-bytes",
-        "512KiB",
+        "1MiB",
         "--host-bytes",
         "1MiB",
         "--disk-bytes",
         "64MiB",
     ]
-    words = [sys.executable, "-m", "hicache", "demo", "--json", "--turns", "20", *sizes]
+    words = [sys.executable, "-m", "hicache", "demo", "--json", "--turns", "32", *sizes]
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run(words, capture_output=True, text=True, timeout=90, check=False, env=env)
     assert done.returncode == 0, done.stderr
