@@ -55,8 +55,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "[env] creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "[env] pip itself"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) $(PIP_PIN)
-	@echo "[env] hicache with torch and the development tools (the first time takes minutes)"
-	@$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --build-constraint constraints.txt -e '.[torch]' --group dev
+	@echo "[env] hicache with torch, transformers and the development tools (the first time takes minutes)"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --build-constraint constraints.txt -e '.[torch,transformers]' --group dev
 	@touch $@
 	@echo "[env] $(VENV) is ready"
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Coroutine, Iterator
@@ -41,6 +42,7 @@ settings.
 """
 
 READY_WORD = "SERVING"
+_SETTING_NAME = re.compile(r"(?<![\w/.-])[a-z]+(?:_[a-z]+)+(?![\w/-])")  # not within a path
 log = logging.getLogger("hicache.serve")
 
 
@@ -80,8 +82,17 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         log.warning(warning)
     config.prepare_socket_dir(settings.socket_path)
-    asyncio.run(_serve(settings, until_eof=arguments.until_eof))
+    try:
+        asyncio.run(_serve(settings, until_eof=arguments.until_eof))
+    except ConfigError as error:
+        raise ConfigError(_by_flags(error.message), hint=_by_flags(error.hint)) from error
     return 0
+
+
+def _by_flags(text: str) -> str:
+    """The rooms below know settings by the names of their options; people know them by their flags."""
+    flags = {found.name: found.flag for found in settings_of(ServeConfig)}
+    return _SETTING_NAME.sub(lambda name: flags.get(name[0], name[0]), text)
 
 
 def service_options(settings: ServeConfig) -> ServiceOptions:

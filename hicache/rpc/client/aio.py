@@ -235,10 +235,15 @@ class NamespaceHandle(NamespaceBase):
         drop_pressure: bool = False,
         extra_keys: Sequence[bytes] | None = None,
     ) -> StoreResult:
-        """``reserve``, then ``Reservation.store``."""
+        """``reserve``, then ``Reservation.store``.
+
+        ``durable`` holds for pages that were there already, too: they are brought to the durable tier.
+        """
         ask = reserve_ask(0, wait_ms, drop_pressure=drop_pressure)
         state = await self._driver.run(self._reserve(tokens, extra_keys, None, ask))
         async with Reservation(self._driver, state) as reservation:
+            if durable and not reservation.missing_pages:
+                return await self._driver.run(self._secure(tokens, extra_keys, reservation.present_pages))
             return await reservation.store(pages, durable=durable)
 
     async def prefetch(

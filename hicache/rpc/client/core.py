@@ -37,6 +37,8 @@ RETRY_FIRST_S = 0.05
 RETRY_MOST_S = 1.0
 #: A server that asks for so short a pause has too many calls of ours in flight; nothing was done.
 CROWDED_MS = 20
+#: How long giving back waits for a server that is out of reach: callers leave their ``with`` blocks meanwhile.
+PARTING_S = 0.1
 #: How often a call may find a new session before it gives up.
 STALE_MOST = 5
 
@@ -110,6 +112,11 @@ class Core:
     def budget(self, timeout_s: float | None, *, wait_ms: int = 0, incarnation: int = 0) -> Budget:
         """The caller's time, or the client's own."""
         return Budget(self.options.timeout_s if timeout_s is None else timeout_s, wait_ms, incarnation)
+
+    def parting(self, timeout_s: float, incarnation: int) -> Budget:
+        """For giving something back: soon, or not at all, since it ends by itself with its time or its session."""
+        most_s = min(timeout_s, self.options.timeout_s) if self.session.alive else PARTING_S
+        return Budget(most_s, incarnation=incarnation, retry=False)
 
     def new_lease(self, link: Link, page_bytes: int) -> LeaseState:
         """An empty lease of the link's session."""

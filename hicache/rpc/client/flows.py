@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Sequence
@@ -24,7 +25,14 @@ from hicache.rpc.client.core import (
 from hicache.rpc.client.lease import LeaseState, PageSink, Rows
 from hicache.rpc.client.lifeline import exchange
 from hicache.rpc.client.options import DataPlane
-from hicache.rpc.client.results import Grant, MatchResult, OperationResult, PrefetchResult, RegionInfo
+from hicache.rpc.client.results import (
+    CommitResult,
+    Grant,
+    MatchResult,
+    OperationResult,
+    PrefetchResult,
+    RegionInfo,
+)
 from hicache.rpc.client.session import Link
 from hicache.rpc.client.steps import Download, Step, Steps, Work
 from hicache.rpc.common import fdproto
@@ -147,7 +155,7 @@ def release(core: Core, leases: Sequence[LeaseState]) -> Steps[None]:
     numbers = [lease.lease for lease in held if lease.terms.incarnation == incarnation]
     if not numbers:
         return
-    budget = Budget(min(RELEASE_TIMEOUT_S, core.options.timeout_s), incarnation=incarnation, retry=False)
+    budget = core.parting(RELEASE_TIMEOUT_S, incarnation)
     try:
         yield from simple(
             core,
@@ -265,6 +273,26 @@ def prefetch(
 
     reply = yield from named(core, "Prefetch", namespace, build, budget)
     return calls.parse_prefetch(reply.message)
+
+
+def secure(
+    core: Core, namespace: NamespaceState, prompt: bytes, pages: int, budget: Budget
+) -> Steps[CommitResult]:
+    """Bring pages of a prompt that are cached already to the durable tier, and wait until they are there."""
+    link = core.session.current()
+    durable = (
+        next((tier.name for tier in link.capabilities.tiers if tier.durable), "") if link is not None else ""
+    )
+    if not durable:
+        return CommitResult()
+    moving = yield from prefetch(core, namespace, prompt, durable, budget)
+    missing = pages - moving.matched_pages
+    if moving.operation:
+        wait_ms = int(budget.timeout_s * 1000)
+        waiting = dataclasses.replace(budget, wait_ms=wait_ms)
+        result = yield from wait_operation(core, moving.operation, wait_ms, waiting)
+        missing += moving.moving_pages - result.moved_pages
+    return CommitResult(durable_pages=max(pages - missing, 0))
 
 
 def cancel(core: Core, operation: int, budget: Budget) -> Steps[None]:

@@ -81,6 +81,12 @@ class NamespaceBase:
         prompt, budget = self._pack(tokens, extra_keys), self._core.budget(timeout_s, wait_ms=ask.wait_ms)
         return storing.reserve(self._core, self._state, prompt, ask, budget)
 
+    def _secure(self, tokens: Tokens, extra_keys: Keys, pages: int) -> Steps[StoreResult]:
+        """What a durable store still owes when every page was there already: that they are on the durable tier."""
+        prompt, budget = self._pack(tokens, extra_keys), self._core.budget(None)
+        committed = yield from flows.secure(self._core, self._state, prompt, pages, budget)
+        return StoreResult(pages, committed)
+
     def _prefetch(
         self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, tier: int | str
     ) -> Steps[PrefetchResult]:

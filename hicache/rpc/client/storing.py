@@ -42,7 +42,7 @@ def abort(core: Core, state: ReservationState) -> Steps[None]:
     if state.ended:
         return
     state.end()
-    budget = Budget(min(ABORT_TIMEOUT_S, core.options.timeout_s), incarnation=state.incarnation, retry=False)
+    budget = core.parting(ABORT_TIMEOUT_S, state.incarnation)
     try:
         yield from simple(
             core,
