@@ -80,7 +80,8 @@ class Process:
     def sample(self, case: str) -> dict[str, Any]:
         """One sample, or ``{"error": ...}``."""
         answer = self._ask({"case": case})
-        return answer["sample"] if "sample" in answer else answer
+        sample: dict[str, Any] = answer.get("sample", answer)
+        return sample
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         child = self._child
@@ -92,12 +93,16 @@ class Process:
         except OSError as error:
             raise BenchError(f"{self.label or self.command}: gone ({error})") from error
         if not line:
-            raise BenchError(f"{self.label or self.command}: ended with {child.poll()}; see its messages above")
+            raise BenchError(
+                f"{self.label or self.command}: ended with {child.poll()}; see its messages above"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
-def compare(contenders: Sequence[Process], cases: Sequence[str] = (), repetitions: int = 9) -> list[dict[str, Any]]:
+def compare(
+    contenders: Sequence[Process], cases: Sequence[str] = (), repetitions: int = 9
+) -> list[dict[str, Any]]:
     """Sample every case of every contender in turn; one row for (case, contender).
 
     The first round warms up and is not counted. A contender that lacks a case, or fails in it, is left out of it.

@@ -15,9 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import numpy as np
-
 import harness
+import numpy as np
 
 
 def memcpy_samples(mib: int = 512, repetitions: int = 9) -> list[float]:
@@ -45,7 +44,9 @@ def main() -> None:
     options = parser.parse_args()
     taken = memcpy_samples(options.mib)
     median = statistics.median(taken)
-    print(f"memcpy, one thread, {options.mib} MiB: {median:.2f} GiB/s (min {min(taken):.2f}, max {max(taken):.2f})")
+    print(
+        f"memcpy, one thread, {options.mib} MiB: {median:.2f} GiB/s (min {min(taken):.2f}, max {max(taken):.2f})"
+    )
     harness.write("memcpy", {"mib": options.mib, "gib_s": median, "samples_gib_s": taken}, ["numpy"])
 
 

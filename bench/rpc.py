@@ -26,7 +26,14 @@ import lmcache_server  # noqa: E402
 
 from hicache.cli.sidecar import Sidecar  # noqa: E402
 
-OURS = ("empty", "match_2k_bytes", "match_8k_bytes", "match_32k_bytes", "match_131k_bytes", "match_131k_hashes")
+OURS = (
+    "empty",
+    "match_2k_bytes",
+    "match_8k_bytes",
+    "match_32k_bytes",
+    "match_131k_bytes",
+    "match_131k_hashes",
+)
 PEERS = ("lookup_hit_2k", "lookup_hit_8k", "lookup_hit_32k", "lookup_hit_131k")
 BARS = {"match_8k_bytes": 1.35, "match_131k_bytes": 3.0, "match_131k_hashes": 1.6}
 
@@ -79,7 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=15, help="rounds, at least 7 (default 15)")
     parser.add_argument("--no-peer", action="store_true", help="without LMCache")
-    parser.add_argument("--load-s", type=float, default=20.0, help="seconds of stores at full rate (default 20)")
+    parser.add_argument(
+        "--load-s", type=float, default=20.0, help="seconds of stores at full rate (default 20)"
+    )
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hicache-bench-")))

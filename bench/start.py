@@ -33,7 +33,14 @@ def main() -> None:
     starts, anon, modules = [], [], set()
     for _ in range(options.repetitions + 1):
         with tempfile.TemporaryDirectory(prefix="hicache-bench-") as folder:
-            flags = ["--host-bytes", options.host_bytes, "--disk-path", f"{folder}/disk", "--disk-bytes", "1GiB"]
+            flags = [
+                "--host-bytes",
+                options.host_bytes,
+                "--disk-path",
+                f"{folder}/disk",
+                "--disk-bytes",
+                "1GiB",
+            ]
             begin = time.perf_counter()
             with Sidecar(Path(folder), flags) as sidecar:
                 starts.append(time.perf_counter() - begin)
@@ -43,7 +50,9 @@ def main() -> None:
                 maps = Path(f"/proc/{sidecar.pid}/maps").read_text()
                 modules |= {name for name in ("libtorch", "lmdb", "zstandard") if name in maps}
     starts, anon = starts[1:], anon[1:]
-    print(f"SERVING after   {statistics.median(starts):6.2f} s    (bar 1.5 s; {min(starts):.2f} to {max(starts):.2f})")
+    print(
+        f"SERVING after   {statistics.median(starts):6.2f} s    (bar 1.5 s; {min(starts):.2f} to {max(starts):.2f})"
+    )
     print(f"RssAnon         {statistics.median(anon):6.1f} MiB  (bar 120 MiB; up to {max(anon):.1f})")
     print(f"torch loaded    {'yes' if 'libtorch' in modules else 'no'}")
     harness.write(

@@ -40,7 +40,10 @@ def main() -> None:
         rows = harness.compare(contenders, options.cases, options.repetitions)
         found = harness.ratios(rows, "hicache", "sglang")
     harness.print_ratios(found)
-    harness.write(options.name, {"spec": spec, "contenders": [c.info for c in contenders], "rows": rows, "ratios": found})
+    harness.write(
+        options.name,
+        {"spec": spec, "contenders": [c.info for c in contenders], "rows": rows, "ratios": found},
+    )
 
 
 if __name__ == "__main__":

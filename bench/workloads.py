@@ -34,7 +34,7 @@ class TreeSpec:
 
 def tokens(seed: int, count: int) -> array[int]:
     """``count`` token ids as 4-byte integers, the same for the same seed everywhere."""
-    rng = random.Random(seed)  # noqa: S311 - a workload, not a secret
+    rng = random.Random(seed)
     raw = array("I")
     raw.frombytes(rng.randbytes(4 * count))
     return array("i", [value % VOCABULARY for value in raw])
@@ -68,5 +68,6 @@ def leaves(spec: TreeSpec, count: int) -> list[array[int]]:
     """``count`` prompts, each a shared prompt of its group and then a leaf of its own, groups in turn."""
     heads = [tokens(spec.seed + 2_000_000 + g, spec.group_tokens) for g in range(spec.leaf_groups)]
     return [
-        heads[i % spec.leaf_groups] + tokens(spec.seed + 3_000_000 + i, spec.leaf_tokens) for i in range(count)
+        heads[i % spec.leaf_groups] + tokens(spec.seed + 3_000_000 + i, spec.leaf_tokens)
+        for i in range(count)
     ]

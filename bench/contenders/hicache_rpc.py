@@ -15,13 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-import grpc  # noqa: E402
-import numpy as np  # noqa: E402
-from contender import serve  # noqa: E402
-from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: E402
+import grpc
+import numpy as np
+from contender import serve
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import hicache  # noqa: E402
-from hicache.rpc.pb import cache_pb2, cache_pb2_grpc  # noqa: E402
+import hicache
+from hicache.rpc.pb import cache_pb2, cache_pb2_grpc
 
 PAGE_TOKENS = 64
 PAGE_BYTES = 4096
@@ -46,7 +46,11 @@ class Setup:
         self.hashes = rng.bytes(32 * (LENGTHS["131k"] // PAGE_TOKENS))
         by_tokens = self.client.namespace(model="bench", page_tokens=PAGE_TOKENS, page_bytes=PAGE_BYTES)
         by_hashes = self.client.namespace(
-            model="bench", page_tokens=PAGE_TOKENS, page_bytes=PAGE_BYTES, symbol_kind="hashes", symbol_hash_bytes=32
+            model="bench",
+            page_tokens=PAGE_TOKENS,
+            page_bytes=PAGE_BYTES,
+            symbol_kind="hashes",
+            symbol_hash_bytes=32,
         )
         page = bytes(PAGE_BYTES)
         for cache, prompt in ((by_tokens, self.tokens), (by_hashes, self.hashes)):
@@ -56,7 +60,9 @@ class Setup:
         link = core.session.current()
         assert link is not None
         self.session = link.session_id
-        self.channel = grpc.insecure_channel(target.replace("unix://", "unix:"), [("grpc.max_send_message_length", -1)])
+        self.channel = grpc.insecure_channel(
+            target.replace("unix://", "unix:"), [("grpc.max_send_message_length", -1)]
+        )
         self.match = cache_pb2_grpc.CacheServiceStub(self.channel).Match
         self.health = health_pb2_grpc.HealthStub(self.channel).Check
         self.by_tokens, self.by_hashes = self._namespace_id(by_tokens), self._namespace_id(by_hashes)
@@ -105,7 +111,9 @@ def cases(spec: dict) -> dict:
     for name, length in LENGTHS.items():
         pages = length // PAGE_TOKENS
         tokens, hashes = setup.tokens[: 4 * length], setup.hashes[: 32 * pages]
-        found[f"match_{name}_bytes"] = lambda t=tokens, p=pages: setup.sampler(setup.match_call(setup.by_tokens, t, p))
+        found[f"match_{name}_bytes"] = lambda t=tokens, p=pages: setup.sampler(
+            setup.match_call(setup.by_tokens, t, p)
+        )
         found[f"match_{name}_hashes"] = lambda h=hashes, p=pages: setup.sampler(
             setup.match_call(setup.by_hashes, h, p)
         )

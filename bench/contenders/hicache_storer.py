@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-import hicache  # noqa: E402
+import hicache
 
 PAGE_TOKENS, PAGE_BYTES, PAGES = 64, 1 << 20, 32
 

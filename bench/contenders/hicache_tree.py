@@ -21,13 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-import workloads  # noqa: E402
-from contender import Sample, serve, timed_each, timed_loop  # noqa: E402
+import workloads
+from contender import Sample, serve, timed_each, timed_loop
 
-import hicache  # noqa: E402
-from hicache.policy import RunInfo, make_policy  # noqa: E402
-from hicache.tree import Run, Tree  # noqa: E402
-from hicache.types import Residency  # noqa: E402
+import hicache
+from hicache.policy import RunInfo, make_policy
+from hicache.tree import Run, Tree
+from hicache.types import Residency
 
 ABSENT, RESIDENT = int(Residency.ABSENT), int(Residency.RESIDENT)
 TIER = 0

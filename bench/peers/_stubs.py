@@ -52,7 +52,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self.names = names
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> object:
-        if fullname.split(".")[0] not in self.names:
+        if fullname.split(".", maxsplit=1)[0] not in self.names:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 

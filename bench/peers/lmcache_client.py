@@ -24,16 +24,16 @@ os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
 os.environ.setdefault("LMCACHE_LOG_LEVEL", "WARNING")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-import workloads  # noqa: E402
-from contender import serve  # noqa: E402
-from lmcache.v1.multiprocess.custom_types import (  # noqa: E402
+import torch
+import workloads
+from contender import serve
+from lmcache.v1.multiprocess.custom_types import (
     IPCCacheServerKey,
     RegisterEngineDrivenContextPayload,
 )
-from lmcache.v1.multiprocess.transfer_context.base import EngineDrivenContextMetadata  # noqa: E402
-from lmcache.v1.multiprocess.transfer_context.pickle import EngineDrivenContextPickle  # noqa: E402
-from lmcache.v1.multiprocess.transport.factory import RequestClientFactory  # noqa: E402
+from lmcache.v1.multiprocess.transfer_context.base import EngineDrivenContextMetadata
+from lmcache.v1.multiprocess.transfer_context.pickle import EngineDrivenContextPickle
+from lmcache.v1.multiprocess.transport.factory import RequestClientFactory
 
 MODEL = "bench-model"
 LENGTHS = {"2k": 2_048, "8k": 8_192, "32k": 32_768, "131k": 131_072}

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import harness  # noqa: E402
+import harness
 
 START_TIMEOUT_S = 120.0
 HERE = Path(__file__).resolve().parent
@@ -41,7 +41,9 @@ class Server:
     def memory_mib(self) -> dict[str, float]:
         """Resident memory, and the part of it that is the process's own (not file or shared pages)."""
         fields = dict(
-            line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines() if ":" in line
+            line.split(":", 1)
+            for line in Path(f"/proc/{self.pid}/status").read_text().splitlines()
+            if ":" in line
         )
         return {
             name: round(int(fields[key].split()[0]) / 1024, 1)
@@ -63,7 +65,12 @@ def running(l1_gib: float) -> Iterator[Server]:
     command = [str(harness.venv_python("lmcache")), "-m", "lmcache.v1.multiprocess.server"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--supported-transfer-mode", "engine_driven"]
     command += ["--l1-size-gb", str(l1_gib), "--eviction-policy", "LRU", "--disable-observability"]
-    env = {**os.environ, "LMCACHE_TRACK_USAGE": "false", "LMCACHE_LOG_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "LMCACHE_TRACK_USAGE": "false",
+        "LMCACHE_LOG_LEVEL": "WARNING",
+        "OMP_NUM_THREADS": "1",
+    }
     with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as folder:
         begin = time.monotonic()
         child = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, env=env)

@@ -27,12 +27,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import _stubs  # noqa: E402
-import torch  # noqa: E402  - before the stubs: torch must see that there is no triton
-import workloads  # noqa: E402
-from contender import Sample, serve, timed_each, timed_loop  # noqa: E402
+import _stubs
+import torch
+import workloads
+from contender import Sample, serve, timed_each, timed_loop
 
-STUBBED = ["triton", "IPython", "torchvision", "sentencepiece", "compressed_tensors", "gguf", "partial_json_parser"]
+STUBBED = [
+    "triton",
+    "IPython",
+    "torchvision",
+    "sentencepiece",
+    "compressed_tensors",
+    "gguf",
+    "partial_json_parser",
+]
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 _stubs.install(STUBBED)

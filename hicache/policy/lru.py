@@ -9,7 +9,7 @@ import heapq
 
 from hicache.policy.base import RunInfo
 from hicache.policy.ordered import OrderedPlan, OrderedPolicy
-from hicache.policy.records import Key, Queue, Record
+from hicache.policy.records import Key, Queue, Record, run_of
 
 
 class LruPolicy(OrderedPolicy):
@@ -29,11 +29,11 @@ class LruPolicy(OrderedPolicy):
     def hit(self, run: int, now: int) -> None:
         """A run was used. O(1): a queued entry moves when it is met."""
         record = self.find(run)
-        record.key = (max(now, record.key[0]), -record.depth, run)
+        record.place(max(now, record.rank))
 
     def merge(self, run: int, absorbed: int, pages: int) -> None:
         """The merged run was last used when the later used of the two was. O(1) amortised."""
-        rank = self.find(absorbed).key[0]
+        rank = self.find(absorbed).rank
         super().merge(run, absorbed, pages)
         self.hit(run, rank)
 
@@ -53,7 +53,7 @@ class _LruPlan(OrderedPlan):
     def choose(self) -> Record | None:
         queued = self._queue.peek()
         if self._shown_keys and (queued is None or self._shown_keys[0] < queued.key):
-            return self.policy.find(heapq.heappop(self._shown_keys)[2])
+            return self.policy.find(run_of(heapq.heappop(self._shown_keys)))
         if queued is not None:
             self._queue.pop()
             self.taken.append(queued)

@@ -59,7 +59,7 @@ class OrderedPolicy(abc.ABC):
             raise ViolationError(
                 f"policy: run {run} of {head.pages} pages cannot give {tail_pages} to a tail"
             )
-        record = Record(tail, tail_pages, head.depth + head.pages - tail_pages, head.key[0])
+        record = Record(tail, tail_pages, head.depth + head.pages - tail_pages, head.rank)
         record.visited = head.visited
         self.add(record)
         head.pages -= tail_pages

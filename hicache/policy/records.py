@@ -1,35 +1,51 @@
 """Records of runs, and a queue of the exposed ones.
 
-A run's place is a key ``(rank, -depth, run)``: smaller leaves first, and of two runs with one rank (touched
-by the same request, or pieces of one run) the deeper one, so that a prefix outlives what hangs below it.
-The id only makes the order total.
+A run's place is ``(rank, -depth, run)``: smaller leaves first, and of two runs with one rank (touched by the
+same request, or pieces of one run) the deeper one, so that a prefix outlives what hangs below it. The id only
+makes the order total. The three are packed into one int, the *key*: with 100k runs the time of a heap
+operation is that of its cache misses, and a tuple of ints has four times as many.
 """
 
 from __future__ import annotations
 
 import heapq
 
-Key = tuple[int, int, int]
+Key = int
+
+_RUN_BITS = 64
+_DEPTH_BITS = 40
+_RUN_MASK = (1 << _RUN_BITS) - 1
+_DEPTH_MASK = (1 << _DEPTH_BITS) - 1
 
 #: Below this many entries a queue is not worth cleaning.
 SLACK_ENTRIES = 64
 
 
+def run_of(key: Key) -> int:
+    """The run that a key is of."""
+    return key & _RUN_MASK
+
+
 class Record:
     """One run as a policy knows it."""
 
-    __slots__ = ("depth", "entry", "exposed", "key", "newer", "older", "pages", "run", "visited")
+    __slots__ = ("depth", "entry", "exposed", "key", "newer", "older", "pages", "rank", "run", "visited")
 
     def __init__(self, run: int, pages: int, depth: int, rank: int) -> None:
         self.run = run
         self.pages = pages
         self.depth = depth
-        self.key: Key = (rank, -depth, run)
+        self.place(rank)
         self.exposed = False
         self.entry: Key | None = None  # the one object in a queue that stands for this record
         self.visited = False
         self.newer: Record | None = None
         self.older: Record | None = None
+
+    def place(self, rank: int) -> None:
+        """Give the run its rank, and the key that follows from it."""
+        self.rank = rank
+        self.key: Key = ((rank << _DEPTH_BITS | _DEPTH_MASK - self.depth) << _RUN_BITS) | self.run
 
 
 class Queue:
@@ -59,7 +75,7 @@ class Queue:
         entries = self._entries
         while entries:
             entry = entries[0]
-            record = self._records.get(entry[2])
+            record = self._records.get(entry & _RUN_MASK)
             if record is None or record.entry is not entry:
                 heapq.heappop(entries)
             elif not record.exposed:
@@ -75,7 +91,7 @@ class Queue:
     def pop(self) -> None:
         """Take out what ``peek`` has just returned."""
         entry = heapq.heappop(self._entries)
-        self._records[entry[2]].entry = None
+        self._records[entry & _RUN_MASK].entry = None
 
     def clean(self) -> None:
         """Drop stale entries when they are the majority: O(entries), paid for by the entries that go."""
@@ -83,7 +99,7 @@ class Queue:
             return
         kept = []
         for entry in self._entries:
-            record = self._records.get(entry[2])
+            record = self._records.get(entry & _RUN_MASK)
             if record is not None and record.entry is entry:
                 kept.append(entry)
         heapq.heapify(kept)

@@ -22,7 +22,7 @@ import heapq
 
 from hicache.policy.base import RunInfo
 from hicache.policy.ordered import OrderedPlan, OrderedPolicy
-from hicache.policy.records import Key, Queue, Record
+from hicache.policy.records import Key, Queue, Record, run_of
 
 
 class SievePolicy(OrderedPolicy):
@@ -96,8 +96,7 @@ class _SievePlan(OrderedPlan):
         self._ahead = policy.ahead
         self._own: tuple[list[Key], list[Key]] = ([], [])
         self._cleared: set[int] = set()
-        self._passed: Key | None = None  # the last place looked at in this round
-        self._begun = False  # whether a round of its own has begun
+        self._passed: Key | None = None  # the last place looked at
         self._last: Record | None = None  # the last victim
 
     def choose(self) -> Record | None:
@@ -107,8 +106,6 @@ class _SievePlan(OrderedPlan):
                 if not self._own[1 - self._ahead] and self._sieve.queues[1 - self._ahead].peek() is None:
                     return None
                 self._ahead = 1 - self._ahead
-                self._passed = None
-                self._begun = True
             elif record.visited and record.run not in self._cleared:
                 self._cleared.add(record.run)
                 heapq.heappush(self._own[1 - self._ahead], record.key)
@@ -124,7 +121,7 @@ class _SievePlan(OrderedPlan):
         queue = self._sieve.queues[self._ahead]
         queued = queue.peek()
         if own and (queued is None or own[0] < queued.key):
-            return self.policy.find(heapq.heappop(own)[2])
+            return self.policy.find(run_of(heapq.heappop(own)))
         if queued is not None:
             queue.pop()
             self.taken.append(queued)
@@ -135,9 +132,7 @@ class _SievePlan(OrderedPlan):
 
     def _is_ahead(self, record: Record) -> bool:
         """Whether this plan's hand has yet to reach the record in its round."""
-        if self._passed is not None:
-            return record.key > self._passed
-        return self._begun or self._sieve.is_ahead(record)
+        return self._sieve.is_ahead(record) if self._passed is None else record.key > self._passed
 
     def settle(self) -> None:
         """The policy's hand, side and bits become this plan's.

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hicache.errors import InvalidArgumentError
-from hicache.keys import KEY_BYTES, chain_keys, fingerprint, validate, whole_pages
+from hicache.keys import KEY_BYTES, MAX_NAME_BYTES, chain_keys, fingerprint, validate, whole_pages
 from hicache.types import Namespace, SymbolKind
 
 BASE = Namespace("llama", 16, 65536)
@@ -132,6 +132,14 @@ def test_a_namespace_that_cannot_be_served_is_refused(change: dict[str, object])
     """Each limit of a namespace is enforced, and its field named."""
     with pytest.raises(InvalidArgumentError, match=r"namespace: .*"):
         validate(dataclasses.replace(BASE, **change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", ["model", "tenant", "salt", "adapter"])
+def test_names_are_bounded(field: str) -> None:
+    """Names of clients cannot take memory without end; the bound is in bytes, not letters."""
+    validate(dataclasses.replace(BASE, **{field: "x" * MAX_NAME_BYTES}))  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match=field):
+        validate(dataclasses.replace(BASE, **{field: "é" * (MAX_NAME_BYTES // 2 + 1)}))  # type: ignore[arg-type]
 
 
 def test_namespaces_within_the_limits_are_served() -> None:

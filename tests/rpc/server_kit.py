@@ -262,7 +262,15 @@ class FakeService:
             TierStats(view.name, view.kind, state, 100, 10, 3, 1, 2, 3, 4, 5, 6, 7)
             for view, state in zip(views, ("ok", "read-only"), strict=True)
         )
-        return ServiceStats(self.state, 77, engine, tiers, {"fetches": 5}, frozenset({"fetches"}), tuple(self.latencies.snapshot()))
+        return ServiceStats(
+            self.state,
+            77,
+            engine,
+            tiers,
+            {"fetches": 5},
+            frozenset({"fetches"}),
+            tuple(self.latencies.snapshot()),
+        )
 
     def tree_view(self, namespace: int, max_nodes: int) -> tuple[list[NodeView], int]:
         self.note("tree_view", namespace, max_nodes)

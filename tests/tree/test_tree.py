@@ -126,6 +126,22 @@ def test_deep_trees_need_no_recursion() -> None:
     gc.collect()
 
 
+def test_set_state_names_the_run_that_becomes_or_ceases_to_be_a_leaf() -> None:
+    """Only the nearest run above that is in the tier can change, and only with the first or last below it."""
+    tree = new_tree()
+    top = add(tree, symbols(1))
+    fork = add(tree, symbols(1, 2), after=top)
+    one, two = (add(tree, symbols(1, 2, n), after=fork) for n in (3, 4))
+    tree.set_state(top, 1, RESIDENT)
+    assert tree.set_state(one, 1, FILLING) is top  # fork is not in the tier
+    assert tree.set_state(two, 1, RESIDENT) is None
+    assert tree.set_state(one, 1, RESIDENT) is None
+    assert tree.set_state(one, 1, ABSENT) is None
+    assert tree.set_state(two, 1, ABSENT) is top
+    assert tree.set_state(one, 0, DRAINING) is None
+    tree.check()
+
+
 def test_a_long_run_leaves_in_small_pieces() -> None:
     """Trimming a long edge page by page keeps what is left matchable, and it can grow again."""
     pages = LONG_EDGE_BYTES // WIDTH + 10
@@ -214,6 +230,17 @@ def test_alike_runs_are_merged() -> None:
     assert head.below == [0, 1]
     assert tree.try_merge(head) is None
     assert tree.try_merge(leaf) is None
+    tree.check()
+
+
+def test_alike_holes_are_merged() -> None:
+    """Two halves of a hole are one hole again, and counted as one."""
+    tree = new_tree()
+    head = tree.insert(symbols(*range(4)), None, 0, 4)
+    tail = tree.split_run(head, 2)
+    assert head.node.holes == 2
+    assert tree.try_merge(head) is tail
+    assert head.node.holes == 1
     tree.check()
 
 
