@@ -18,6 +18,7 @@ from hicache.types import Namespace, SymbolKind
 KEY_BYTES = 32
 MAX_PAGE_TOKENS = 4096
 MAX_PAGE_BYTES = 1 << 30
+MAX_NAME_BYTES = 1024
 _DOMAIN = b"hicache.v1.namespace\0"
 
 
@@ -65,6 +66,10 @@ def validate(namespace: Namespace) -> None:
     for ok, problem in checks:
         if not ok:
             raise InvalidArgumentError(f"namespace: {problem}")
+    for field in dataclasses.fields(namespace):
+        value = getattr(namespace, field.name)
+        if isinstance(value, str) and len(value.encode(errors="replace")) > MAX_NAME_BYTES:
+            raise InvalidArgumentError(f"namespace: {field.name} must have at most {MAX_NAME_BYTES} bytes")
     if namespace.symbol_kind is SymbolKind.HASHES:
         if not 16 <= namespace.symbol_hash_bytes <= 32:
             raise InvalidArgumentError("namespace: symbol_hash_bytes must be 16..32 for hash symbols")

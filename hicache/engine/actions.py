@@ -43,7 +43,7 @@ class CopyIn:
     slots: Sequence[int]
     keys: Sequence[bytes]
     records: Sequence[PageRecord]
-    source: object
+    source: object = dataclasses.field(repr=False)  # no part of what was decided: the digest leaves it out
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from hicache.engine import copies, reservations, room
-from hicache.engine.actions import EvictResult, Free
+from hicache.engine import commits, copies, plan, room
+from hicache.engine.actions import EvictResult
 from hicache.engine.core import ABSENT, DRAINING, RESIDENT, Core
 from hicache.engine.events import Clear, Evict, PageCorrupt, Recovered, TierLatched
 from hicache.engine.holders import ChainEnd, NamespaceState
@@ -21,7 +21,7 @@ def evict(core: Core, event: Evict) -> None:
     path = core.cut(namespace, namespace.tree.trace(event.prompt))
     width = namespace.tree.symbol_bytes
     whole = sum(run.pages for run in path) == len(event.prompt) // width
-    targets = [*path, *room.below(path[-1])] if path and whole else path
+    targets = [*path, *plan.below(path[-1])] if path and whole else path
     if not event.prompt:
         targets = _all_runs(namespace)
     core.reply(event.request, _evict_all(core, targets, event.tier))
@@ -45,6 +45,8 @@ def _evict_all(core: Core, targets: list[Run], tier: int) -> EvictResult:
         if run.id not in core.runs or not run.live:
             core.prune(run)
             continue
+        if tier != EVERYWHERE and run.state[tier] == ABSENT:
+            continue
         pages = run.pages
         done = _drop(core, run) if tier == EVERYWHERE else _move_out(core, run, tier)
         if done:
@@ -56,27 +58,27 @@ def _evict_all(core: Core, targets: list[Run], tier: int) -> EvictResult:
 
 def _drop(core: Core, run: Run) -> bool:
     """Drop a run from every tier, unless someone holds it or something hangs below it."""
-    if run.anchors or any(run.pins) or run.tree.child_runs(run) or DRAINING in run.state:
+    if run.anchors or any(run.pins) or run.tree.child_runs(run):
         return False
-    for tier in core.tier_range:
-        if run.state[tier] == RESIDENT:
-            core.leave(run, tier)
-    core.counters.dropped_pages[len(core.tiers) - 1] += run.pages
-    core.prune(run)
+    plan.drop(core, run)
     return True
 
 
 def _move_out(core: Core, run: Run, tier: int) -> bool:
     """Make a run leave one tier: at once if it stands elsewhere, else by a demotion."""
-    if run.state[tier] != RESIDENT or run.pins[tier] or run.below[tier]:
-        return run.state[tier] == ABSENT
+    if run.state[tier] != RESIDENT or run.pins[tier]:
+        return False
+    leaf = not run.below[tier]
     if run.live > 1:
-        room.evict(core, run, tier, run.pages)
-        return True
-    lower = room.lower_tier(core, tier)
+        if leaf:
+            plan.evict(core, run, tier, run.pages)
+        return leaf
+    lower = room.lower_tier(core, core.pool(run, tier))
     if lower < 0:
-        return _drop(core, run)
-    return copies.copy_down(core, run, lower, room.room_maker(core), drain_from=tier)
+        return leaf and _drop(core, run)
+    # What stands above pages that are still leaving is only copied: it can leave when they have.
+    started = copies.copy_down(core, run, lower, room.make_room_below, drain_from=tier if leaf else -1)
+    return started and leaf
 
 
 def page_corrupt(core: Core, event: PageCorrupt) -> None:
@@ -84,24 +86,27 @@ def page_corrupt(core: Core, event: PageCorrupt) -> None:
     namespace = core.namespaces[event.namespace]
     pages = len(event.prompt) // namespace.tree.symbol_bytes
     path = core.cut(namespace, namespace.tree.trace(event.prompt))
-    if sum(run.pages for run in path) != pages:
+    if not path or sum(run.pages for run in path) != pages:
         return
     run = path[-1]
+    if run.state[event.tier] not in {RESIDENT, DRAINING}:
+        return
     if run.pages > 1:
         run = core.split(run, run.pages - 1)
     if run.state[event.tier] == DRAINING:
         core.rescue(run)
-    if run.state[event.tier] == RESIDENT:
+    if (run.id, event.tier) not in core.condemned:
         core.counters.corrupt_pages[event.tier] += 1
         core.void(run, event.tier)
 
 
 def tier_latched(core: Core, event: TierLatched) -> None:
-    """A tier takes no more pages; if it cannot be read either, what it held is gone."""
+    """A tier takes no more pages; if it cannot be read either, what it held is gone. O(runs) then."""
     core.writable[event.tier] = False
     core.room_changed = True
-    if event.readable:
+    if event.readable or not core.readable[event.tier]:
         return
+    core.readable[event.tier] = False
     for run in list(core.runs.values()):
         if run.id not in core.runs:
             continue
@@ -111,68 +116,77 @@ def tier_latched(core: Core, event: TierLatched) -> None:
             core.void(run, event.tier)
 
 
+# --- recovery
+
+
 def recovered(core: Core, event: Recovered) -> None:
-    """Hang what a durable tier held at start into the tree."""
+    """Hang what a durable tier held at start into the tree.
+
+    Until all is there, the end of each chain is pinned in the tier, lest it go before what hangs below it comes.
+    """
     namespace = core.namespaces[event.namespace]
     tree = namespace.tree
     core.next_tick()
     for parent, symbols, keys, charges in zip(
         event.parents, event.symbols, event.keys, event.charges, strict=True
     ):
-        end = ChainEnd()
+        end = ChainEnd(event.tier)
         namespace.recovered.append(end)
         above = namespace.recovered[parent].last if parent >= 0 else None
-        if parent >= 0 and (above is None or above.state[event.tier] == ABSENT):
-            core.emit(Free(event.tier, (), list(keys)))  # the page above went meanwhile
+        lost = above is None or above.state[event.tier] == ABSENT
+        if not keys or not core.readable[event.tier] or (parent >= 0 and lost):
+            core.free_keys(event.tier, list(keys))  # the tier, or the page above, has been lost meanwhile
             continue
         before = tree.prompt_to(above) if above is not None else b""
-        first = len(before) // tree.symbol_bytes
-        run = _lay_recovered(core, namespace, before + symbols, first, event.tier, (keys, charges))
-        if run is not None:
-            core.hold(end, run)
+        run = _lay_recovered(core, namespace, before + symbols, event.tier, (keys, charges))
+        core.hold(end, run)
+        core.pin(run, event.tier)
     if event.done:
-        for end in namespace.recovered:
-            for run in list(end.runs):
-                core.let_go(end, run)
-        namespace.recovered = []
+        _end_recovery(core, namespace, event.tier)
+
+
+def _end_recovery(core: Core, namespace: NamespaceState, tier: int) -> None:
+    """Let go of the chains; pages beyond the tier's capacity, which may be smaller by now, leave."""
+    for end in namespace.recovered:
+        for run in list(end.runs):
+            core.unpin(run, tier)
+            core.let_go(end, run)
+    namespace.recovered = []
+    pool = namespace.pools[tier]
+    if pool.available < 0:
+        room.make_room(core, pool, 0, namespace.page_bytes, drop=True)
 
 
 def _lay_recovered(
     core: Core,
     namespace: NamespaceState,
     prompt: bytes,
-    first: int,
     tier: int,
     found: tuple[Sequence[bytes], Sequence[int]],
-) -> Run | None:
-    """Give recovered pages their place; a page that a client has stored anew meanwhile gains its old copy.
+) -> Run:
+    """Give recovered pages, the last ones of a prompt, their place; one that was stored anew gains its old copy.
 
-    Returns the run in which they end, None if the tier knows them already.
+    Returns the run in which they end. A page that the tier has or gets anyway is of the same key: it replaces the old.
     """
     keys, charges = found
-    pool = namespace.pools[tier]
+    tree = namespace.tree
+    first = len(prompt) // tree.symbol_bytes - len(charges)
+    path = core.cut(namespace, tree.trace(prompt))
     page = 0
-    run: Run | None = None
-    for run in reservations.from_page(core, core.cut(namespace, namespace.tree.trace(prompt)), first):
+    for run in commits.from_page(core, path, first):
         if run.state[tier] == ABSENT:
             _appear(core, run, tier, charges[page : page + run.pages])
-            core.holes.discard(run)
-        else:
-            core.emit(Free(tier, (), list(keys[page : page + run.pages])))
         page += run.pages
     if page < len(charges):
-        path = core.cut(namespace, namespace.tree.trace(prompt))
-        run = namespace.tree.insert(prompt, path[-1] if path else None, first + page, len(charges) - page)
+        run = tree.insert(prompt, path[-1] if path else None, first + page, len(charges) - page)
         core.adopt(run, namespace)
         run.keys = list(keys[page:])
         _appear(core, run, tier, charges[page:])
-    core.counters.recovered_pages += len(charges)
-    assert pool.used >= 0
     return run
 
 
 def _appear(core: Core, run: Run, tier: int, charges: Sequence[int]) -> None:
     places = array("q", charges)
     core.pool(run, tier).used += sum(places)
-    core.place(run, tier, places)
-    core.set_state(run, tier, RESIDENT)
+    core.appear(run, tier, places)
+    core.counters.recovered_pages += run.pages

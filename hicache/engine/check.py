@@ -44,10 +44,10 @@ def _check_run(core: Core, run: Run) -> None:
         _require((places is None) == (state == ABSENT), f"{run}: state and places differ in tier {tier}")
         _require(places is None or len(places) == run.pages, f"{run}: one place a page in tier {tier}")
         if state != ABSENT and core.tiers[tier].durable and above is not None:
-            closed = above.state[tier] != ABSENT or _below_hole(above, tier)
+            closed = above.state[tier] != ABSENT or above in core.gaps
             _require(closed, f"{run}: the durable tier {tier} lacks the page above it")
         if state == DRAINING:
-            _require(run.below[tier] == 0, f"{run}: drains from tier {tier} above pages that stay")
+            _require(not _stays_below(run, tier), f"{run}: drains from tier {tier} above pages that stay")
         if state == FILLING:
             jobs = [holder for holder in run.holders if isinstance(holder, CopyJob) and holder.dst == tier]
             _require(len(jobs) == 1, f"{run}: FILLING in tier {tier} under {len(jobs)} copies")
@@ -58,14 +58,15 @@ def _check_run(core: Core, run: Run) -> None:
             _require(run in core.holes, f"{run}: a hole that is not known as one")
 
 
-def _below_hole(run: Run | None, tier: int) -> bool:
-    """Whether a gap in a durable tier comes from a loss: every page up from here to a hole is gone there."""
-    while run is not None:
-        if not run.live:
+def _stays_below(run: Run, tier: int) -> bool:
+    """Whether a page below stands in the tier and does not leave it."""
+    todo = run.tree.child_runs(run)
+    while todo:
+        each = todo.pop()
+        if each.state[tier] not in {ABSENT, DRAINING}:
             return True
-        if run.state[tier] != ABSENT:
-            return False
-        run = run.tree.parent_run(run)
+        if each.below[tier]:
+            todo.extend(each.tree.child_runs(each))
     return False
 
 
@@ -76,6 +77,8 @@ def _check_pins(core: Core, runs: list[Run]) -> None:
         pins.update((run.id, lease.tier) for run in lease.runs)
     for job in core.copies.values():
         pins.update((run.id, job.src) for run in job.runs)
+    for namespace in core.namespaces.values():
+        pins.update((run.id, end.tier) for end in namespace.recovered for run in end.runs)
     for reservation in core.reservations.values():
         anchors.update(run.id for run in reservation.runs[-1:])
     for operation in core.operations.values():
@@ -114,7 +117,7 @@ def _check_ledger(core: Core, runs: list[Run]) -> None:
             _check_slots(pool, mine)
     for tier, segments in enumerate(core.segments):
         given = sum(len(pool.segments) for pool in core.pools.values() if pool.tier == tier)
-        closing = core.closing_segments[tier]
+        closing = len(core.closing_segments[tier])
         _require(
             given + len(segments.spare) + closing == segments.total, f"segments of tier {tier} do not add up"
         )

@@ -14,41 +14,43 @@ from collections.abc import Callable, Sequence
 from hicache.engine.actions import Copy, OperationDone
 from hicache.engine.core import ABSENT, DRAINING, FILLING, RESIDENT, Core, namespace_of
 from hicache.engine.events import CopyDone
-from hicache.engine.holders import CopyJob, Lease, Operation
+from hicache.engine.holders import CopyJob, Lease, Operation, Saver
 from hicache.tree import Run
 from hicache.types import Outcome, PageRecord, WritePolicy
 
-#: Makes room in a pool: ``make_room(run's pool, pages, page_bytes)`` says whether it is there now.
-MakeRoom = Callable[[int, Run, int], bool]
+#: ``make_room(core, tier, run, pages)`` says whether the run's pool in a tier has room for so many pages now.
+MakeRoom = Callable[[Core, int, Run, int], bool]
 
 FINISHED_OPERATIONS = 1024
 
 
-def start(core: Core, runs: Sequence[Run], src: int, dst: int, *, drain: Run | None = None) -> list[CopyJob]:
+def start(
+    core: Core, runs: Sequence[Run], src: int, dst: int, *, draining: frozenset[int] = frozenset()
+) -> list[CopyJob]:
     """Copy runs of one namespace (a path, top first) from one tier to another. The room must be there.
 
-    ``drain``: the run among them that leaves ``src`` when its copy has arrived.
+    ``draining``: ids of those among them that leave ``src`` when their copy has arrived.
     """
     jobs: list[CopyJob] = []
     bound = core.options.max_copy_pages
     batch: list[Run] = []
     size = 0
     todo = list(reversed(runs))
-    draining = {drain.id} if drain is not None else set()
+    leaving = set(draining)
     while todo:
         run = todo.pop()
         if run.pages > bound:
             tail = core.split(run, bound - size or bound)
-            if run.id in draining:
-                draining.add(tail.id)
+            if run.id in leaving:
+                leaving.add(tail.id)
             todo.append(tail)
         if size + run.pages > bound:
-            jobs.append(_launch(core, batch, src, dst, draining))
+            jobs.append(_launch(core, batch, src, dst, leaving))
             batch, size = [], 0
         batch.append(run)
         size += run.pages
     if batch:
-        jobs.append(_launch(core, batch, src, dst, draining))
+        jobs.append(_launch(core, batch, src, dst, leaving))
     return jobs
 
 
@@ -112,53 +114,86 @@ def missing_above(core: Core, run: Run, dst: int) -> list[Run] | None:
 def copy_down(core: Core, run: Run, dst: int, make_room: MakeRoom, *, drain_from: int = -1) -> bool:
     """Start copying a run, with the ancestors that a durable tier needs, to a lower tier.
 
-    ``drain_from``: the tier that the run leaves when the copy has arrived (-1: it stays). Returns whether copying was
-    started; False also when only ancestors could be started: ask again when something has finished.
+    ``drain_from``: the tier that the run leaves when the copy has arrived (-1: it stays). Returns whether all of it was
+    started. False also when only ancestors, or its first pages, could be: ask again when something has finished.
     """
     if len(core.copies) >= core.options.max_copies or not core.writable[dst]:
         return False
-    src = drain_from if drain_from >= 0 else core.source_for(run, dst)
     path = [run]
     if core.tiers[dst].durable:
         missing = missing_above(core, run, dst)
         if missing is None:
             return False
         path = [*missing, run]
-    if path[0].state[src] != RESIDENT:
+    src = drain_from
+    if src < 0 or path[0].state[src] != RESIDENT:
         src = core.source_for(path[0], dst)
-    if src < 0 or path[0].state[src] != RESIDENT or _waits_for_other_source(core, path[0], src, dst):
+    if src < 0 or waits_for_other_source(path[0], src, dst):
         return False
     # What stands in one tier goes in one order; the rest, down to the run itself, follows when this has arrived.
     together = list(itertools.takewhile(lambda each: each.state[src] == RESIDENT, path))
-    if not _room_for(core, together, dst, make_room):
+    runs, rest, tail = _make_way(core, together, dst, make_room)
+    if drain_from >= 0 and rest and len(path) == 1:
+        return False  # it is the last pages that are to leave, not the first
+    if not runs:
         return False
-    whole = together[-1] is run
-    start(core, together, src, dst, drain=run if whole and drain_from >= 0 else None)
+    whole = together[-1] is run and not rest
+    start(core, runs, src, dst, draining=tail if whole and drain_from >= 0 else frozenset())
     return whole
 
 
-def _waits_for_other_source(core: Core, top: Run, src: int, dst: int) -> bool:
+def waits_for_other_source(top: Run, src: int, dst: int) -> bool:
     """Whether the run above is still on its way to ``dst`` from another tier (order of arrival is then open)."""
     above = top.tree.parent_run(top)
-    if above is None or above.state[dst] != FILLING:
-        return False
-    jobs = [holder for holder in above.holders if isinstance(holder, CopyJob) and holder.dst == dst]
-    return any(job.src != src for job in jobs) or not jobs
+    return above is not None and any(job.src != src for job in jobs_to(above, dst))
 
 
-def _room_for(core: Core, path: list[Run], dst: int, make_room: MakeRoom) -> bool:
-    """Make room for a path in ``dst`` without evicting what stands just above it there."""
+def jobs_to(run: Run, dst: int) -> list[CopyJob]:
+    """The copy under way that brings a run to a tier, if there is one."""
+    if run.state[dst] != FILLING:
+        return []
+    return [holder for holder in run.holders if isinstance(holder, CopyJob) and holder.dst == dst]
+
+
+def _make_way(
+    core: Core, path: list[Run], dst: int, make_room: MakeRoom
+) -> tuple[list[Run], bool, frozenset[int]]:
+    """Make room in ``dst`` for a path, or for its first pages, without evicting what stands just above it there.
+
+    Returns the runs for which there is room now, whether pages of the path are left over, and the ids of the runs that
+    the path's last one consists of by now (making room may have split it).
+    """
     guards = [
         core.guard(run, [tier for tier in core.tier_range if run.state[tier] == RESIDENT]) for run in path
     ]
+    held = list(guards)
     above = path[0].tree.parent_run(path[0])
     if above is not None and above.state[dst] == RESIDENT:
-        guards.append(core.guard(above, [dst]))
-    try:
-        return make_room(dst, path[-1], sum(run.pages for run in path))
-    finally:
-        for guard in guards:
-            core.unguard(guard)
+        held.append(core.guard(above, [dst]))
+    bound = core.options.max_copy_pages
+    everything = sum(run.pages for run in path)
+    most = min(everything, max(core.options.max_copies - len(core.copies), 1) * bound)
+    pages = next(
+        (n for n in dict.fromkeys((most, min(most, bound), 1)) if make_room(core, dst, path[-1], n)), 0
+    )
+    runs = [run for guard in guards for run in guard.runs]
+    tail = frozenset(run.id for run in guards[-1].runs)
+    for guard in held:
+        core.unguard(guard)
+    return first_pages(core, runs, pages), pages < everything, tail
+
+
+def first_pages(core: Core, path: list[Run], pages: int) -> list[Run]:
+    """The runs that hold the first pages of a path; splits the one in which they end."""
+    found = []
+    for run in path:
+        if pages <= 0:
+            break
+        if run.pages > pages:
+            core.split(run, pages)
+        found.append(run)
+        pages -= run.pages
+    return found
 
 
 # --- completion
@@ -167,34 +202,33 @@ def _room_for(core: Core, path: list[Run], dst: int, make_room: MakeRoom) -> boo
 def finish(core: Core, event: CopyDone) -> None:
     """Settle every page of a copy, then tell the operations that waited for it."""
     job = core.copies.pop(event.copy)
-    namespace, pages = job.namespace, 0
+    namespace, pages, moved = job.namespace, 0, 0
     todo = list(reversed(job.runs))
     touched: list[Run] = []
     while todo:
         run = todo.pop()
         outcome = Outcome.OK
-        if event.outcomes is not None:
+        if not core.readable[job.dst]:
+            outcome = Outcome.FAULT  # the tier went meanwhile
+        elif event.outcomes is not None:
             outcome = event.outcomes[pages]
-            same = 1
-            while same < run.pages and event.outcomes[pages + same] is outcome:
-                same += 1
+            mine = event.outcomes[pages : pages + run.pages]
+            same = next((at for at, other in enumerate(mine) if other is not outcome), run.pages)
             if same < run.pages:
                 todo.append(core.split(run, same))
         charges = event.charges[pages : pages + run.pages]
         pages += run.pages
         _settle(core, job, run, outcome, charges, source_fault=event.source_fault)
-        for operation in job.operations:
-            if outcome is Outcome.OK:
-                operation.moved_pages += run.pages
-            else:
-                operation.failed_pages += run.pages
+        moved += run.pages if outcome is Outcome.OK else 0
         touched.append(run)
-    core.counters.copied_bytes[job.src][job.dst] += namespace.page_bytes * pages
-    core.counters.copied_pages[job.src][job.dst] += pages
+    core.counters.copied_bytes[job.src][job.dst] += namespace.page_bytes * moved
+    core.counters.copied_pages[job.src][job.dst] += moved
     for run in touched:
         core.let_go(job, run)
     merge_all(core, touched)
     for operation in job.operations:
+        operation.moved_pages += moved
+        operation.failed_pages += pages - moved
         operation.copies.discard(job.id)
         finish_operation(core, operation)
     core.room_changed = True
@@ -217,34 +251,49 @@ def _settle(
 ) -> None:
     src, dst = job.src, job.dst
     core.unpin(run, src)
-    if run.state[src] == DRAINING:
-        namespace_of(run).pools[src].draining -= core.run_units(run, src)
-        if outcome is not Outcome.OK:
-            core.set_state(run, src, RESIDENT)
     if outcome is Outcome.OK:
         _arrive(core, run, dst, charges)
         if run.state[src] == DRAINING:
+            core.pool(run, src).draining -= core.run_units(run, src)
             core.leave(run, src)
             core.counters.evicted_pages[src] += run.pages
-        elif dst > src and _goes_further(core, run):
-            core.backlog.append(run.id)
+        elif dst > src and _goes_further(core, run, dst):
+            core.save_early(run)
         return
+    if run.state[src] == DRAINING:
+        core.stay(run, src)
     places = run.slots[dst]
-    assert places is not None
+    assert places is not None, "a page was being copied to no place"
     core.set_state(run, dst, ABSENT)
-    core.place_nothing(run, dst)
+    core.place(run, dst, None)
     core.release_places(job.namespace, dst, places)
+    if core.tiers[dst].keyed:
+        core.free_keys(dst, core.keys(run))  # an older copy that the tier may have is in nobody's books
+    core.lose(run, dst)
     core.counters.failed_copy_pages[dst] += run.pages
+    if core.tiers[dst].durable:
+        give_up_saving(core, run)
     if source_fault and run.state[src] == RESIDENT:
         if outcome is Outcome.CORRUPT:
             core.counters.corrupt_pages[src] += run.pages
         core.void(run, src)
 
 
-def _goes_further(core: Core, run: Run) -> bool:
+def give_up_saving(core: Core, run: Run) -> None:
+    """Those who wait for the run to become durable wait no longer."""
+    for saver in [holder for holder in run.holders if isinstance(holder, Saver)]:
+        saver.unsaved_pages += run.pages
+        core.let_go(saver, run)
+
+
+def _goes_further(core: Core, run: Run, dst: int) -> bool:
     """Whether the write policy wants the run in the tiers below, too."""
     options = core.options
-    if ABSENT not in run.state or options.write_policy is WritePolicy.BACK:
+    if ABSENT not in run.state[dst + 1 :]:
+        return False
+    if run in core.gaps:
+        return True
+    if options.write_policy is WritePolicy.BACK:
         return False
     return options.write_policy is WritePolicy.THROUGH or run.hits >= options.selective_hits
 

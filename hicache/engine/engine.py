@@ -7,7 +7,6 @@ handed to the shell in the order in which they are to be started. Completions co
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections import deque
 from collections.abc import Callable
@@ -15,13 +14,16 @@ from typing import Any
 
 from hicache.engine import (
     admin,
+    commits,
     copies,
+    doors,
     leases,
     reclaim,
     reservations,
     room,
     savers,
     sessions,
+    story,
     timers,
     views,
 )
@@ -29,12 +31,14 @@ from hicache.engine import check as checking
 from hicache.engine import events as ev
 from hicache.engine.actions import Action, FetchResult
 from hicache.engine.core import Core
-from hicache.engine.holders import LeaseStage, ReserveWaiter
+from hicache.engine.holders import LeaseStage, NamespaceState
 from hicache.engine.options import EngineOptions
 from hicache.errors import NotFoundError, ViolationError
 
 #: Each round lets waiters go on with what the round before has freed; more rounds wait for the next event.
 MAX_ROUNDS = 4
+#: What a broken invariant shows itself as, besides ViolationError.
+BROKEN = (AssertionError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError)
 
 
 class Engine:
@@ -42,7 +46,7 @@ class Engine:
 
     def __init__(self, options: EngineOptions) -> None:
         self._core = Core(options)
-        self._story: deque[ev.Event] = deque(maxlen=options.story_events)
+        self._story: deque[story.Memory] = deque(maxlen=options.story_events)
         self._digest = hashlib.sha256() if options.digest else None
 
     @property
@@ -65,15 +69,16 @@ class Engine:
         """
         core = self._core
         core.now_ms = now_ms
-        self._story.append(event)
+        self._story.append(story.remember(event))
         core.out = []
         try:
             if core.timers and core.timers[0][0] <= now_ms:
                 timers.fire(core)
-            _HANDLERS[type(event)](core, event)
-            if core.room_changed or core.backlog:
+            if doors.admits(core, event):
+                _HANDLERS[type(event)](core, event)
+            if core.room_changed or core.backlog_grew:
                 self._pump()
-        except (AssertionError, KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        except BROKEN as error:
             raise ViolationError(f"{type(error).__name__}: {error}", story=self.story()) from error
         except ViolationError as error:
             raise ViolationError(error.message, story=self.story()) from error
@@ -86,23 +91,18 @@ class Engine:
         """Let those who wait go on."""
         core = self._core
         for _ in range(MAX_ROUNDS):
-            if not core.room_changed:
+            if not (core.room_changed or core.backlog_grew):
                 break
             core.room_changed = False
             reclaim.advance(core)
-            for pool in list(core.pools.values()):
-                while pool.waiters:
-                    waiter = pool.waiters[0]
-                    assert isinstance(waiter, ReserveWaiter)
-                    if not reservations.try_grant(core, waiter, last_try=False):
-                        break
+            for pool in core.pools.values():
+                while pool.waiters and reservations.try_grant(core, pool.waiters[0], last_try=False):
                     pool.waiters.popleft()
-            for operation in [each for each in core.operations.values() if each.runs]:
-                leases.advance(core, operation)
-            for saver in list(core.savers):
+            leases.advance_some(core)
+            for saver in list(core.savers.values()):
                 savers.advance(core, saver)
             savers.work_backlog(core)
-            for pool in list(core.pools.values()):
+            for pool in core.pools.values():
                 room.copy_down_cold(core, pool)
 
     # --- reads
@@ -112,8 +112,8 @@ class Engine:
         return timers.next_deadline_ms(self._core)
 
     def match(self, namespace: int, prompt: bytes) -> views.MatchView:
-        """How much of a prompt is cached, and where. Changes nothing."""
-        return views.match(self._core, namespace, prompt)
+        """How much of a prompt is cached, and where. Changes nothing. Raises NotFoundError for an unknown namespace."""
+        return views.match(self._namespace(namespace), prompt)
 
     def lease_view(self, session: int, lease: int) -> FetchResult:
         """A lease as it stands now. Raises NotFoundError if it expired, was released or is another's."""
@@ -141,8 +141,15 @@ class Engine:
         return views.stats(self._core)
 
     def tree_view(self, namespace: int = 0, max_nodes: int = 1000) -> tuple[list[views.NodeView], int]:
-        """The trees for people to look at."""
-        return views.tree_view(self._core, namespace, max_nodes)
+        """The trees for people to look at; ``namespace`` 0: all. Raises NotFoundError for an unknown one."""
+        chosen = [self._namespace(namespace)] if namespace else list(self._core.namespaces.values())
+        return views.tree_view(self._core, chosen, max_nodes)
+
+    def _namespace(self, number: int) -> NamespaceState:
+        found = self._core.namespaces.get(number)
+        if found is None:
+            raise NotFoundError(f"namespace {number} is not open", hint="open it first")
+        return found
 
     def check(self) -> None:
         """Recompute every invariant. O(everything); raises ViolationError with the story."""
@@ -157,25 +164,12 @@ class Engine:
 
     def story(self) -> tuple[str, ...]:
         """The last events, oldest first, without content."""
-        return tuple(_tell(event) for event in self._story)
-
-
-def _tell(event: ev.Event) -> str:
-    """One event for people: bytes and long columns by their length only."""
-    parts = []
-    for field in dataclasses.fields(event):
-        value: Any = getattr(event, field.name)
-        if isinstance(value, bytes):
-            value = f"<{len(value)} bytes>"
-        elif isinstance(value, list | tuple) and len(value) > 8:
-            value = f"<{len(value)} entries>"
-        parts.append(f"{field.name}={value}")
-    return f"{type(event).__name__}({', '.join(parts)})"
+        return tuple(story.tell(memory) for memory in self._story)
 
 
 def _copy_done(core: Core, event: ev.CopyDone) -> None:
     if event.copy in core.ingests:
-        reservations.finish(core, event)
+        commits.finish(core, event)
         core.room_changed = True
     else:
         copies.finish(core, event)
@@ -196,8 +190,8 @@ _HANDLERS: dict[type, Callable[[Core, Any], None]] = {
     ev.Prefetch: leases.prefetch,
     ev.CancelOperation: leases.cancel,
     ev.Reserve: reservations.reserve,
-    ev.Commit: reservations.commit,
-    ev.Abort: reservations.abort,
+    ev.Commit: commits.commit,
+    ev.Abort: commits.abort,
     ev.RenewLeases: leases.renew,
     ev.ReleaseLeases: leases.release,
     ev.Pin: leases.pin,

@@ -34,8 +34,9 @@ class NamespaceState:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class ChainEnd:
-    """Where a recovered chain ends, for the chains that follow it."""
+    """Where a recovered chain ends, for the chains that follow it. Its last run is pinned in the tier."""
 
+    tier: int
     runs: list[Run] = dataclasses.field(default_factory=list)
 
     @property
@@ -71,7 +72,7 @@ class Lease:
 class Operation:
     """Promotions that somebody may wait for.
 
-    ``todo``: runs still to be started, each pinned in the tier it will come from; ``copies``: those under way.
+    ``runs`` are still to be started, in page order, the last one anchored; ``copies`` are those under way.
     """
 
     id: int
@@ -79,11 +80,18 @@ class Operation:
     namespace: NamespaceState
     tier: int
     lease: int = 0
-    runs: list[Run] = dataclasses.field(default_factory=list)  # todo, in page order
+    runs: list[Run] = dataclasses.field(default_factory=list)
     copies: set[int] = dataclasses.field(default_factory=set)
     moved_pages: int = 0
     failed_pages: int = 0
     done: bool = False
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Leaving:
+    """The runs that have pages in a segment being given up."""
+
+    runs: list[Run] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -118,6 +126,10 @@ class Ingest:
     last: bool
     outcomes: list[Outcome] | None = None  # None: not back yet; empty: all OK
     charges: list[int] = dataclasses.field(default_factory=list)
+    keys: list[bytes] = dataclasses.field(default_factory=list)  # keyed destinations only, one a page
+    deleted: set[bytes] = dataclasses.field(
+        default_factory=set
+    )  # of those: deleted since the copy was started
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -157,11 +169,14 @@ class ReserveWaiter:
 class Saver:
     """Pages on their way to the durable tier: a durable commit, or a drain (``request`` of the one who waits)."""
 
+    id: int
     request: int
-    runs: list[Run]
-    deadline_ms: int = 0  # 0: as long as it makes progress
+    deadline_ms: int
+    is_drain: bool = False
+    runs: list[Run] = dataclasses.field(default_factory=list)  # not durable yet
+    mended: int = 0  # pages above that were copied again for its sake
     stored_pages: int = 0
     already_present_pages: int = 0
     failed_pages: int = 0
     durable_pages: int = 0
-    is_drain: bool = False
+    unsaved_pages: int = 0  # given up

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
-from hicache.engine import copies, reclaim, room
+from hicache.engine import copies, room
 from hicache.engine.actions import FetchResult, OperationResult, Piece, PinResult, RenewResult
 from hicache.engine.core import ABSENT, DRAINING, FILLING, RESIDENT, Core
 from hicache.engine.events import (
@@ -22,6 +23,8 @@ from hicache.tree import Run
 from hicache.types import WritePolicy
 
 OPERATOR = 0  # the session that owns pins
+#: How many of the operations that wait for room in a pool are tried each time.
+TRIES = 8
 
 
 def touch(core: Core, event: Touch) -> None:
@@ -46,38 +49,36 @@ def fetch(core: Core, event: Fetch) -> None:
     runs = core.cut(namespace, match)
     core.touch(runs)
     tier = core.lease_tier
-    missing = False
-    for run in runs:
-        state = run.state
-        if state[tier] == RESIDENT:
-            tier_pages[tier] += run.pages
-        else:
-            missing = True
-            tier_pages[state.index(RESIDENT)] += run.pages
-    hits = core.counters.hit_pages
-    for index, pages in enumerate(tier_pages):
-        hits[index] += pages
+    namespace.pools[tier].tick = core.tick
+    missing = _count_hits(core, runs, tier_pages)
     if core.options.write_policy is WritePolicy.SELECTIVE:
         _save_hot(core, runs)
     if missing and not event.promote:
         runs = _resident_prefix(runs, tier)
-    ttl = _ttl(core, event.ttl_ms)
-    lease = Lease(
-        next(core.ids),
-        event.session,
-        namespace,
-        tier,
-        match.pages,
-        tier_pages,
-        core.now_ms + ttl if runs else 0,
-    )
+    lease = Lease(next(core.ids), event.session, namespace, tier, match.pages, tier_pages, 0)
     if runs:
-        core.leases[lease.id] = lease
-        core.at(lease.expires_ms, "lease", lease.id)
-        _pin_all(core, lease, runs)
+        _lease(core, lease, runs, _ttl(core, event.ttl_ms))
         if missing:
             lease.operation = _promote(core, lease, event.session)
+        if not lease.runs:
+            end(core, lease)
     core.reply(event.request, view(core, lease) if lease.runs else _empty(lease))
+
+
+def _count_hits(core: Core, runs: list[Run], tier_pages: list[int]) -> bool:
+    """Count from where each page is served; whether some are not in the leases' tier. No run is DRAINING any more."""
+    tier = core.lease_tier
+    missing = False
+    for run in runs:
+        if run.state[tier] == RESIDENT:
+            tier_pages[tier] += run.pages
+        else:
+            missing = True
+            tier_pages[run.state.index(RESIDENT)] += run.pages
+    hits = core.counters.hit_pages
+    for index, pages in enumerate(tier_pages):
+        hits[index] += pages
+    return missing
 
 
 def _empty(lease: Lease) -> FetchResult:
@@ -96,14 +97,19 @@ def _save_hot(core: Core, runs: list[Run]) -> None:
     bound = core.options.selective_hits
     for run in runs:
         if run.hits == bound and ABSENT in run.state[run.state.index(RESIDENT) :]:
-            core.backlog.append(run.id)
+            core.save_early(run)
 
 
 def _ttl(core: Core, asked_ms: int) -> int:
     return min(asked_ms or core.options.default_ttl_ms, core.options.max_ttl_ms)
 
 
-def _pin_all(core: Core, lease: Lease, runs: list[Run]) -> None:
+def _lease(core: Core, lease: Lease, runs: list[Run], ttl_ms: int) -> None:
+    """Let the lease pin these runs; ``ttl_ms`` 0: without an end."""
+    core.leases[lease.id] = lease
+    if ttl_ms:
+        lease.expires_ms = core.now_ms + ttl_ms
+        core.at(lease.expires_ms, "lease", lease.id)
     tier = lease.tier
     for run in runs:
         core.pin(run, tier)
@@ -128,6 +134,7 @@ def new_operation(
     """An operation that is to bring these runs to a tier. The last is anchored until it has started."""
     operation = Operation(next(core.ids), session, namespace, tier)
     core.operations[operation.id] = operation
+    core.at(core.now_ms + core.options.default_ttl_ms, "operation", operation.id)
     for run in runs:
         if run.state[tier] != RESIDENT:
             core.hold(operation, run)
@@ -144,7 +151,21 @@ def advance(core: Core, operation: Operation) -> None:
             break
     if operation.runs and not operation.copies and not _may_get_room(core, operation):
         _give_up(core, operation)
+    wanting = operation.namespace.pools[operation.tier].wanting
+    wanting.pop(operation.id, None)
+    if operation.runs:
+        wanting[operation.id] = operation  # behind the others that wait
     copies.finish_operation(core, operation)
+
+
+def advance_some(core: Core) -> None:
+    """Let operations that wait for room try again: in each pool those whose turn it is."""
+    if len(core.copies) >= core.options.max_copies:
+        return
+    for pool in core.pools.values():
+        for operation in list(itertools.islice(pool.wanting.values(), TRIES)) if pool.wanting else ():
+            if operation.runs:
+                advance(core, operation)
 
 
 def _start_one(core: Core, operation: Operation, run: Run) -> bool:
@@ -154,13 +175,10 @@ def _start_one(core: Core, operation: Operation, run: Run) -> bool:
         core.rescue(run)
     state = run.state[tier]
     if state == FILLING:
-        for job in [holder for holder in run.holders if isinstance(holder, CopyJob) and holder.dst == tier]:
-            operation.copies.add(job.id)
-            if operation not in job.operations:
-                job.operations.append(operation)
+        _join(operation, copies.jobs_to(run, tier))
     elif state == ABSENT:
         source = core.best_tier(run)
-        if source < 0:
+        if source < 0 or not core.writable[tier]:
             _give_up(core, operation)
             return False
         if len(core.copies) >= core.options.max_copies:
@@ -178,24 +196,25 @@ def _start_one(core: Core, operation: Operation, run: Run) -> bool:
 def _start_copy(core: Core, operation: Operation, run: Run, source: int) -> bool:
     tier = operation.tier
     if core.tiers[tier].durable:
-        if not copies.copy_down(core, run, tier, room.room_maker(core)):
+        if not copies.copy_down(core, run, tier, room.make_room_below):
             return False
-        jobs = [holder for holder in run.holders if isinstance(holder, CopyJob) and holder.dst == tier]
-    else:
-        guard = core.guard(run, [source])
-        try:
-            pool = operation.namespace.pools[tier]
-            there = room.make_room(core, pool, run.pages, operation.namespace.page_bytes)
-        finally:
-            core.unguard(guard)
-        if not there or run.state[source] != RESIDENT:
-            reclaim.wanted(core, pool)
-            return False
-        jobs = copies.start(core, [run], source, tier)
+        _join(operation, copies.jobs_to(run, tier))
+        return True
+    guard = core.guard(run, [source])
+    there = room.make_room_below(core, tier, run, run.pages)
+    core.unguard(guard)
+    if there and run.state[source] == RESIDENT:
+        _join(operation, copies.start(core, [run], source, tier))
+        return True
+    return False
+
+
+def _join(operation: Operation, jobs: Iterable[CopyJob]) -> None:
+    """The operation waits for these, too."""
     for job in jobs:
         operation.copies.add(job.id)
-        job.operations.append(operation)
-    return True
+        if operation not in job.operations:
+            job.operations.append(operation)
 
 
 def _started(core: Core, operation: Operation, run: Run) -> None:
@@ -208,13 +227,13 @@ def _started(core: Core, operation: Operation, run: Run) -> None:
 
 def _may_get_room(core: Core, operation: Operation) -> bool:
     """Whether something under way can still let a waiting operation get on."""
-    pool = operation.namespace.pools[operation.tier]
-    return bool(core.copies) or bool(core.closing_segments[pool.tier]) or bool(pool.draining)
+    return bool(core.copies) or core.segments[operation.tier].claimant is not None
 
 
 def _give_up(core: Core, operation: Operation) -> None:
     """What has not started yet fails."""
     last = operation.runs[-1]
+    operation.namespace.pools[operation.tier].wanting.pop(operation.id, None)
     for run in list(operation.runs):
         operation.failed_pages += run.pages
         core.let_go(operation, run)
@@ -259,7 +278,7 @@ def view(core: Core, lease: Lease) -> FetchResult:
     pieces: list[Piece] = []
     granted = 0
     for run in lease.runs:
-        if run.state[tier] != RESIDENT or (core.condemned and run.id in core.condemned):
+        if run.state[tier] != RESIDENT or (core.condemned and (run.id, tier) in core.condemned):
             break
         pieces.append(Piece(tier, run.slots[tier] or ()))
         granted += run.pages
@@ -279,8 +298,9 @@ def renew(core: Core, event: RenewLeases) -> None:
         if lease is None or lease.session != event.session or lease.stage is not LeaseStage.LIVE:
             lost.append(ident)
             continue
+        if expires < lease.expires_ms:
+            core.at(expires, "lease", ident)  # else the timer that it has looks again
         lease.expires_ms = expires
-        core.at(expires, "lease", ident)
     core.reply(event.request, RenewResult(lost, expires))
 
 
@@ -313,6 +333,9 @@ def end(core: Core, lease: Lease) -> None:
 def expire(core: Core, lease: Lease) -> None:
     """Its owner has lost it; its slots rest for the grace in case the owner is still reading."""
     lease.stage = LeaseStage.RESTING
+    operation = core.operations.get(lease.operation)
+    if operation is not None and not operation.done:
+        drop_operation(core, operation)
     core.counters.expired_leases += 1
     core.at(core.now_ms + core.options.expiry_grace_ms, "rest", lease.id)
 
@@ -329,12 +352,8 @@ def pin(core: Core, event: Pin) -> None:
         core.reply(event.request, PinResult(0, 0))
         return
     core.touch(runs)
-    expires = core.now_ms + event.ttl_ms if event.ttl_ms else 0
-    lease = Lease(next(core.ids), OPERATOR, namespace, event.tier, match.pages, [], expires)
-    core.leases[lease.id] = lease
-    if expires:
-        core.at(expires, "lease", lease.id)
-    _pin_all(core, lease, runs)
+    lease = Lease(next(core.ids), OPERATOR, namespace, event.tier, match.pages, [], 0)
+    _lease(core, lease, runs, event.ttl_ms)
     if any(run.state[event.tier] != RESIDENT for run in runs):
         lease.operation = _promote(core, lease, OPERATOR)
     pages = sum(run.pages for run in lease.runs)

@@ -11,9 +11,13 @@ import dataclasses
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from hicache.policy import Policy
 from hicache.types import SLOTS_PER_SEGMENT, TierSpec
+
+if TYPE_CHECKING:
+    from hicache.engine.holders import Leaving, Operation, ReserveWaiter
 
 #: What a page on a keyed tier is taken to cost until the store says what it really took: the raw bytes, rounded up to
 #: memory pages, plus one for the record's own header and index.
@@ -26,6 +30,7 @@ class Segments:
     def __init__(self, spec: TierSpec) -> None:
         self.total = spec.capacity_bytes // spec.segment_bytes if spec.segment_bytes else 0
         self.spare = list(range(self.total - 1, -1, -1))
+        self.claimant: Pool | None = None  # for whom a segment is being given up
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -42,9 +47,13 @@ class Pool:
     segments: set[int] = dataclasses.field(default_factory=set)
     leaving: int = -1  # slotted: the segment being given up; its freed slots do not come back
     leaving_slots: int = 0  # how many of its slots are free by now
+    leaving_runs: Leaving | None = None  # who has pages there
+    lower_tiers: tuple[int, ...] = ()  # tiers below that can hold a page of this pool's size
+    tick: int = 0  # of the last use
     used: int = 0  # units held by pages, reservations and copies
     draining: int = 0  # units that copies under way will free
-    waiters: deque[object] = dataclasses.field(default_factory=deque)
+    waiters: deque[ReserveWaiter] = dataclasses.field(default_factory=deque)
+    wanting: dict[int, Operation] = dataclasses.field(default_factory=dict)  # operations that wait for room
 
     @property
     def capacity(self) -> int:
@@ -106,6 +115,10 @@ class Pool:
         base = segment * SLOTS_PER_SEGMENT
         self.free[:0] = range(base + self.slots_per_segment - 1, base - 1, -1)
 
+    def is_leaving(self, slot: int) -> bool:
+        """Whether a slot lies in the segment being given up."""
+        return slot // SLOTS_PER_SEGMENT == self.leaving
+
     def start_leaving(self, segment: int) -> None:
         """Stop giving out slots of this segment."""
         low, high = segment * SLOTS_PER_SEGMENT, (segment + 1) * SLOTS_PER_SEGMENT
@@ -120,3 +133,11 @@ class Pool:
         segment, self.leaving, self.leaving_slots = self.leaving, -1, 0
         self.segments.discard(segment)
         return segment
+
+    def fits(self, pages: int, page_bytes: int) -> bool:
+        """Whether the pool could ever hold so many pages, with all of its tier to itself."""
+        if self.spec.keyed:
+            return self.units(pages, page_bytes) <= self.spec.capacity_bytes
+        if not self.slots_per_segment or not self.spec.segment_bytes:
+            return False
+        return pages <= self.spec.capacity_bytes // self.spec.segment_bytes * self.slots_per_segment

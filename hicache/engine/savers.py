@@ -1,18 +1,23 @@
-"""Bringing pages down to the durable tier: durable commits, drains, and copies ahead of need."""
+"""Bringing pages down to the durable tier: durable commits, drains, and copies ahead of need.
+
+A page is durable when it and every page above it are in the durable tier: only then is it matched after a crash.
+"""
 
 from __future__ import annotations
 
 from hicache.engine import copies, room
 from hicache.engine.actions import CommitResult, DrainResult
-from hicache.engine.core import ABSENT, DRAINING, FILLING, RESIDENT, Core
+from hicache.engine.core import ABSENT, DRAINING, FILLING, Core
 from hicache.engine.events import Drain
 from hicache.engine.holders import NamespaceState, Saver
 from hicache.tree import Run
 
-#: How many of a saver's runs are looked at each time: those in front are the oldest.
+#: How many of a saver's runs are looked at each time: those in front are the oldest. Also for the backlog.
 WINDOW = 64
 #: Runs waiting for an early copy; beyond this they wait for their eviction instead.
 MAX_BACKLOG = 4096
+#: How often pages that the tier has lost are copied there again for one saver's sake.
+MAX_MENDED = 8
 
 
 def path_of(core: Core, namespace: NamespaceState, prompt: bytes, first: int, last: int) -> list[Run]:
@@ -22,77 +27,113 @@ def path_of(core: Core, namespace: NamespaceState, prompt: bytes, first: int, la
     page = 0
     found = []
     for run in runs:
-        if page + run.pages > first:
+        end = page + run.pages
+        if end > first:
             found.append(run if page >= first else core.split(run, first - page))
-        page += run.pages
+        page = end
     return found
 
 
 def save(core: Core, request: int, runs: list[Run], counts: tuple[int, int, int]) -> None:
     """Answer a commit when its pages are durable, or when it is clear that they will not be."""
-    stored, present, failed = counts
-    saver = Saver(request, [], 0, stored, present, failed)
+    saver = Saver(next(core.ids), request, core.now_ms + core.options.default_ttl_ms)
+    saver.stored_pages, saver.already_present_pages, saver.failed_pages = counts
     for run in runs:
         core.hold(saver, run)
-    core.savers.append(saver)
-    core.room_changed = True
+    _begin(core, saver)
 
 
 def drain(core: Core, event: Drain) -> None:
-    """Save every page that is in no durable tier, coldest work last: paths from the root down."""
-    saver = Saver(event.request, [], core.now_ms + event.grace_ms, is_drain=True)
-    core.savers.append(saver)
-    core.at(saver.deadline_ms, "drain", 0)
+    """Save every page that is in no durable tier, paths from the root down. O(runs)."""
+    saver = Saver(next(core.ids), event.request, core.now_ms + event.grace_ms, is_drain=True)
+    if core.durable_tier >= 0:
+        for namespace in core.namespaces.values():
+            for node in namespace.tree.walk():
+                for run in node.runs:
+                    if run.live and run.state[core.durable_tier] in {ABSENT, FILLING}:
+                        core.hold(saver, run)
+    else:
+        saver.unsaved_pages = sum(run.pages for run in core.runs.values() if run.live)
+    _begin(core, saver)
+
+
+def _begin(core: Core, saver: Saver) -> None:
+    core.savers[saver.id] = saver
+    core.at(saver.deadline_ms, "saver", saver.id)
     core.room_changed = True
-    if core.durable_tier < 0:
-        return
-    for namespace in core.namespaces.values():
-        for node in namespace.tree.walk():
-            for run in node.runs:
-                if run.live and run.state[core.durable_tier] != RESIDENT:
-                    core.hold(saver, run)
 
 
 def advance(core: Core, saver: Saver) -> None:
     """Let go of what is durable, start what can be started, answer when nothing more can come."""
-    tier = core.durable_tier
-    pending = False
-    maker = room.room_maker(core)
-    for run in list(saver.runs[:WINDOW]):
-        if run.id not in core.runs:
-            continue
-        state = run.state[tier] if tier >= 0 else ABSENT
-        if state in {RESIDENT, DRAINING}:
-            saver_done(core, saver, run)
-        elif state == FILLING:
-            pending = True
-        elif run.live and core.writable[tier]:
-            pending = _start(core, run, tier, maker) or pending
-    late = bool(saver.deadline_ms) and core.now_ms >= saver.deadline_ms
-    if saver.runs and not late and (pending or core.copies):
-        return
+    late = core.now_ms >= saver.deadline_ms
+    while saver.runs:
+        front = saver.runs[:WINDOW]
+        pending = [run for run in front if _is_pending(core, saver, run)]
+        left = [run for run in front if saver in run.holders]
+        if left and late:
+            break
+        if left and (pending or core.copies):
+            return
+        for run in left:  # nothing is under way that could help these; the next ones may have more luck
+            _give_up(core, saver, run)
     _finish(core, saver)
 
 
-def _start(core: Core, run: Run, tier: int, maker: copies.MakeRoom) -> bool:
+def _is_pending(core: Core, saver: Saver, run: Run) -> bool:
+    """Let a run go if it is durable or cannot become so, else see to its copy. True while that is under way."""
+    tier = core.durable_tier
+    state = run.state[tier]
+    if state == FILLING:
+        return True
+    if not run.live or (run.id, tier) in core.condemned or (state == ABSENT and not core.writable[tier]):
+        _give_up(core, saver, run)
+        return False
+    if state == ABSENT:
+        return _start(core, run, tier)
+    above = _not_durable_above(run, tier)
+    if above is None:
+        saver.durable_pages += run.pages
+        core.let_go(saver, run)
+        if not saver.is_drain:
+            saver.deadline_ms = core.now_ms + core.options.default_ttl_ms
+        return False
+    if above.state[tier] == FILLING:
+        return True
+    if saver.mended >= MAX_MENDED or not above.live:
+        _give_up(core, saver, run)
+        return False
+    saver.mended += 1
+    return _start(core, above, tier)
+
+
+def _not_durable_above(run: Run, tier: int) -> Run | None:
+    """The topmost run above that the tier does not have (yet)."""
+    found = None
+    above = run.tree.parent_run(run)
+    while above is not None:
+        if above.state[tier] in {ABSENT, FILLING}:
+            found = above
+        above = above.tree.parent_run(above)
+    return found
+
+
+def _start(core: Core, run: Run, tier: int) -> bool:
     if DRAINING in run.state:
         core.rescue(run)
-    return copies.copy_down(core, run, tier, maker)
+    return copies.copy_down(core, run, tier, room.make_room_below)
 
 
-def saver_done(core: Core, saver: Saver, run: Run) -> None:
-    """One run is durable."""
-    saver.durable_pages += run.pages
+def _give_up(core: Core, saver: Saver, run: Run) -> None:
+    saver.unsaved_pages += run.pages
     core.let_go(saver, run)
 
 
 def _finish(core: Core, saver: Saver) -> None:
-    core.savers.remove(saver)
-    unsaved = sum(run.pages for run in saver.runs)
+    del core.savers[saver.id]
     for run in list(saver.runs):
-        core.let_go(saver, run)
+        _give_up(core, saver, run)
     if saver.is_drain:
-        core.reply(saver.request, DrainResult(unsaved if core.durable_tier >= 0 else _unsaved(core)))
+        core.reply(saver.request, DrainResult(saver.unsaved_pages))
         return
     core.reply(
         saver.request,
@@ -102,23 +143,35 @@ def _finish(core: Core, saver: Saver) -> None:
     )
 
 
-def _unsaved(core: Core) -> int:
-    return sum(run.pages for run in core.runs.values() if run.live)
-
-
 def work_backlog(core: Core) -> None:
-    """Start early copies of runs that were written through or have become hot."""
+    """Start early copies of runs that were written through, have become hot, or mend a gap."""
+    core.backlog_grew = False
     while len(core.backlog) > MAX_BACKLOG:
-        core.backlog.popleft()
-    maker = room.room_maker(core)
-    for _ in range(len(core.backlog)):
-        if len(core.copies) >= core.options.max_copies // 2 or not core.backlog:
+        core.backlog.popitem(last=False)
+    for _ in range(min(len(core.backlog), WINDOW)):
+        if len(core.copies) >= max(core.options.max_copies // 2, 1):
             return
-        run = core.runs.get(core.backlog.popleft())
-        if run is None or not run.live:
+        ident, _ = core.backlog.popitem(last=False)
+        run = core.runs.get(ident)
+        lower = _next_tier_for(core, run) if run is not None else -1
+        if run is None or lower < 0:
             continue
-        lower = room.lower_tier(core, core.best_tier(run))
-        while lower >= 0 and run.state[lower] != ABSENT:
-            lower = room.lower_tier(core, lower)
-        if lower >= 0:
-            copies.copy_down(core, run, lower, maker)
+        if not copies.copy_down(core, run, lower, room.make_room_below) and _follows(core, run, lower):
+            core.backlog[ident] = None
+
+
+def _next_tier_for(core: Core, run: Run) -> int:
+    """The first tier below the run's fastest that takes pages and lacks it; -1 if there is none."""
+    best = core.best_tier(run)
+    if best < 0:
+        return -1
+    lower = core.pool(run, best).lower_tiers
+    return next((tier for tier in lower if core.writable[tier] and run.state[tier] == ABSENT), -1)
+
+
+def _follows(core: Core, run: Run, tier: int) -> bool:
+    """Whether pages above are on their way to the tier, so that the run can follow them."""
+    above = run.tree.parent_run(run)
+    while above is not None and above.state[tier] == ABSENT:
+        above = above.tree.parent_run(above)
+    return run.state[tier] == ABSENT and above is not None and above.state[tier] == FILLING

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hicache.engine import leases, reservations
+from hicache.engine import commits, leases
 from hicache.engine.core import Core
 from hicache.engine.events import (
     NamespaceOpened,
@@ -11,7 +11,7 @@ from hicache.engine.events import (
     SessionResumed,
     SessionSuspended,
 )
-from hicache.engine.holders import LeaseStage, NamespaceState, ReserveWaiter
+from hicache.engine.holders import LeaseStage, NamespaceState
 from hicache.errors import ErrorCode
 from hicache.tree import Tree
 
@@ -51,13 +51,11 @@ def end_session(core: Core, session: int, *, dead: bool) -> None:
             leases.expire(core, lease)
     for reservation in [each for each in core.reservations.values() if each.session == session]:
         if not reservation.closing:
-            reservations.end(core, reservation)
+            commits.end(core, reservation)
     for operation in [each for each in core.operations.values() if each.session == session and not each.done]:
         leases.drop_operation(core, operation)
     for pool in core.pools.values():
-        for waiter in [
-            each for each in pool.waiters if isinstance(each, ReserveWaiter) and each.session == session
-        ]:
+        for waiter in [each for each in pool.waiters if each.session == session]:
             pool.waiters.remove(waiter)
             core.fail(waiter.request, ErrorCode.UNAVAILABLE, "the session ended while it waited for room")
 
@@ -71,4 +69,3 @@ def open_namespace(core: Core, event: NamespaceOpened) -> None:
     tree = Tree(spec.symbol_bytes, len(core.tiers), core.run_ids)
     namespace = NamespaceState(event.namespace, spec, event.fingerprint, tree, pools)
     core.namespaces[event.namespace] = namespace
-    core.namespace_of[event.fingerprint] = namespace

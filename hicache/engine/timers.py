@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 
-from hicache.engine import leases, reservations
+from hicache.engine import commits, leases, reservations
 from hicache.engine.core import Core
-from hicache.engine.holders import LeaseStage, ReserveWaiter
+from hicache.engine.holders import LeaseStage
 from hicache.engine.sessions import end_session
 
 
@@ -24,8 +24,12 @@ def fire(core: Core) -> None:
 
 def _lease(core: Core, ident: int) -> None:
     lease = core.leases.get(ident)
-    if lease is not None and lease.stage is LeaseStage.LIVE and 0 < lease.expires_ms <= core.now_ms:
+    if lease is None or lease.stage is not LeaseStage.LIVE or not lease.expires_ms:
+        return
+    if lease.expires_ms <= core.now_ms:
         leases.expire(core, lease)
+    else:
+        core.at(lease.expires_ms, "lease", ident)  # it was renewed
 
 
 def _rest(core: Core, ident: int) -> None:
@@ -38,7 +42,7 @@ def _reservation(core: Core, ident: int) -> None:
     reservation = core.reservations.get(ident)
     if reservation is not None and not reservation.closing and reservation.expires_ms <= core.now_ms:
         core.counters.expired_reservations += 1
-        reservations.end(core, reservation)
+        commits.end(core, reservation)
 
 
 def _session(core: Core, ident: int) -> None:
@@ -49,15 +53,26 @@ def _session(core: Core, ident: int) -> None:
 def _waiter(core: Core, _ident: int) -> None:
     """Everybody whose wait for room is over gets a last try, in line."""
     for pool in list(core.pools.values()):
-        for waiter in [each for each in pool.waiters if isinstance(each, ReserveWaiter)]:
+        for waiter in list(pool.waiters):
             if waiter.deadline_ms <= core.now_ms:
                 pool.waiters.remove(waiter)
                 if not reservations.try_grant(core, waiter, last_try=True):
                     reservations.refuse(core, waiter)
 
 
-def _drain(core: Core, _ident: int) -> None:
-    core.room_changed = True  # the pump looks at drains, and at their deadlines
+def _saver(core: Core, ident: int) -> None:
+    saver = core.savers.get(ident)
+    if saver is not None and saver.deadline_ms > core.now_ms:
+        core.at(saver.deadline_ms, "saver", ident)  # it has made progress
+    else:
+        core.room_changed = True  # the pump looks at savers, and at their deadlines
+
+
+def _operation(core: Core, ident: int) -> None:
+    """It has waited for room for long enough: it ends with what it has started."""
+    operation = core.operations.get(ident)
+    if operation is not None and operation.runs:
+        leases.drop_operation(core, operation)
 
 
 _HANDLERS = {
@@ -66,5 +81,6 @@ _HANDLERS = {
     "reservation": _reservation,
     "session": _session,
     "waiter": _waiter,
-    "drain": _drain,
+    "saver": _saver,
+    "operation": _operation,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 from hicache.engine.core import DRAINING, FILLING, RESIDENT, TICKS_PER_MS, Core
 from hicache.engine.counters import Counters
@@ -77,9 +78,8 @@ class NodeView:
     children: int
 
 
-def match(core: Core, namespace_id: int, prompt: bytes) -> MatchView:
+def match(namespace: NamespaceState, prompt: bytes) -> MatchView:
     """The longest cached prefix, with the fastest tier of each stretch."""
-    namespace = core.namespaces[namespace_id]
     tree = namespace.tree
     found = tree.match(prompt)
     pages: list[int] = []
@@ -100,7 +100,7 @@ def match(core: Core, namespace_id: int, prompt: bytes) -> MatchView:
 
 
 def stats(core: Core) -> EngineStats:
-    """Occupancy and counts. O(pools + nodes of the trees' top level); node counts walk nothing but the run table."""
+    """Occupancy and counts. O(runs); with holes, O(runs times depth)."""
     tiers = []
     for index, spec in enumerate(core.tiers):
         used = sum(
@@ -155,9 +155,8 @@ def describe(namespace: NamespaceState) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def tree_view(core: Core, namespace_id: int, max_nodes: int) -> tuple[list[NodeView], int]:
-    """Nodes, parents before children, at most ``max_nodes``; and how many were left out. ``namespace_id`` 0: all."""
-    chosen = [core.namespaces[namespace_id]] if namespace_id else list(core.namespaces.values())
+def tree_view(core: Core, chosen: Sequence[NamespaceState], max_nodes: int) -> tuple[list[NodeView], int]:
+    """Nodes, parents before children, at most ``max_nodes``; and how many were left out."""
     views: list[NodeView] = []
     omitted = 0
     for namespace in chosen:

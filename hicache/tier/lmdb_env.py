@@ -95,10 +95,23 @@ def _open(folder: Folder, *, map_bytes: int, sync: bool, readers: int) -> Databa
             raise lmdb.InvalidError(f"{had_bytes} bytes where {needed} are needed")
         env.reader_check()
         names = (b"pages", b"pieces", b"meta", b"namespaces")
-        return Database(env, *(env.open_db(name) for name in names))
+        database = Database(env, *(env.open_db(name) for name in names))
+        _probe(database)
+        return database
     except lmdb.Error:
         env.close()
         raise
+
+
+def _probe(database: Database) -> None:
+    """Read what every later start relies on. Raises CorruptedError: rot in the trees is not the medium's bad day."""
+    try:
+        with database.env.begin() as txn:
+            database.used_bytes(txn)
+            for _ in txn.cursor(db=database.namespaces):
+                pass
+    except lmdb.Error as exc:
+        raise lmdb.CorruptedError(f"its trees cannot be read: {exc}") from exc
 
 
 # -- rows

@@ -98,7 +98,9 @@ class Actor:
                     room.write(first + at, made[at])
                 done = room.commit(durable=durable)
                 stored += done.stored_pages
-                if durable and sure >= first and done.durable_pages == missing:
+                if (
+                    durable and done.durable_pages == missing
+                ):  # and so is what is above: the disk tier has no holes
                     sure = first + missing
         return Storing(stored, present, sure)
 
@@ -195,9 +197,9 @@ class LoadThread:
         talk, pages = self._next_talk, int(self._rng.integers(4, 14))
         self._next_talk += 1
         self.tried[talk] = pages
-        done = self._actor.store(talk, pages, durable=self._ask)
+        done = self._actor.store(talk, pages, durable=self._ask, wait_ms=1_000)
         # what was there before is the group's: acknowledged by whoever stored it
         if self._ask and done.present + done.stored == pages and done.durable:
             self.durable[talk] = done.durable
         old = int(self._rng.choice(list(self.tried)))
-        self.wrong_bytes += self._actor.read(old, self.tried[old]).wrong_bytes
+        self.wrong_bytes += self._actor.read(old, self.tried[old], wait_ms=1_000).wrong_bytes

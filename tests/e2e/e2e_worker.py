@@ -1,4 +1,4 @@
-"""A client process under a test's orders: one JSON object a line on standard input, one answer a line on standard output.
+"""A client process under a test's orders: one JSON object a line on standard input, one answer a line on output.
 
 python e2e_worker.py TARGET OPTIONS_AS_JSON. It ends when its input does.
 """
@@ -105,7 +105,9 @@ def main() -> None:
         try:
             say({"ok": worker.answer(json.loads(line))})
         except HicacheError as error:
-            say({"error": type(error).__name__, "message": str(error), "retry_after_ms": error.retry_after_ms})
+            say(
+                {"error": type(error).__name__, "message": str(error), "retry_after_ms": error.retry_after_ms}
+            )
     worker.actor.client.close()
 
 

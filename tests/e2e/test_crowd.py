@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import pytest
 from e2e_actor import Actor
 from e2e_kit import WorkerProcess, assert_idle, serving, tiers, wait_until, within_capacity
 
@@ -14,6 +15,7 @@ HELD_LEASES, HELD_RESERVATIONS = 30, 10
 TTL_MS = 60_000  # what the dead held must go long before
 
 
+@pytest.mark.slow
 def test_the_death_of_clients_among_twenty_harms_nobody(tmp_path: Path) -> None:
     with serving(tmp_path, *tiers(tmp_path, "24MiB")) as sidecar, contextlib.ExitStack() as stack:
         watcher = stack.enter_context(Actor(sidecar.target))

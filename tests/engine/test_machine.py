@@ -9,76 +9,181 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import hypothesis.strategies as st
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from shell import PAGE_BYTES, Shell, tier
+from shell import PAGE_BYTES, Shell, recovery_events, tier
 
 from hicache.engine import EngineOptions
 from hicache.engine import actions as act
 from hicache.engine import events as ev
-from hicache.errors import NotFoundError
+from hicache.engine.core import Core
+from hicache.errors import ErrorCode, NotFoundError
+from hicache.keys import chain_keys, fingerprint
 from hicache.types import Ack, Namespace, Outcome, Pressure, TierKind, WritePolicy
 
+T = TypeVar("T")
 DEVICE, HOST, DISK = TierKind.DEVICE, TierKind.HOST, TierKind.DISK
 SETUPS = {
     "all": (tier(DEVICE, 6, 2), tier(HOST, 12, 3), tier(DISK, 20)),
     "host+disk": (tier(HOST, 12, 3), tier(DISK, 20)),
+    "small disk": (tier(HOST, 16, 2), tier(DISK, 10)),
     "device+host": (tier(DEVICE, 6, 2), tier(HOST, 8, 2)),
     "host": (tier(HOST, 12, 4),),
     "disk": (tier(DISK, 12),),
     "roomy": (tier(HOST, 400, 2), tier(DISK, 800)),
 }
-PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=9).map(
-    lambda tokens: b"".join(token.to_bytes(4, "little") for token in tokens)
+WIDTH = 4
+
+
+def pack(tokens: list[int]) -> bytes:
+    """A prompt of one-token pages."""
+    return b"".join(token.to_bytes(WIDTH, "little") for token in tokens)
+
+
+BASES = ([0, 1, 2, 0, 1, 2], [0, 1, 1, 1, 1], [2, 2, 2])
+SHARING = st.builds(
+    lambda base, length, tail: pack(base[:length] + tail),
+    st.sampled_from(BASES),
+    st.integers(1, 6),
+    st.lists(st.integers(0, 3), max_size=5),
 )
-NAMESPACES = st.sampled_from([1, 2, 3])
+PROMPTS = st.one_of(SHARING, st.lists(st.integers(0, 2), min_size=1, max_size=9).map(pack))
+NAMESPACES = st.sampled_from([1, 1, 2, 3])
 SESSIONS = st.sampled_from([1, 2])
+INDEX = st.integers(0, 5)
+#: Kinds of events that a run may do without (swarm testing): what crowds out the others in one run is off in the next.
+OPTIONAL = (
+    "reserve", "commit", "abort", "release", "renew", "touch", "prefetch", "pin", "evict", "clear", "bad", "time",
+    "sessions", "corrupt", "rot", "drain", "latch", "expire", "durable",
+)  # fmt: skip
+
+
+def when(name: str) -> Callable[[T], T]:
+    """The rule is on only in runs that have drawn its name."""
+
+    def gate(function: T) -> T:
+        gated = precondition(lambda self: name in self.enabled)(function)
+        gated.needs = name
+        return gated
+
+    return gate
 
 
 class EngineMachine(RuleBasedStateMachine):
     """Two sessions, three namespaces (two tenants, two page sizes), tiers of a few pages."""
 
+    enabled: frozenset[str] = frozenset()
+
     @initialize(
         setup=st.sampled_from(sorted(SETUPS)),
         policy=st.sampled_from(["lru", "sieve"]),
         write=st.sampled_from(list(WritePolicy)),
-        bound=st.sampled_from([1, 3, 64]),
+        bounds=st.sampled_from([(1, 4), (3, 4), (64, 1), (64, 32)]),
         low=st.sampled_from([0.0, 0.3]),
+        found=st.lists(st.tuples(NAMESPACES, SHARING), max_size=4),
+        enabled=st.sets(st.sampled_from(OPTIONAL), min_size=2),
     )
-    def start(self, setup: str, policy: str, write: WritePolicy, bound: int, low: float) -> None:
+    def start(
+        self,
+        setup: str,
+        policy: str,
+        write: WritePolicy,
+        bounds: tuple[int, int],
+        low: float,
+        found: list[tuple[int, bytes]],
+        enabled: set[str],
+    ) -> None:
+        self.enabled = frozenset(enabled)
         options = EngineOptions(
             SETUPS[setup],
             policy=policy,
             write_policy=write,
-            max_copy_pages=bound,
-            max_copies=4,
+            max_copy_pages=bounds[0],
+            max_copies=bounds[1],
             default_ttl_ms=1000,
             expiry_grace_ms=200,
             free_low_fraction=low,
         )
         self.setup = setup
         self.shell = Shell(options)
+        self.shell.on_reply = self.on_reply
         self.shell.open_namespace(1, Namespace("m", 1, PAGE_BYTES))
         self.shell.open_namespace(2, Namespace("m", 1, PAGE_BYTES, adapter="lora"))
         self.shell.open_namespace(3, Namespace("m", 1, PAGE_BYTES * 2, tenant="other"))
         for session in (1, 2):
             self.shell.handle(ev.SessionOpened(session, "default"))
-        self.stored: set[tuple[int, bytes]] = set()
+        self.stored: dict[tuple[int, bytes], None] = {}
         self.lost = False  # whether anything may have left the cache
+        self.damaged = False  # whether a tier has lost anything
         self.reservations: dict[int, tuple[int, int, bytes, int, int]] = {}
         self.waiting: dict[int, tuple[int, int, bytes]] = {}
+        self.durable: dict[
+            int, tuple[int, bytes, int]
+        ] = {}  # request -> namespace, prompt up to its end, pages
         self.leases: dict[int, tuple[int, int, bytes]] = {}
         self.pins: list[int] = []
+        if options.tiers[-1].keyed:
+            self.lost = bool(found) and setup != "roomy"
+            self.fill_disk(found)
+
+    def fill_disk(self, found: list[tuple[int, bytes]]) -> None:
+        """Pages that an earlier process left on disk; they are recovered while serving goes on."""
+        pages = {(n, prompt[:end]) for n, prompt in found for end in range(WIDTH, len(prompt) + 1, WIDTH)}
+        index = len(self.shell.specs) - 1
+        for number, prompt in pages:
+            key = chain_keys(fingerprint(self.shell.namespaces[number]), prompt, WIDTH)[-1]
+            self.shell.content[index][key] = (number, prompt)
+        self.shell.recovery = recovery_events(self.shell.namespaces, index, pages, part_pages=3)
+        self.stored.update(dict.fromkeys(sorted(pages)))
+
+    def on_reply(self, reply: act.Reply) -> None:
+        """A durable commit's pages, and all above them, are on disk when it is answered."""
+        expected = self.durable.pop(reply.request, None)
+        if expected is None or not isinstance(reply.result, act.CommitResult):
+            return
+        namespace, prompt, pages = expected
+        if reply.result.durable_pages != pages or self.damaged:
+            return
+        have = self.shell.disk_pages()
+        for end in range(WIDTH, len(prompt) + 1, WIDTH):
+            assert (namespace, prompt[:end]) in have, "said to be durable, and not on disk"
 
     # --- calls
 
-    @rule(session=SESSIONS, namespace=NAMESPACES, prompt=PROMPTS, most=st.sampled_from([0, 0, 2]), promote=st.booleans())
+    @rule(
+        session=SESSIONS,
+        namespace=NAMESPACES,
+        prompt=PROMPTS,
+        ack=st.sampled_from(list(Ack)),
+        drop=st.booleans(),
+    )
+    def store(self, session: int, namespace: int, prompt: bytes, ack: Ack, drop: bool) -> None:
+        """Reserve and commit, with all the copies that this takes."""
+        self.lost = self.lost or self.setup != "roomy"
+        self.stored.update(
+            dict.fromkeys((namespace, prompt[:end]) for end in range(WIDTH, len(prompt) + 1, WIDTH))
+        )
+        pressure = Pressure.DROP if drop else Pressure.WAIT
+        answer = self.shell.store(session, namespace, prompt, ack=ack, wait_ms=500, pressure=pressure)
+        if isinstance(answer, act.Failure):
+            assert answer.code in {ErrorCode.EXHAUSTED, ErrorCode.UNAVAILABLE, ErrorCode.CONFLICT}, answer
+            self.lost = True
+
+    @rule(
+        session=SESSIONS,
+        namespace=NAMESPACES,
+        prompt=PROMPTS,
+        most=st.sampled_from([0, 0, 2]),
+        promote=st.sampled_from([True, True, False]),
+    )
     def fetch(self, session: int, namespace: int, prompt: bytes, most: int, promote: bool) -> None:
         answer = self.shell.ask(
             ev.Fetch, session=session, namespace=namespace, prompt=prompt, max_pages=most, promote=promote
@@ -89,7 +194,14 @@ class EngineMachine(RuleBasedStateMachine):
         if answer.lease:
             self.leases[answer.lease] = (session, namespace, prompt)
 
-    @rule(session=SESSIONS, namespace=NAMESPACES, prompt=PROMPTS, wait=st.sampled_from([0, 0, 500]), drop=st.booleans())
+    @when("reserve")
+    @rule(
+        session=SESSIONS,
+        namespace=NAMESPACES,
+        prompt=PROMPTS,
+        wait=st.sampled_from([0, 0, 500]),
+        drop=st.booleans(),
+    )
     def reserve(self, session: int, namespace: int, prompt: bytes, wait: int, drop: bool) -> None:
         request = next(self.shell.requests)
         self.waiting[request] = (session, namespace, prompt)
@@ -97,30 +209,31 @@ class EngineMachine(RuleBasedStateMachine):
         self.shell.handle(ev.Reserve(request, session, namespace, prompt, 1000, wait, pressure))
         self.lost = self.lost or self.setup != "roomy"
 
-    @rule(index=st.integers(0, 3), pages=st.integers(0, 9), durable=st.booleans(), last=st.booleans())
+    @when("reserve")
+    @rule(index=INDEX, pages=st.integers(0, 9), durable=st.booleans(), last=st.booleans())
     def commit(self, index: int, pages: int, durable: bool, last: bool) -> None:
         if not self.reservations:
             return
         ident = sorted(self.reservations)[index % len(self.reservations)]
         session, namespace, prompt, cursor, end = self.reservations[ident]
         pages = min(pages, end - cursor)
-        answer = self.shell.ask(
-            ev.Commit,
-            session=session,
-            reservation=ident,
-            pieces=[(cursor, pages)] if pages else [],
-            source=(namespace, prompt),
-            ack=Ack.DURABLE if durable else Ack.VISIBLE,
-            last=last,
+        self.stored.update(
+            dict.fromkeys((namespace, prompt[: (page + 1) * WIDTH]) for page in range(cursor, cursor + pages))
         )
-        if isinstance(answer, act.Failure) or last:
+        request = next(self.shell.requests)
+        ack = Ack.DURABLE if durable else Ack.VISIBLE
+        if durable and pages:
+            self.durable[request] = (namespace, prompt[: (cursor + pages) * WIDTH], pages)
+        pieces = [(cursor, pages)] if pages else []
+        self.shell.handle(ev.Commit(request, session, ident, pieces, (namespace, prompt), ack, last))
+        refused = isinstance(self.shell.replies.get(request), act.Failure)
+        self.lost = self.lost or refused
+        if refused or last:
             del self.reservations[ident]
         else:
             self.reservations[ident] = (session, namespace, prompt, cursor + pages, end)
-        if not isinstance(answer, act.Failure):
-            width = 4
-            self.stored.update((namespace, prompt[: (page + 1) * width]) for page in range(cursor, cursor + pages))
 
+    @when("release")
     @rule(index=st.integers(0, 3))
     def release(self, index: int) -> None:
         if self.leases:
@@ -138,12 +251,14 @@ class EngineMachine(RuleBasedStateMachine):
             except NotFoundError:
                 del self.leases[ident]
 
+    @when("renew")
     @rule(index=st.integers(0, 3))
     def renew(self, index: int) -> None:
         if self.leases:
             ident = sorted(self.leases)[index % len(self.leases)]
             self.shell.ask(ev.RenewLeases, session=self.leases[ident][0], leases=[ident], ttl_ms=1500)
 
+    @when("abort")
     @rule(index=st.integers(0, 3))
     def abort(self, index: int) -> None:
         if self.reservations:
@@ -151,11 +266,15 @@ class EngineMachine(RuleBasedStateMachine):
             session, *_ = self.reservations.pop(ident)
             self.shell.handle(ev.Abort(session, ident))
 
+    @when("touch")
     @rule(namespace=NAMESPACES, prompt=PROMPTS)
     def touch(self, namespace: int, prompt: bytes) -> None:
         self.shell.handle(ev.Touch(namespace, prompt))
 
-    @rule(session=SESSIONS, namespace=NAMESPACES, prompt=PROMPTS, index=st.integers(0, 2), cancel=st.booleans())
+    @when("prefetch")
+    @rule(
+        session=SESSIONS, namespace=NAMESPACES, prompt=PROMPTS, index=st.integers(0, 2), cancel=st.booleans()
+    )
     def prefetch(self, session: int, namespace: int, prompt: bytes, index: int, cancel: bool) -> None:
         target = index % len(self.shell.specs)
         answer = self.shell.ask(ev.Prefetch, session=session, namespace=namespace, prompt=prompt, tier=target)
@@ -163,6 +282,7 @@ class EngineMachine(RuleBasedStateMachine):
         if cancel and answer.operation:
             self.shell.handle(ev.CancelOperation(session, answer.operation))
 
+    @when("pin")
     @rule(namespace=NAMESPACES, prompt=PROMPTS, index=st.integers(0, 2), ttl=st.sampled_from([0, 500]))
     def pin(self, namespace: int, prompt: bytes, index: int, ttl: int) -> None:
         target = index % len(self.shell.specs)
@@ -171,17 +291,20 @@ class EngineMachine(RuleBasedStateMachine):
         if answer.pin:
             self.pins.append(answer.pin)
 
+    @when("pin")
     @rule()
     def unpin(self) -> None:
         if self.pins:
             self.shell.handle(ev.Unpin(self.pins.pop()))
 
+    @when("evict")
     @rule(namespace=NAMESPACES, prompt=PROMPTS, index=st.integers(-1, 2))
     def evict(self, namespace: int, prompt: bytes, index: int) -> None:
         target = index if index < 0 else index % len(self.shell.specs)
         self.shell.ask(ev.Evict, namespace=namespace, prompt=prompt, tier=target)
         self.lost = True
 
+    @when("clear")
     @rule(namespace=st.sampled_from([0, 1]))
     def clear(self, namespace: int) -> None:
         self.shell.ask(ev.Clear, namespace=namespace)
@@ -198,6 +321,7 @@ class EngineMachine(RuleBasedStateMachine):
     def finish_everything(self) -> None:
         self.shell.finish_all()
 
+    @when("bad")
     @rule(seed=st.integers(0, 2**16), source=st.booleans())
     def finish_badly(self, seed: int, source: bool) -> None:
         if not self.shell.pending:
@@ -209,16 +333,18 @@ class EngineMachine(RuleBasedStateMachine):
         faults = [Outcome.CORRUPT, Outcome.MISS] if source else [Outcome.FULL, Outcome.FAULT, Outcome.CORRUPT]
         outcomes = [Outcome.OK if rng.random() < 0.6 else rng.choice(faults) for _ in range(pages)]
         self.shell.finish(0, outcomes, source_fault=source)
-        self.lost = True
+        self.lost = self.damaged = True
         # A failed commit may be taken up again from where it stopped: our own cursor no longer knows.
         for ident in list(self.reservations):
             session, *_ = self.reservations.pop(ident)
             self.shell.handle(ev.Abort(session, ident))
 
+    @when("time")
     @rule(ms=st.sampled_from([1, 100, 400, 1200]))
     def time_passes(self, ms: int) -> None:
         self.shell.advance(ms)
 
+    @when("sessions")
     @rule(session=SESSIONS, dead=st.booleans())
     def session_ends(self, session: int, dead: bool) -> None:
         self.shell.handle(ev.SessionEnded(session, dead))
@@ -226,6 +352,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.leases = {k: v for k, v in self.leases.items() if v[0] != session}
         self.reservations = {k: v for k, v in self.reservations.items() if v[0] != session}
 
+    @when("sessions")
     @rule(session=SESSIONS, back=st.booleans())
     def session_suspended(self, session: int, back: bool) -> None:
         self.shell.handle(ev.SessionSuspended(session, 300))
@@ -235,16 +362,37 @@ class EngineMachine(RuleBasedStateMachine):
         self.shell.advance(301)
         self.shell.handle(ev.SessionOpened(session, "default"))
 
+    @when("corrupt")
     @rule(namespace=NAMESPACES, prompt=PROMPTS, index=st.integers(0, 2))
     def page_corrupt(self, namespace: int, prompt: bytes, index: int) -> None:
         target = index % len(self.shell.specs)
+        self.shell.rot(namespace, prompt, target)
         self.shell.handle(ev.PageCorrupt(namespace, target, prompt))
-        self.lost = True
+        self.lost = self.damaged = True
+
+    @when("rot")
+    @rule(namespace=NAMESPACES, prompt=PROMPTS, index=st.integers(0, 2))
+    def rot_unseen(self, namespace: int, prompt: bytes, index: int) -> None:
+        self.shell.rot(namespace, prompt, index % len(self.shell.specs))
+        self.lost = self.damaged = True
+
+    @when("latch")
+    @rule(index=INDEX, readable=st.booleans(), luck=st.integers(0, 5))
+    def tier_latched(self, index: int, readable: bool, luck: int) -> None:
+        if luck:
+            return
+        self.shell.latch(index % len(self.shell.specs), readable=readable)
+        self.lost = self.damaged = True
+
+    @rule()
+    def recover_some(self) -> None:
+        self.shell.recover_some()
 
     @rule()
     def segments_close(self) -> None:
         self.shell.close_segments()
 
+    @when("drain")
     @rule(grace=st.sampled_from([0, 5000]))
     def drain(self, grace: int) -> None:
         request = next(self.shell.requests)
@@ -265,19 +413,41 @@ class EngineMachine(RuleBasedStateMachine):
             session, namespace, prompt = self.waiting.pop(request)
             if isinstance(answer, act.ReserveResult) and answer.reservation:
                 end = answer.present_pages + answer.missing_pages
-                self.reservations[answer.reservation] = (session, namespace, prompt, answer.present_pages, end)
+                self.reservations[answer.reservation] = (
+                    session,
+                    namespace,
+                    prompt,
+                    answer.present_pages,
+                    end,
+                )
 
     @invariant()
     def matches_only_what_was_stored(self) -> None:
         if not hasattr(self, "shell"):
             return
-        for namespace, prompt in list(self.stored)[:20]:
+        for namespace, prompt in list(self.stored)[-20:]:
             view = self.shell.engine.match(namespace, prompt)
             assert sum(view.run_pages) == view.pages
             for page in range(view.pages):
-                assert (namespace, prompt[: (page + 1) * 4]) in self.stored
-            if not self.lost and not self.shell.pending and view.pages * 4 < len(prompt):
+                assert (namespace, prompt[: (page + 1) * WIDTH]) in self.stored
+            quiet = (
+                not self.lost and not self.shell.pending and not self.shell.recovery and not self.reservations
+            )
+            if quiet and view.pages * WIDTH < len(prompt):
                 raise AssertionError("a page that nothing pushed out is gone")
+
+    @invariant()
+    def disk_is_closed(self) -> None:
+        """Whatever a crash would leave on disk now could be matched."""
+        if not hasattr(self, "shell") or self.damaged or not self.shell.specs[-1].keyed:
+            return
+        if self.shell.recovery or any(copy.keys for copy in self.shell.pending):
+            return
+        pages = self.shell.disk_pages()
+        for namespace, prompt in pages:
+            assert len(prompt) == WIDTH or (namespace, prompt[:-WIDTH]) in pages, (
+                "a page on disk lacks the one above it"
+            )
 
     def teardown(self) -> None:
         """Whatever happened, once everybody is gone everything can be dropped and nothing is left behind."""
@@ -289,9 +459,12 @@ class EngineMachine(RuleBasedStateMachine):
             shell.handle(ev.Unpin(pin))
         for session in (1, 2):
             shell.handle(ev.SessionEnded(session, dead=True))
-        shell.advance(1_000_000)
-        shell.finish_all()
-        shell.advance(1_000_000)
+        for _ in range(3):
+            shell.advance(1_000_000)
+            shell.finish_all()
+        assert not shell.engine._core.operations or all(
+            o.done for o in shell.engine._core.operations.values()
+        )
         shell.ask(ev.Clear, namespace=0)
         shell.finish_all()
         stats = shell.engine.stats()
@@ -299,7 +472,15 @@ class EngineMachine(RuleBasedStateMachine):
         assert stats.runs == 0, "something was left in the tree"
         assert all(view.used_bytes == 0 for view in stats.tiers), "the ledger kept something"
         assert not any(shell.content), "a tier kept something"
+        self.nothing_left(shell.engine._core)
+
+    def nothing_left(self, core: Core) -> None:
+        """No set, queue or table still knows anything."""
+        assert not (core.holes or core.gaps or core.condemned or core.backlog or core.savers or core.ingests)
+        assert not any(pool.waiters or pool.wanting or pool.draining for pool in core.pools.values())
 
 
-EngineMachine.TestCase.settings = settings(max_examples=int(os.environ.get("HICACHE_TEST_EXAMPLES", "120")), stateful_step_count=60, deadline=None)
+EngineMachine.TestCase.settings = settings(
+    max_examples=int(os.environ.get("HICACHE_TEST_EXAMPLES", "120")), stateful_step_count=50, deadline=None
+)
 TestEngineMachine = EngineMachine.TestCase
