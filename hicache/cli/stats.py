@@ -96,7 +96,18 @@ def render(stats: Stats, before: Stats | None) -> RenderableType:
 def tiers_table(stats: Stats, before: Stats | None = None) -> Table:
     """One row a tier."""
     table = _table(
-        "tier", "state", "filled", "used", "capacity", "pages", "hits", "in", "out", "evicted", "dropped"
+        "tier",
+        "state",
+        "filled",
+        "used",
+        "capacity",
+        "pages",
+        "hits",
+        "in",
+        "out",
+        "evicted",
+        "dropped",
+        "corrupt",
     )
     earlier = {tier.name: tier for tier in before.tiers} if before else {}
     seconds = (stats.uptime_ms - before.uptime_ms) / 1000 if before else 0.0
@@ -127,6 +138,7 @@ def _tier_cells(tier: TierStats, before: TierStats | None, seconds: float) -> li
         moved("bytes_out"),
         f"{tier.evicted_pages:,}",
         f"{tier.dropped_pages:,}",
+        f"{tier.corrupt_pages:,}",
     ]
 
 

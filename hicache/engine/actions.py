@@ -56,6 +56,18 @@ class Free:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Compare:
+    """Pages were committed that were there already: count those whose bytes differ, by their checksums.
+
+    ``slots`` (about to be freed) and ``held`` are of one slotted tier, one a page.
+    """
+
+    tier: int
+    slots: Sequence[int]
+    held: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class OpenSegment:
     """Give a segment of a slotted tier a domain and a slot size; done when the shell returns from it."""
 
@@ -201,4 +213,4 @@ class Reply:
     result: Result
 
 
-Action = Copy | CopyIn | Free | OpenSegment | CloseSegment | OperationDone | Reply
+Action = Copy | CopyIn | Compare | Free | OpenSegment | CloseSegment | OperationDone | Reply

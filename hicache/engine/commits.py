@@ -10,9 +10,9 @@ from array import array
 from collections.abc import Sequence
 
 from hicache.engine import savers, shares
-from hicache.engine.actions import CommitResult, CopyIn
+from hicache.engine.actions import CommitResult, Compare, CopyIn
 from hicache.engine.copies import merge_all
-from hicache.engine.core import ABSENT, Core, namespace_of
+from hicache.engine.core import ABSENT, RESIDENT, Core, namespace_of
 from hicache.engine.events import Abort, Commit, CopyDone
 from hicache.engine.holders import Ingest, NamespaceState, Reservation, ReserveWaiter
 from hicache.errors import ErrorCode
@@ -189,7 +189,7 @@ def _answer(
     core.reply(ingest.request, CommitResult(stored, present, 0, failed))
     if core.options.write_policy is WritePolicy.THROUGH:
         for run in runs:
-            core.save_early(run)
+            core.save_early(run, FIRST)
 
 
 def _graft(core: Core, reservation: Reservation, count: int, charges: list[int]) -> tuple[list[Run], int]:
@@ -258,6 +258,8 @@ def _keep(core: Core, run: Run, places: array[int]) -> None:
     if core.tiers[FIRST].keyed and old is not None:
         core.place(run, FIRST, places)
         places = old
+    elif old is not None and run.state[FIRST] == RESIDENT:
+        core.emit(Compare(FIRST, places, array("q", old)))
     core.release_places(namespace_of(run), FIRST, places)
 
 

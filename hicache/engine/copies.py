@@ -258,7 +258,7 @@ def _settle(
             core.leave(run, src)
             core.counters.evicted_pages[src] += run.pages
         elif dst > src and _goes_further(core, run, dst):
-            core.save_early(run)
+            core.save_early(run, dst)
         return
     if run.state[src] == DRAINING:
         core.stay(run, src)

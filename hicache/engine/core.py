@@ -6,6 +6,7 @@ lets a holder (lease, copy, reservation, ...) follow the run's splits and keeps 
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from hicache.engine.holders import Guard
@@ -72,7 +73,7 @@ class Core(Steps):
         self.leave(run, tier)
         self.lose(run, tier)
         if run in self.gaps and run.live:
-            self.save_early(run)
+            self.save_early(run, tier - 1)
 
     # --- holds
 
@@ -120,7 +121,7 @@ class Core(Steps):
         """The tier from which to copy a run to ``dst``: the nearest above it, else the nearest below; -1 if none."""
         above = range(dst - 1, -1, -1)
         under = range(dst + 1, len(self.tiers))
-        for tier in (*above, *under):
+        for tier in itertools.chain(above, under):
             if run.state[tier] == RESIDENT and (run.id, tier) not in self.condemned:
                 return tier
         return -1

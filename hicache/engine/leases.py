@@ -97,7 +97,7 @@ def _save_hot(core: Core, runs: list[Run]) -> None:
     bound = core.options.selective_hits
     for run in runs:
         if run.hits == bound and ABSENT in run.state[run.state.index(RESIDENT) :]:
-            core.save_early(run)
+            core.save_early(run, core.best_tier(run))
 
 
 def _ttl(core: Core, asked_ms: int) -> int:

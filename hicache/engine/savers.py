@@ -151,22 +151,19 @@ def work_backlog(core: Core) -> None:
     for _ in range(min(len(core.backlog), WINDOW)):
         if len(core.copies) >= max(core.options.max_copies // 2, 1):
             return
-        ident, _ = core.backlog.popitem(last=False)
+        ident, tier = core.backlog.popitem(last=False)
         run = core.runs.get(ident)
-        lower = _next_tier_for(core, run) if run is not None else -1
+        lower = _next_tier_for(core, run, tier) if run is not None and run.live else -1
         if run is None or lower < 0:
             continue
         if not copies.copy_down(core, run, lower, room.make_room_below) and _follows(core, run, lower):
-            core.backlog[ident] = None
+            core.backlog[ident] = tier
 
 
-def _next_tier_for(core: Core, run: Run) -> int:
-    """The first tier below the run's fastest that takes pages and lacks it; -1 if there is none."""
-    best = core.best_tier(run)
-    if best < 0:
-        return -1
-    lower = core.pool(run, best).lower_tiers
-    return next((tier for tier in lower if core.writable[tier] and run.state[tier] == ABSENT), -1)
+def _next_tier_for(core: Core, run: Run, tier: int) -> int:
+    """The first tier below this one that takes the run's pages and lacks them; -1 if there is none."""
+    lower = core.pool(run, tier).lower_tiers if tier >= 0 else core.tier_range
+    return next((index for index in lower if core.writable[index] and run.state[index] == ABSENT), -1)
 
 
 def _follows(core: Core, run: Run, tier: int) -> bool:

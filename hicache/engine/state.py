@@ -63,8 +63,8 @@ class State:
         self.copies: dict[int, CopyJob] = {}
         self.ingests: dict[int, tuple[Reservation, Ingest]] = {}
         self.savers: dict[int, Saver] = {}
-        # Runs to copy down ahead of need: ids, since they may be gone by then.
-        self.backlog: OrderedDict[int, None] = OrderedDict()
+        # Runs to copy down ahead of need, and the tier below which: ids, since they may be gone by then.
+        self.backlog: OrderedDict[int, int] = OrderedDict()
         self.holes: set[Run] = set()  # runs in no tier, below which something remains
         self.gaps: set[Run] = set()  # runs that the durable tier has lost, below which it holds pages
         # (run, tier) whose bytes are known to be wrong while pins keep them.

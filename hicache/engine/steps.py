@@ -85,7 +85,7 @@ class Steps(State):
             if run in known:
                 known.add(other)
         if run.id in self.backlog:
-            self.backlog[other.id] = None
+            self.backlog[other.id] = self.backlog[run.id]
         if self.condemned:
             self.condemned |= {(other.id, tier) for ident, tier in self.condemned if ident == run.id}
 
@@ -132,8 +132,8 @@ class Steps(State):
         above = run.tree.set_state(run, tier, state)
         if state == RESIDENT:
             self._enter(run, tier)
-        if above is not None and above.state[tier] == DRAINING and above.below[tier]:
-            self.rescue(above)  # something has come to stand below it
+        if old == ABSENT and self.pool(run, tier).draining:
+            self._keep_above(run, tier)
         if above is not None and above.state[tier] == RESIDENT and not above.pins[tier]:
             policy = self.pool(above, tier).policy
             if above.below[tier]:
@@ -145,6 +145,14 @@ class Steps(State):
         counts = self.counters.pages[tier]
         counts[old] -= run.pages
         counts[state] += run.pages
+
+    def _keep_above(self, run: Run, tier: int) -> None:
+        """Something has come to stand below: what drains just above it stays."""
+        above = run.tree.parent_run(run)
+        while above is not None and above.state[tier] == ABSENT:
+            above = above.tree.parent_run(above)
+        if above is not None and above.state[tier] == DRAINING:
+            self.rescue(above)
 
     def _enter(self, run: Run, tier: int) -> None:
         """The run has become RESIDENT: its pool's policy hears of it."""
@@ -165,7 +173,7 @@ class Steps(State):
         self.place(run, tier, places)
         self.set_state(run, tier, RESIDENT)
         if run in self.gaps:
-            self.save_early(run)
+            self.save_early(run, tier)
 
     def leave(self, run: Run, tier: int) -> None:
         """The run's pages are no longer in the tier: state, places, ledger, and the shell is told."""
@@ -205,9 +213,12 @@ class Steps(State):
                 self.set_state(each, tier, RESIDENT)
             each = each.tree.parent_run(each)
 
-    def save_early(self, run: Run) -> None:
-        """Have the run copied down ahead of need."""
-        self.backlog[run.id] = None
+    def save_early(self, run: Run, tier: int) -> None:
+        """Have the run copied to the next tier below ``tier``, ahead of need.
+
+        Never to a tier that it has had its early copy in: two runs could push each other out of it without end.
+        """
+        self.backlog[run.id] = tier
         self.backlog_grew = True
 
 

@@ -46,7 +46,7 @@ class House:
             bounce_bytes=options.bounce_bytes,
             lanes=2 * options.workers,
         )
-        self._performer = Performer(self.ports, self.copier, regions, self.loop.handle)
+        self.performer = Performer(self.ports, self.copier, regions, self.loop.handle)
         for port in self.ports:
             port.on_local = wake.ring
         self.recoverer: Recoverer | None = None
@@ -58,7 +58,7 @@ class House:
         return next((port for port in self.ports if port.spec.client_readable), self.ports[0])
 
     def _perform(self, action: Action) -> None:
-        self._performer.perform(action)
+        self.performer.perform(action)
 
     def poll(self) -> int:
         """Hand out what workers and stores have finished; returns how many results there were."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hicache.engine import events
-from hicache.engine.actions import Action, CloseSegment, Copy, CopyIn, Free, OpenSegment
+from hicache.engine.actions import Action, CloseSegment, Compare, Copy, CopyIn, Free, OpenSegment
 from hicache.engine.events import Event
 from hicache.runtime.copier import Copier
 from hicache.runtime.ports import TierPort
@@ -27,9 +27,11 @@ class Performer:
         self._copier = copier
         self._regions = regions
         self._handle = handle
+        self.differing_pages = 0  # committed again with other bytes than those that were kept
         self._by_kind: dict[type, Callable[..., None]] = {
             Copy: self._copy,
             CopyIn: self._copy_in,
+            Compare: self._compare,
             Free: self._free,
             OpenSegment: self._open_segment,
             CloseSegment: self._close_segment,
@@ -49,6 +51,12 @@ class Performer:
     def _copy_in(self, action: CopyIn) -> None:
         self._ports[action.tier].reopen(action.slots)
         self._copier.copy_in(action)
+
+    def _compare(self, action: Compare) -> None:
+        store = self._ports[action.tier].mappable
+        if store is not None:  # other stores keep their checksums to themselves
+            pairs = zip(store.checksums(action.slots), store.checksums(action.held), strict=True)
+            self.differing_pages += sum(new != kept for new, kept in pairs)
 
     def _free(self, action: Free) -> None:
         port = self._ports[action.tier]

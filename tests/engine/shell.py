@@ -98,7 +98,9 @@ class Shell:
     ) -> None:
         """Finish one pending copy."""
         copy = self.pending[index]
-        target, slots = (copy.dst_tier, copy.dst_slots) if isinstance(copy, act.Copy) else (copy.tier, copy.slots)
+        target, slots = (
+            (copy.dst_tier, copy.dst_slots) if isinstance(copy, act.Copy) else (copy.tier, copy.slots)
+        )
         while self.recovery and self.specs[target].keyed:
             self.recover_some()  # writes are held until then
         self.pending.remove(copy)
@@ -146,7 +148,7 @@ class Shell:
         return verdicts, True
 
     def finish_all(self) -> None:
-        for _ in range(100_000):
+        for _ in range(3_000):
             if not (self.pending or self.closing or self.recovery):
                 return
             self.recover_some()
@@ -181,7 +183,9 @@ class Shell:
                 self.started[action.copy] = [
                     (namespace, prompt[: (page + 1) * width]) for page in action.pages
                 ]
-                for slot in action.slots:  # a failed commit's pages may be written again; ``compare`` knows live ones
+                for slot in (
+                    action.slots
+                ):  # a failed commit's pages may be written again; ``compare`` knows live ones
                     self.content[action.tier][slot] = GARBAGE
                 self.pending.append(action)
             case act.Free():

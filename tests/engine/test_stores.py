@@ -304,7 +304,9 @@ def test_a_commit_straight_to_disk_survives_the_eviction_of_the_same_key():
     shell = world(tier(DISK, 8))
     granted = shell.reserve(ME, NS, line(0, 2))
     request = next(shell.requests)
-    shell.handle(ev.Commit(request, ME, granted.reservation, [(0, 2)], (NS, line(0, 2)), Ack.DURABLE, last=True))
+    shell.handle(
+        ev.Commit(request, ME, granted.reservation, [(0, 2)], (NS, line(0, 2)), Ack.DURABLE, last=True)
+    )
     other = shell.reserve(OTHER, NS, line(0, 2))
     copy = next(shell.requests)
     shell.handle(ev.Commit(copy, OTHER, other.reservation, [(0, 2)], (NS, line(0, 2)), last=True))

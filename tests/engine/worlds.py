@@ -42,7 +42,9 @@ def world(*tiers: TierSpec, check: bool = True, **settings: object) -> Shell:
     return shell
 
 
-def fetch(shell: Shell, prompt: bytes, *, session: int = ME, namespace: int = NS, **fields: object) -> act.FetchResult:
+def fetch(
+    shell: Shell, prompt: bytes, *, session: int = ME, namespace: int = NS, **fields: object
+) -> act.FetchResult:
     """Fetch, with the bytes of what is granted verified."""
     answer = shell.ask(ev.Fetch, session=session, namespace=namespace, prompt=prompt, **fields)
     assert isinstance(answer, act.FetchResult)
@@ -50,7 +52,9 @@ def fetch(shell: Shell, prompt: bytes, *, session: int = ME, namespace: int = NS
     return answer
 
 
-def put(shell: Shell, prompt: bytes, *, session: int = ME, namespace: int = NS, **fields: object) -> act.CommitResult:
+def put(
+    shell: Shell, prompt: bytes, *, session: int = ME, namespace: int = NS, **fields: object
+) -> act.CommitResult:
     """Store; it must be taken."""
     answer = shell.store(session, namespace, prompt, **fields)
     assert isinstance(answer, act.CommitResult), answer
@@ -66,7 +70,12 @@ def where(shell: Shell, prompt: bytes, namespace: int = NS) -> list[str]:
     """By tier, the state of a prompt's last page: R, D, F or -."""
     tree = shell.engine._core.namespaces[namespace].tree
     runs, _ = tree.runs(tree.trace(prompt))
-    letters = {Residency.ABSENT: "-", Residency.FILLING: "F", Residency.RESIDENT: "R", Residency.DRAINING: "D"}
+    letters = {
+        Residency.ABSENT: "-",
+        Residency.FILLING: "F",
+        Residency.RESIDENT: "R",
+        Residency.DRAINING: "D",
+    }
     return [letters[Residency(state)] for state in runs[-1].state] if runs else []
 
 

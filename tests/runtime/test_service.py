@@ -502,10 +502,8 @@ def test_a_failed_engine_serves_nothing(caplog: pytest.LogCaptureFixture) -> Non
         result = await client.fetch(2)
         house = service._house
         assert house is not None
-        house.engine._core.leases[result.lease].runs.clear()  # break it
-        house.engine._core.sessions.clear()
-        house.engine._core.pools.clear()
-        house.engine._core.namespaces.clear()
+        for each in house.engine._core.namespaces.values():
+            each.tree = None  # type: ignore[assignment]  # break it
         with pytest.raises(UnavailableError):
             await client.fetch(2)
         assert (service.state, told) == ("failed", [0])

@@ -104,6 +104,7 @@ def _tier(tier: admin_pb2.TierStats) -> TierStats:
         bytes_out=tier.bytes_out,
         evicted_pages=tier.evicted_pages,
         dropped_pages=tier.dropped_pages,
+        corrupt_pages=tier.corrupt_pages,
     )
 
 

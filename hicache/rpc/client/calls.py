@@ -298,7 +298,6 @@ def parse_commit(message: cache_pb2.CommitResponse) -> CommitResult:
         message.stored_pages,
         message.already_present_pages,
         message.durable_pages,
-        message.differing_pages,
     )
 
 

@@ -31,14 +31,12 @@ class CommitResult:
     stored_pages: int = 0
     already_present_pages: int = 0
     durable_pages: int = 0
-    differing_pages: int = 0
 
     def __add__(self, other: CommitResult) -> CommitResult:
         return CommitResult(
             self.stored_pages + other.stored_pages,
             self.already_present_pages + other.already_present_pages,
             self.durable_pages + other.durable_pages,
-            self.differing_pages + other.differing_pages,
         )
 
 
@@ -99,6 +97,7 @@ class TierStats:
     bytes_out: int
     evicted_pages: int
     dropped_pages: int
+    corrupt_pages: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

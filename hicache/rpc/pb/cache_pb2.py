@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16hicache/v1/cache.proto\x12\nhicache.v1\"W\n\x0cMatchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x02 \x01(\r\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12\r\n\x05touch\x18\x04 \x01(\x08\"K\n\rMatchResponse\x12\x15\n\rmatched_pages\x18\x01 \x01(\r\x12\x11\n\trun_pages\x18\x02 \x03(\r\x12\x10\n\x08run_tier\x18\x03 \x03(\r\"\x90\x01\n\x0c\x46\x65tchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x03 \x01(\r\x12\x0e\n\x06prompt\x18\x04 \x01(\x0c\x12\x11\n\tmax_pages\x18\x05 \x01(\r\x12\x0e\n\x06ttl_ms\x18\x06 \x01(\x04\x12\x0f\n\x07wait_ms\x18\x07 \x01(\x04\"\xb6\x01\n\rFetchResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x15\n\rmatched_pages\x18\x02 \x01(\r\x12\x15\n\rgranted_pages\x18\x03 \x01(\r\x12\x15\n\rexpires_in_ms\x18\x04 \x01(\x04\x12$\n\x07\x65xtents\x18\x05 \x01(\x0b\x32\x13.hicache.v1.Extents\x12\x14\n\x0coperation_id\x18\x06 \x01(\x04\x12\x12\n\ntier_pages\x18\x07 \x03(\r\"w\n\x07\x45xtents\x12\r\n\x05pages\x18\x01 \x03(\r\x12\x11\n\tregion_id\x18\x02 \x03(\x04\x12\x0e\n\x06offset\x18\x03 \x03(\x04\x12\x12\n\nfirst_slot\x18\x04 \x03(\r\x12\x11\n\tchecksums\x18\x05 \x03(\x06\x12\x13\n\x0bgenerations\x18\x06 \x03(\x06\"\x96\x01\n\x0eReserveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x03 \x01(\r\x12\x0e\n\x06prompt\x18\x04 \x01(\x0c\x12\x0e\n\x06ttl_ms\x18\x05 \x01(\x04\x12\x0f\n\x07wait_ms\x18\x06 \x01(\x04\x12\x15\n\rdrop_pressure\x18\x07 \x01(\x08\"n\n\x0fReserveResponse\x12\x16\n\x0ereservation_id\x18\x01 \x01(\x04\x12\x15\n\rpresent_pages\x18\x02 \x01(\r\x12\x15\n\rmissing_pages\x18\x03 \x01(\r\x12\x15\n\rexpires_in_ms\x18\x04 \x01(\x04\"\xc7\x01\n\rCommitRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x03 \x01(\x04\x12\x12\n\nfirst_page\x18\x04 \x03(\r\x12\r\n\x05pages\x18\x05 \x03(\r\x12\x11\n\tregion_id\x18\x06 \x03(\x04\x12\x0e\n\x06offset\x18\x07 \x03(\x04\x12\x11\n\tchecksums\x18\x08 \x03(\x06\x12\x0f\n\x07\x64urable\x18\t \x01(\x08\x12\x0c\n\x04last\x18\n \x01(\x08\"u\n\x0e\x43ommitResponse\x12\x14\n\x0cstored_pages\x18\x01 \x01(\r\x12\x1d\n\x15\x61lready_present_pages\x18\x02 \x01(\r\x12\x15\n\rdurable_pages\x18\x03 \x01(\r\x12\x17\n\x0f\x64iffering_pages\x18\x04 \x01(\r\":\n\x0c\x41\x62ortRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x02 \x01(\x04\"\x0f\n\rAbortResponse\"m\n\x0fPrefetchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x03 \x01(\r\x12\x0e\n\x06prompt\x18\x04 \x01(\x0c\x12\x0c\n\x04tier\x18\x05 \x01(\r\"U\n\x10PrefetchResponse\x12\x14\n\x0coperation_id\x18\x01 \x01(\x04\x12\x15\n\rmatched_pages\x18\x02 \x01(\r\x12\x14\n\x0cmoving_pages\x18\x03 \x01(\r\"Q\n\x14WaitOperationRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x14\n\x0coperation_id\x18\x02 \x01(\x04\x12\x0f\n\x07wait_ms\x18\x03 \x01(\x04\"z\n\x15WaitOperationResponse\x12\x0c\n\x04\x64one\x18\x01 \x01(\x08\x12\x13\n\x0bmoved_pages\x18\x02 \x01(\r\x12\x14\n\x0c\x66\x61iled_pages\x18\x03 \x01(\r\x12(\n\x05\x66\x65tch\x18\x04 \x01(\x0b\x32\x19.hicache.v1.FetchResponse\"B\n\x16\x43\x61ncelOperationRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x14\n\x0coperation_id\x18\x02 \x01(\x04\"\x19\n\x17\x43\x61ncelOperationResponse\"K\n\x12RenewLeasesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x11\n\tlease_ids\x18\x02 \x03(\x04\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\x04\"D\n\x13RenewLeasesResponse\x12\x16\n\x0elost_lease_ids\x18\x01 \x03(\x04\x12\x15\n\rexpires_in_ms\x18\x02 \x01(\x04\"=\n\x14ReleaseLeasesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x11\n\tlease_ids\x18\x02 \x03(\x04\"\x17\n\x15ReleaseLeasesResponse\"[\n\x10ReadPagesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x12\n\nfirst_page\x18\x03 \x01(\r\x12\r\n\x05pages\x18\x04 \x01(\r\"I\n\tPageChunk\x12\x0c\n\x04page\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"\xdf\x01\n\x11WritePagesRequest\x12\x32\n\x04open\x18\x01 \x01(\x0b\x32\".hicache.v1.WritePagesRequest.OpenH\x00\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x15.hicache.v1.PageChunkH\x00\x1a\x65\n\x04Open\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x03 \x01(\x04\x12\x0f\n\x07\x64urable\x18\x04 \x01(\x08\x12\x0c\n\x04last\x18\x05 \x01(\x08\x42\x07\n\x05\x65vent2\xfb\x06\n\x0c\x43\x61\x63heService\x12<\n\x05Match\x12\x18.hicache.v1.MatchRequest\x1a\x19.hicache.v1.MatchResponse\x12<\n\x05\x46\x65tch\x12\x18.hicache.v1.FetchRequest\x1a\x19.hicache.v1.FetchResponse\x12\x42\n\x07Reserve\x12\x1a.hicache.v1.ReserveRequest\x1a\x1b.hicache.v1.ReserveResponse\x12?\n\x06\x43ommit\x12\x19.hicache.v1.CommitRequest\x1a\x1a.hicache.v1.CommitResponse\x12<\n\x05\x41\x62ort\x12\x18.hicache.v1.AbortRequest\x1a\x19.hicache.v1.AbortResponse\x12\x45\n\x08Prefetch\x12\x1b.hicache.v1.PrefetchRequest\x1a\x1c.hicache.v1.PrefetchResponse\x12T\n\rWaitOperation\x12 .hicache.v1.WaitOperationRequest\x1a!.hicache.v1.WaitOperationResponse\x12Z\n\x0f\x43\x61ncelOperation\x12\".hicache.v1.CancelOperationRequest\x1a#.hicache.v1.CancelOperationResponse\x12N\n\x0bRenewLeases\x12\x1e.hicache.v1.RenewLeasesRequest\x1a\x1f.hicache.v1.RenewLeasesResponse\x12T\n\rReleaseLeases\x12 .hicache.v1.ReleaseLeasesRequest\x1a!.hicache.v1.ReleaseLeasesResponse\x12\x42\n\tReadPages\x12\x1c.hicache.v1.ReadPagesRequest\x1a\x15.hicache.v1.PageChunk0\x01\x12I\n\nWritePages\x12\x1d.hicache.v1.WritePagesRequest\x1a\x1a.hicache.v1.CommitResponse(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16hicache/v1/cache.proto\x12\nhicache.v1\"W\n\x0cMatchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x02 \x01(\r\x12\x0e\n\x06prompt\x18\x03 \x01(\x0c\x12\r\n\x05touch\x18\x04 \x01(\x08\"K\n\rMatchResponse\x12\x15\n\rmatched_pages\x18\x01 \x01(\r\x12\x11\n\trun_pages\x18\x02 \x03(\r\x12\x10\n\x08run_tier\x18\x03 \x03(\r\"\x90\x01\n\x0c\x46\x65tchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x03 \x01(\r\x12\x0e\n\x06prompt\x18\x04 \x01(\x0c\x12\x11\n\tmax_pages\x18\x05 \x01(\r\x12\x0e\n\x06ttl_ms\x18\x06 \x01(\x04\x12\x0f\n\x07wait_ms\x18\x07 \x01(\x04\"\xb6\x01\n\rFetchResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x15\n\rmatched_pages\x18\x02 \x01(\r\x12\x15\n\rgranted_pages\x18\x03 \x01(\r\x12\x15\n\rexpires_in_ms\x18\x04 \x01(\x04\x12$\n\x07\x65xtents\x18\x05 \x01(\x0b\x32\x13.hicache.v1.Extents\x12\x14\n\x0coperation_id\x18\x06 \x01(\x04\x12\x12\n\ntier_pages\x18\x07 \x03(\r\"w\n\x07\x45xtents\x12\r\n\x05pages\x18\x01 \x03(\r\x12\x11\n\tregion_id\x18\x02 \x03(\x04\x12\x0e\n\x06offset\x18\x03 \x03(\x04\x12\x12\n\nfirst_slot\x18\x04 \x03(\r\x12\x11\n\tchecksums\x18\x05 \x03(\x06\x12\x13\n\x0bgenerations\x18\x06 \x03(\x06\"\x96\x01\n\x0eReserveRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x03 \x01(\r\x12\x0e\n\x06prompt\x18\x04 \x01(\x0c\x12\x0e\n\x06ttl_ms\x18\x05 \x01(\x04\x12\x0f\n\x07wait_ms\x18\x06 \x01(\x04\x12\x15\n\rdrop_pressure\x18\x07 \x01(\x08\"n\n\x0fReserveResponse\x12\x16\n\x0ereservation_id\x18\x01 \x01(\x04\x12\x15\n\rpresent_pages\x18\x02 \x01(\r\x12\x15\n\rmissing_pages\x18\x03 \x01(\r\x12\x15\n\rexpires_in_ms\x18\x04 \x01(\x04\"\xc7\x01\n\rCommitRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x03 \x01(\x04\x12\x12\n\nfirst_page\x18\x04 \x03(\r\x12\r\n\x05pages\x18\x05 \x03(\r\x12\x11\n\tregion_id\x18\x06 \x03(\x04\x12\x0e\n\x06offset\x18\x07 \x03(\x04\x12\x11\n\tchecksums\x18\x08 \x03(\x06\x12\x0f\n\x07\x64urable\x18\t \x01(\x08\x12\x0c\n\x04last\x18\n \x01(\x08\"\\\n\x0e\x43ommitResponse\x12\x14\n\x0cstored_pages\x18\x01 \x01(\r\x12\x1d\n\x15\x61lready_present_pages\x18\x02 \x01(\r\x12\x15\n\rdurable_pages\x18\x03 \x01(\r\":\n\x0c\x41\x62ortRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x02 \x01(\x04\"\x0f\n\rAbortResponse\"m\n\x0fPrefetchRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x14\n\x0cnamespace_id\x18\x03 \x01(\r\x12\x0e\n\x06prompt\x18\x04 \x01(\x0c\x12\x0c\n\x04tier\x18\x05 \x01(\r\"U\n\x10PrefetchResponse\x12\x14\n\x0coperation_id\x18\x01 \x01(\x04\x12\x15\n\rmatched_pages\x18\x02 \x01(\r\x12\x14\n\x0cmoving_pages\x18\x03 \x01(\r\"Q\n\x14WaitOperationRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x14\n\x0coperation_id\x18\x02 \x01(\x04\x12\x0f\n\x07wait_ms\x18\x03 \x01(\x04\"z\n\x15WaitOperationResponse\x12\x0c\n\x04\x64one\x18\x01 \x01(\x08\x12\x13\n\x0bmoved_pages\x18\x02 \x01(\r\x12\x14\n\x0c\x66\x61iled_pages\x18\x03 \x01(\r\x12(\n\x05\x66\x65tch\x18\x04 \x01(\x0b\x32\x19.hicache.v1.FetchResponse\"B\n\x16\x43\x61ncelOperationRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x14\n\x0coperation_id\x18\x02 \x01(\x04\"\x19\n\x17\x43\x61ncelOperationResponse\"K\n\x12RenewLeasesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x11\n\tlease_ids\x18\x02 \x03(\x04\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\x04\"D\n\x13RenewLeasesResponse\x12\x16\n\x0elost_lease_ids\x18\x01 \x03(\x04\x12\x15\n\rexpires_in_ms\x18\x02 \x01(\x04\"=\n\x14ReleaseLeasesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x11\n\tlease_ids\x18\x02 \x03(\x04\"\x17\n\x15ReleaseLeasesResponse\"[\n\x10ReadPagesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x12\n\nfirst_page\x18\x03 \x01(\r\x12\r\n\x05pages\x18\x04 \x01(\r\"I\n\tPageChunk\x12\x0c\n\x04page\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x06\"\xdf\x01\n\x11WritePagesRequest\x12\x32\n\x04open\x18\x01 \x01(\x0b\x32\".hicache.v1.WritePagesRequest.OpenH\x00\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x15.hicache.v1.PageChunkH\x00\x1a\x65\n\x04Open\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x16\n\x0ereservation_id\x18\x03 \x01(\x04\x12\x0f\n\x07\x64urable\x18\x04 \x01(\x08\x12\x0c\n\x04last\x18\x05 \x01(\x08\x42\x07\n\x05\x65vent2\xfb\x06\n\x0c\x43\x61\x63heService\x12<\n\x05Match\x12\x18.hicache.v1.MatchRequest\x1a\x19.hicache.v1.MatchResponse\x12<\n\x05\x46\x65tch\x12\x18.hicache.v1.FetchRequest\x1a\x19.hicache.v1.FetchResponse\x12\x42\n\x07Reserve\x12\x1a.hicache.v1.ReserveRequest\x1a\x1b.hicache.v1.ReserveResponse\x12?\n\x06\x43ommit\x12\x19.hicache.v1.CommitRequest\x1a\x1a.hicache.v1.CommitResponse\x12<\n\x05\x41\x62ort\x12\x18.hicache.v1.AbortRequest\x1a\x19.hicache.v1.AbortResponse\x12\x45\n\x08Prefetch\x12\x1b.hicache.v1.PrefetchRequest\x1a\x1c.hicache.v1.PrefetchResponse\x12T\n\rWaitOperation\x12 .hicache.v1.WaitOperationRequest\x1a!.hicache.v1.WaitOperationResponse\x12Z\n\x0f\x43\x61ncelOperation\x12\".hicache.v1.CancelOperationRequest\x1a#.hicache.v1.CancelOperationResponse\x12N\n\x0bRenewLeases\x12\x1e.hicache.v1.RenewLeasesRequest\x1a\x1f.hicache.v1.RenewLeasesResponse\x12T\n\rReleaseLeases\x12 .hicache.v1.ReleaseLeasesRequest\x1a!.hicache.v1.ReleaseLeasesResponse\x12\x42\n\tReadPages\x12\x1c.hicache.v1.ReadPagesRequest\x1a\x15.hicache.v1.PageChunk0\x01\x12I\n\nWritePages\x12\x1d.hicache.v1.WritePagesRequest\x1a\x1a.hicache.v1.CommitResponse(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,39 +48,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMMITREQUEST']._serialized_start=923
   _globals['_COMMITREQUEST']._serialized_end=1122
   _globals['_COMMITRESPONSE']._serialized_start=1124
-  _globals['_COMMITRESPONSE']._serialized_end=1241
-  _globals['_ABORTREQUEST']._serialized_start=1243
-  _globals['_ABORTREQUEST']._serialized_end=1301
-  _globals['_ABORTRESPONSE']._serialized_start=1303
-  _globals['_ABORTRESPONSE']._serialized_end=1318
-  _globals['_PREFETCHREQUEST']._serialized_start=1320
-  _globals['_PREFETCHREQUEST']._serialized_end=1429
-  _globals['_PREFETCHRESPONSE']._serialized_start=1431
-  _globals['_PREFETCHRESPONSE']._serialized_end=1516
-  _globals['_WAITOPERATIONREQUEST']._serialized_start=1518
-  _globals['_WAITOPERATIONREQUEST']._serialized_end=1599
-  _globals['_WAITOPERATIONRESPONSE']._serialized_start=1601
-  _globals['_WAITOPERATIONRESPONSE']._serialized_end=1723
-  _globals['_CANCELOPERATIONREQUEST']._serialized_start=1725
-  _globals['_CANCELOPERATIONREQUEST']._serialized_end=1791
-  _globals['_CANCELOPERATIONRESPONSE']._serialized_start=1793
-  _globals['_CANCELOPERATIONRESPONSE']._serialized_end=1818
-  _globals['_RENEWLEASESREQUEST']._serialized_start=1820
-  _globals['_RENEWLEASESREQUEST']._serialized_end=1895
-  _globals['_RENEWLEASESRESPONSE']._serialized_start=1897
-  _globals['_RENEWLEASESRESPONSE']._serialized_end=1965
-  _globals['_RELEASELEASESREQUEST']._serialized_start=1967
-  _globals['_RELEASELEASESREQUEST']._serialized_end=2028
-  _globals['_RELEASELEASESRESPONSE']._serialized_start=2030
-  _globals['_RELEASELEASESRESPONSE']._serialized_end=2053
-  _globals['_READPAGESREQUEST']._serialized_start=2055
-  _globals['_READPAGESREQUEST']._serialized_end=2146
-  _globals['_PAGECHUNK']._serialized_start=2148
-  _globals['_PAGECHUNK']._serialized_end=2221
-  _globals['_WRITEPAGESREQUEST']._serialized_start=2224
-  _globals['_WRITEPAGESREQUEST']._serialized_end=2447
-  _globals['_WRITEPAGESREQUEST_OPEN']._serialized_start=2337
-  _globals['_WRITEPAGESREQUEST_OPEN']._serialized_end=2438
-  _globals['_CACHESERVICE']._serialized_start=2450
-  _globals['_CACHESERVICE']._serialized_end=3341
+  _globals['_COMMITRESPONSE']._serialized_end=1216
+  _globals['_ABORTREQUEST']._serialized_start=1218
+  _globals['_ABORTREQUEST']._serialized_end=1276
+  _globals['_ABORTRESPONSE']._serialized_start=1278
+  _globals['_ABORTRESPONSE']._serialized_end=1293
+  _globals['_PREFETCHREQUEST']._serialized_start=1295
+  _globals['_PREFETCHREQUEST']._serialized_end=1404
+  _globals['_PREFETCHRESPONSE']._serialized_start=1406
+  _globals['_PREFETCHRESPONSE']._serialized_end=1491
+  _globals['_WAITOPERATIONREQUEST']._serialized_start=1493
+  _globals['_WAITOPERATIONREQUEST']._serialized_end=1574
+  _globals['_WAITOPERATIONRESPONSE']._serialized_start=1576
+  _globals['_WAITOPERATIONRESPONSE']._serialized_end=1698
+  _globals['_CANCELOPERATIONREQUEST']._serialized_start=1700
+  _globals['_CANCELOPERATIONREQUEST']._serialized_end=1766
+  _globals['_CANCELOPERATIONRESPONSE']._serialized_start=1768
+  _globals['_CANCELOPERATIONRESPONSE']._serialized_end=1793
+  _globals['_RENEWLEASESREQUEST']._serialized_start=1795
+  _globals['_RENEWLEASESREQUEST']._serialized_end=1870
+  _globals['_RENEWLEASESRESPONSE']._serialized_start=1872
+  _globals['_RENEWLEASESRESPONSE']._serialized_end=1940
+  _globals['_RELEASELEASESREQUEST']._serialized_start=1942
+  _globals['_RELEASELEASESREQUEST']._serialized_end=2003
+  _globals['_RELEASELEASESRESPONSE']._serialized_start=2005
+  _globals['_RELEASELEASESRESPONSE']._serialized_end=2028
+  _globals['_READPAGESREQUEST']._serialized_start=2030
+  _globals['_READPAGESREQUEST']._serialized_end=2121
+  _globals['_PAGECHUNK']._serialized_start=2123
+  _globals['_PAGECHUNK']._serialized_end=2196
+  _globals['_WRITEPAGESREQUEST']._serialized_start=2199
+  _globals['_WRITEPAGESREQUEST']._serialized_end=2422
+  _globals['_WRITEPAGESREQUEST_OPEN']._serialized_start=2312
+  _globals['_WRITEPAGESREQUEST_OPEN']._serialized_end=2413
+  _globals['_CACHESERVICE']._serialized_start=2425
+  _globals['_CACHESERVICE']._serialized_end=3316
 # @@protoc_insertion_point(module_scope)

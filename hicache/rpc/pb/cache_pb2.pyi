@@ -134,16 +134,14 @@ class CommitRequest(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., reservation_id: _Optional[int] = ..., first_page: _Optional[_Iterable[int]] = ..., pages: _Optional[_Iterable[int]] = ..., region_id: _Optional[_Iterable[int]] = ..., offset: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., durable: bool = ..., last: bool = ...) -> None: ...
 
 class CommitResponse(_message.Message):
-    __slots__ = ("stored_pages", "already_present_pages", "durable_pages", "differing_pages")
+    __slots__ = ("stored_pages", "already_present_pages", "durable_pages")
     STORED_PAGES_FIELD_NUMBER: _ClassVar[int]
     ALREADY_PRESENT_PAGES_FIELD_NUMBER: _ClassVar[int]
     DURABLE_PAGES_FIELD_NUMBER: _ClassVar[int]
-    DIFFERING_PAGES_FIELD_NUMBER: _ClassVar[int]
     stored_pages: int
     already_present_pages: int
     durable_pages: int
-    differing_pages: int
-    def __init__(self, stored_pages: _Optional[int] = ..., already_present_pages: _Optional[int] = ..., durable_pages: _Optional[int] = ..., differing_pages: _Optional[int] = ...) -> None: ...
+    def __init__(self, stored_pages: _Optional[int] = ..., already_present_pages: _Optional[int] = ..., durable_pages: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("session_id", "reservation_id")

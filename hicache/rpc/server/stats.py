@@ -44,4 +44,5 @@ def _tier(tier: TierStats) -> admin_pb2.TierStats:
         bytes_out=tier.bytes_out,
         evicted_pages=tier.evicted_pages,
         dropped_pages=tier.dropped_pages,
+        corrupt_pages=tier.corrupt_pages,
     )
