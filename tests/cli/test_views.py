@@ -28,6 +28,7 @@ def tier(name: str, **changed: Any) -> TierStats:
         "bytes_out": 2 << 30,
         "evicted_pages": 7,
         "dropped_pages": 0,
+        "corrupt_pages": 0,
     }
     return TierStats(**values | changed)
 
