@@ -47,13 +47,29 @@ def _empty(core: Core, pool: Pool) -> None:
     front = leaving.runs[:WINDOW]
     for run in front:
         if run.state[pool.tier] == RESIDENT and not run.pins[pool.tier]:
-            _move_out(core, pool, run)
+            inside = _part_inside(core, pool, run)
+            if inside is not None:
+                _move_out(core, pool, inside)
     for run in front:
         places = run.slots[pool.tier]
         if places is None or not any(pool.is_leaving(slot) for slot in places):
             core.let_go(leaving, run)
     stay = min(WINDOW, len(leaving.runs))
     leaving.runs = leaving.runs[stay:] + leaving.runs[:stay]
+
+
+def _part_inside(core: Core, pool: Pool, run: Run) -> Run | None:
+    """The first stretch of a run that lies in the segment, cut out of it: the rest may stay. None if there is none."""
+    inside = [pool.is_leaving(slot) for slot in run.slots[pool.tier] or ()]
+    if True not in inside:
+        return None
+    first = inside.index(True)
+    if first:
+        run = core.split(run, first)
+        inside = inside[first:]
+    if False in inside:
+        core.split(run, inside.index(False))
+    return run
 
 
 def _move_out(core: Core, pool: Pool, run: Run) -> None:

@@ -139,13 +139,35 @@ def _leaves_first(core: Core, hole: Run, tier: int) -> Iterator[Run]:
 
 
 def copy_down_cold(core: Core, pool: Pool) -> None:
-    """Where room gets short, copy the coldest unsaved pages down so that later evictions need no copy."""
+    """Where room gets short, copy the coldest unsaved pages down so that later evictions need no copy.
+
+    Once between two uses: in a lower tier that is full of such pages they would push each other out without end.
+    """
     lower = lower_tier(core, pool)
     if lower < 0 or pool.capacity == 0 or core.segments[pool.tier].spare:
         return
     short = int(pool.capacity * core.options.free_low_fraction) - pool.available - pool.draining
     if short <= 0 or len(core.copies) >= core.options.max_copies:
         return
+    dirty, short = _coldest(core, pool, short)
+    for run in dirty:
+        if short <= 0:
+            return
+        if run.id not in core.runs or run.state[lower] != ABSENT or run.pins[pool.tier]:
+            continue
+        if core.ahead.get(run.id) == run.tick:
+            continue
+        pages = min(run.pages, short if not pool.spec.keyed else 1, core.options.max_copy_pages)
+        victim = run if pages == run.pages else core.split(run, run.pages - pages)
+        if not copies.copy_down(core, victim, lower, make_room_below):
+            copies.merge_all(core, [victim])
+            return
+        core.ahead[victim.id] = victim.tick
+        short -= core.run_units(victim, pool.tier)
+
+
+def _coldest(core: Core, pool: Pool, short: int) -> tuple[list[Run], int]:
+    """The unsaved ones of the runs that would leave next, and how many units they must give: clean ones count."""
     plan = pool.policy.begin()
     dirty: list[Run] = []
     for ident in itertools.islice(iter(plan.next, None), LOOK_AHEAD):
@@ -157,14 +179,4 @@ def copy_down_cold(core: Core, pool: Pool) -> None:
         if short <= 0:
             break
     plan.abort()
-    for run in dirty:
-        if short <= 0:
-            return
-        if run.id not in core.runs or run.state[lower] != ABSENT or run.pins[pool.tier]:
-            continue
-        pages = min(run.pages, short if not pool.spec.keyed else 1, core.options.max_copy_pages)
-        victim = run if pages == run.pages else core.split(run, run.pages - pages)
-        if not copies.copy_down(core, victim, lower, make_room_below):
-            copies.merge_all(core, [victim])
-            return
-        short -= core.run_units(victim, pool.tier)
+    return dirty, short

@@ -53,9 +53,9 @@ def wanted(core: Core, pool: Pool) -> None:
 
 
 def _give_up(core: Core, pool: Pool) -> None:
-    """Choose the segment that is emptiest, and list who has pages there. O(runs): once a segment."""
+    """Choose the segment that is emptiest, or youngest, and list who has pages there. O(runs): once a segment."""
     counts = Counter(slot // SLOTS_PER_SEGMENT for slot in pool.free)
-    pool.start_leaving(max(sorted(pool.segments), key=lambda segment: counts[segment]))
+    pool.start_leaving(max(sorted(pool.segments, reverse=True), key=lambda segment: counts[segment]))
     pool.leaving_runs = Leaving()
     for run in core.runs.values():
         if run.slots[pool.tier] is not None and core.pool(run, pool.tier) is pool:

@@ -65,6 +65,7 @@ class State:
         self.savers: dict[int, Saver] = {}
         # Runs to copy down ahead of need, and the tier below which: ids, since they may be gone by then.
         self.backlog: OrderedDict[int, int] = OrderedDict()
+        self.ahead: dict[int, int] = {}  # runs copied down as cold ones -> their last use then
         self.holes: set[Run] = set()  # runs in no tier, below which something remains
         self.gaps: set[Run] = set()  # runs that the durable tier has lost, below which it holds pages
         # (run, tier) whose bytes are known to be wrong while pins keep them.

@@ -86,12 +86,15 @@ class Steps(State):
                 known.add(other)
         if run.id in self.backlog:
             self.backlog[other.id] = self.backlog[run.id]
+        if run.id in self.ahead:
+            self.ahead[other.id] = self.ahead[run.id]
         if self.condemned:
             self.condemned |= {(other.id, tier) for ident, tier in self.condemned if ident == run.id}
 
     def _forget(self, run: Run) -> None:
         """The run is no more."""
         del self.runs[run.id]
+        self.ahead.pop(run.id, None)
         self.holes.discard(run)
         self.gaps.discard(run)
         if self.condemned:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from hicache.engine.events import Recovered
 from hicache.runtime.ports import TierPort
-from hicache.runtime.workers import lower_priority
+from hicache.tier.priority import background
 from hicache.types import Op
 
 _log = logging.getLogger(__name__)
@@ -138,9 +138,7 @@ class Recoverer:
         self._namespace = namespace
         self._handle = handle
         self._stopping = False
-        self._thread = concurrent.futures.ThreadPoolExecutor(
-            1, "hicache-recovery", initializer=lower_priority
-        )
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "hicache-recovery", initializer=background)
         self.report = RecoveryReport()
 
     def stop(self) -> None:

@@ -5,23 +5,16 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from hicache.tier.priority import background
+
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-
-#: Workers give way to the loop's thread: a copy that takes longer costs less than an answer that does.
-WORKER_NICE = 5
-
-
-def lower_priority() -> None:
-    """Make the calling thread give way to the others (on Linux a thread has a nice value of its own)."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WORKER_NICE)
 
 
 def resolve(future: asyncio.Future[T], result: T) -> None:
@@ -67,7 +60,7 @@ class Workers:
     def __init__(self, count: int, ring: Callable[[], None]) -> None:
         self._ring = ring
         self._done: deque[Callable[[], None]] = deque()
-        self._pool = concurrent.futures.ThreadPoolExecutor(count, "hicache-copy", initializer=lower_priority)
+        self._pool = concurrent.futures.ThreadPoolExecutor(count, "hicache-copy", initializer=background)
         self._closed = False
         self.running = 0
 

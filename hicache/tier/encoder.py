@@ -8,6 +8,7 @@ from collections import deque
 
 from hicache.tier.codec import Encoded, encode
 from hicache.tier.outbox import Pending
+from hicache.tier.priority import background
 from hicache.types import PageRecord
 
 _log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Encoder:
                 self._wake.wait()
 
     def _run(self) -> None:
+        background()
         while (put := self._next()) is not None:
             try:
                 page = put.pending.batch.buffers[put.at]

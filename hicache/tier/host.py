@@ -22,6 +22,7 @@ from xxhash import xxh3_64_intdigest
 from hicache.errors import InvalidArgumentError, UnavailableError
 from hicache.tier.outbox import Outbox, Pending
 from hicache.tier.prefault import SparePool
+from hicache.tier.priority import background
 from hicache.tier.segment import Segment, SegmentLayout, plan_layout
 from hicache.types import SLOTS_PER_SEGMENT, Batch, Completion, Notify, Op, Outcome, TierSpec
 
@@ -227,6 +228,7 @@ def _check(batch: Batch, found: list[tuple[Segment, int]]) -> None:
 
 
 def _work(tasks: _Queue) -> None:
+    background()
     while (task := tasks.get()) is not None:
         _run(task)
         del task  # an idle worker must not keep a closed segment mapped

@@ -18,6 +18,7 @@ from hicache.tier.codec import decode
 from hicache.tier.lmdb_env import Database
 from hicache.tier.outbox import Pending
 from hicache.tier.pieces import get_record
+from hicache.tier.priority import background
 from hicache.tier.writer import Purge
 from hicache.types import Outcome
 
@@ -57,6 +58,7 @@ class Readers:
             thread.join()
 
     def _run(self) -> None:
+        background()
         while (piece := self._queue.get()) is not None:
             pending, positions = piece
             corrupt: list[int] = []

@@ -31,6 +31,7 @@ from hicache.tier.pieces import (
     put_pieces,
     put_record,
 )
+from hicache.tier.priority import background
 from hicache.types import Outcome
 
 _log = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class Writer:
     # -- gathering
 
     def _run(self) -> None:
+        background()
         heap_is_trimmed = True
         while True:
             group = self._gather(None if heap_is_trimmed else _IDLE_S)
