@@ -12,7 +12,7 @@ PIP_PIN := $(shell grep '^pip==' constraints.txt)
 PYTEST_ARGS ?= -m "not soak"
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format protos protos-check wheel-test clean
+.PHONY: help venv demo test lint format protos protos-check wheel-test bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -43,6 +43,13 @@ protos-check: $(STAMP_PROTOS) ## fail where hicache/rpc/pb is not what protos/ g
 
 wheel-test: $(STAMP) ## build sdist and wheel, install the wheel without torch elsewhere, try it
 	.ci/wheel-test
+
+bench: $(STAMP) ## measure our side (bench/README.md tells how to put peers beside it)
+	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/tree.py --only ours --name tree-ours
+	$(BIN)/python bench/host.py
+	$(BIN)/python bench/start.py
+	$(BIN)/python bench/rpc.py --no-peer
 
 clean: ## remove environments, caches and build output
 	rm -rf $(VENV) $(VENV_PROTOS) build dist .coverage htmlcov .hypothesis

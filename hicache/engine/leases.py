@@ -322,10 +322,13 @@ def end(core: Core, lease: Lease) -> None:
     for run in lease.runs:
         core.unpin(run, tier)
         run.holders.remove(lease)
+    later: Run | None = None
     for run in reversed(lease.runs):
-        core.prune(run)
-    if len(lease.runs) > 1:
-        copies.merge_all(core, lease.runs)
+        if not run.live:
+            core.prune(run)
+        elif later is None or (run.hits == later.hits and run.node is later.node):
+            core.merge(run)  # the two may have been cut apart for a shorter match
+        later = run
     lease.runs = []
     core.room_changed = True
 

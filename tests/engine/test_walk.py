@@ -19,7 +19,7 @@ from test_machine import BASES, OPTIONAL, SETUPS, EngineMachine, pack
 
 from hicache.types import Ack, WritePolicy
 
-WALKS = int(os.environ.get("HICACHE_TEST_WALKS", "60"))
+WALKS = int(os.environ.get("HICACHE_TEST_WALKS", "160"))
 STEPS = 150
 INVARIANTS = ("collect_reservations", "matches_only_what_was_stored", "disk_is_closed")
 
