@@ -12,8 +12,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from hicache import __version__
 from hicache.errors import ErrorCode, HicacheError
+from hicache.version import __version__
 
 EXIT_OK, EXIT_WRONG, EXIT_USAGE, EXIT_REFUSED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 

@@ -154,11 +154,11 @@ def _discard(core: Core, reservation: Reservation, ingest: Ingest, first: int) -
     outcomes = (ingest.outcomes or [])[first - ingest.first :]
     keys = ingest.keys[first - ingest.first :]
     tree = reservation.namespace.tree
-    runs, _ = tree.runs(tree.trace(reservation.prompt[: end * tree.symbol_bytes]))
+    found = tree.trace(reservation.prompt[: end * tree.symbol_bytes])
     held: list[bool] = []  # by page: whether the tree knows it in the tier (stored by somebody else)
-    for run in runs:
+    for run in tree.runs(found)[0]:
         held += [run.state[FIRST] != ABSENT] * run.pages
-    held += [False] * (end - len(held))
+    held[found.pages :] = [False] * (end - found.pages)  # the last run may go on with other pages
     rows = zip(held[first:], keys, outcomes, strict=False)
     gone = [key for known, key, outcome in rows if outcome is Outcome.OK and not known]
     if gone:

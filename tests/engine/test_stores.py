@@ -317,6 +317,18 @@ def test_a_commit_straight_to_disk_survives_the_eviction_of_the_same_key():
     assert used(shell, 0) <= 2 * 8192
 
 
+def test_a_failed_commit_to_disk_leaves_nothing_behind_beside_a_prompt_that_branches_off():
+    """Pages that arrived after one that failed are deleted again, whatever stands next to them."""
+    shell = world(tier(DISK, 20))
+    granted = shell.reserve(ME, NS, pages(1, 5, 6, 7))
+    put(shell, pages(1, 2, 3, 4), session=OTHER)
+    request = next(shell.requests)
+    shell.handle(ev.Commit(request, ME, granted.reservation, [(0, 4)], (NS, pages(1, 5, 6, 7))))
+    shell.finish(0, [Outcome.OK, Outcome.FULL, Outcome.OK, Outcome.OK])
+    assert shell.replies[request] == act.CommitResult(0, 1, 0, 3)
+    assert len(shell.content[0]) == 4
+
+
 def _commit(shell, granted, prompt, pieces, *, last=False):
     request = next(shell.requests)
     shell.handle(ev.Commit(request, ME, granted.reservation, pieces, (NS, prompt), last=last))

@@ -7,7 +7,6 @@ from typing import Any
 
 import grpc
 
-from hicache import __version__
 from hicache.errors import (
     ExhaustedError,
     InvalidArgumentError,
@@ -21,6 +20,7 @@ from hicache.rpc.server.identity import Context, Credentials, Peer, local_peer
 from hicache.rpc.server.onetime import OneTimeTokens
 from hicache.rpc.server.sessions import Outbox, Session
 from hicache.runtime.service import Service
+from hicache.version import __version__
 
 HELLO_TIMEOUT_S = 10.0
 KEEP_ALIVES_MISSED = 3

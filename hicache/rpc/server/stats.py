@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from hicache import __version__
 from hicache.rpc.pb import admin_pb2
 from hicache.runtime.stats import ServiceStats, TierStats
+from hicache.version import __version__
 
 
 def stats_response(stats: ServiceStats) -> admin_pb2.GetStatsResponse:
