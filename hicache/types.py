@@ -150,6 +150,18 @@ def segment_header_bytes(spec: TierSpec, slots: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Use:
+    """What a caller says of the request behind a look-up or a store; policies may weigh it, nothing else does."""
+
+    cls: str = ""  # request class: "chat", "batch", ...
+    turn: int = 0  # of its conversation, from 1; 0 unknown
+    cost: float = 0.0  # of computing one page again, in units of the caller's choice; 0 unknown
+
+
+NO_USE = Use()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class PageRecord:
     """What a durable tier writes beside a page, in the same transaction, so that the tree can be rebuilt."""
 
@@ -165,6 +177,7 @@ class Op(enum.Enum):
     GET = "get"
     DELETE = "delete"
     FLUSH = "flush"  # completes when everything submitted before it is durable (keyed) or done
+    PROBE = "probe"  # keyed: writes a little and commits; one outcome, OK when the medium takes writes (again)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,6 +3,9 @@
 One policy object serves one pool. It knows a run from ``insert`` to ``forget``; an id may come back after
 that, as a new run. Calls about a run that it does not know, and uses of a plan that has ended, raise
 ViolationError. Ticks never go back.
+
+A ghost id is a 64-bit int that stands for one page at its place in its prompt, the same whenever the page comes
+back; the ids of a run come in page order.
 """
 
 from __future__ import annotations
@@ -46,8 +49,14 @@ class Plan(Protocol):
 class Policy(Protocol):
     """Order of one pool's runs. Only exposed ones are candidates; ``hide`` and ``expose`` decide which."""
 
-    def insert(self, run: int, info: RunInfo, now: int) -> None:
-        """A run has arrived; it is hidden."""
+    #: Whether it remembers pages that have left. Only such a policy is told ghost ids, which cost a hash a page.
+    wants_ghosts: bool
+
+    def known(self, ghosts: Sequence[int]) -> int:
+        """How many of these pages, from the first on, it remembers as ghosts: what arrives is cut there."""
+
+    def insert(self, run: int, info: RunInfo, now: int, ghosts: Sequence[int] = ()) -> None:
+        """A run has arrived; it is hidden. ``ghosts``: the ids of its pages, all remembered or none."""
 
     def hit(self, run: int, now: int) -> None:
         """A run was used."""
@@ -64,11 +73,11 @@ class Policy(Protocol):
     def expose(self, run: int) -> None:
         """The run is a candidate; idempotent."""
 
-    def trim(self, run: int, pages: int, ghost_keys: Sequence[bytes]) -> None:
-        """A run has lost its last ``pages``, not all of them; it keeps its place. Their keys, where known."""
+    def trim(self, run: int, pages: int, ghosts: Sequence[int] = ()) -> None:
+        """A run has lost its last ``pages``, not all of them; it keeps its place. ``ghosts``: the lost pages' ids."""
 
-    def forget(self, run: int) -> None:
-        """The run has left the pool."""
+    def forget(self, run: int, ghosts: Sequence[int] = ()) -> None:
+        """The run has left the pool. ``ghosts``: its pages' ids if it was evicted, nothing if it is simply gone."""
 
     def begin(self) -> Plan:
         """Start to choose victims. One plan at a time, and no other call while it is open.

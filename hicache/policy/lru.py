@@ -6,6 +6,7 @@ With leaves as the only candidates that is LRU over pages touched deepest first.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 from hicache.policy.base import RunInfo
 from hicache.policy.ordered import OrderedPlan, OrderedPolicy
@@ -22,7 +23,7 @@ class LruPolicy(OrderedPolicy):
         """The only one."""
         return self.queues[0]
 
-    def insert(self, run: int, info: RunInfo, now: int) -> None:
+    def insert(self, run: int, info: RunInfo, now: int, ghosts: Sequence[int] = ()) -> None:
         """A run has arrived, used now; it is hidden. O(1)."""
         self.add(Record(run, info.pages, info.depth, now))
 

@@ -13,6 +13,8 @@ from hicache.policy.records import Queue, Record
 class OrderedPolicy(abc.ABC):
     """Records of runs in one or more queues. A subclass ranks them (``insert``, ``hit``) and makes plans."""
 
+    wants_ghosts = False
+
     def __init__(self, queues: int) -> None:
         self.records: dict[int, Record] = {}
         self.queues = tuple(Queue(self.records) for _ in range(queues))
@@ -23,7 +25,7 @@ class OrderedPolicy(abc.ABC):
         """The queue that the record belongs in when it is exposed."""
 
     @abc.abstractmethod
-    def insert(self, run: int, info: RunInfo, now: int) -> None:
+    def insert(self, run: int, info: RunInfo, now: int, ghosts: Sequence[int] = ()) -> None:
         """A run has arrived; it is hidden."""
 
     @abc.abstractmethod
@@ -83,14 +85,18 @@ class OrderedPolicy(abc.ABC):
         record.exposed = True
         self.give_back(record)
 
-    def trim(self, run: int, pages: int, ghost_keys: Sequence[bytes]) -> None:
+    def known(self, ghosts: Sequence[int]) -> int:
+        """None: no ghosts here."""
+        return 0
+
+    def trim(self, run: int, pages: int, ghosts: Sequence[int] = ()) -> None:
         """A run has lost its last ``pages``, not all of them; it keeps its place. No ghosts here. O(1)."""
         record = self.find(run)
         if not 0 < pages < record.pages:
             raise ViolationError(f"policy: run {run} of {record.pages} pages cannot lose {pages}")
         record.pages -= pages
 
-    def forget(self, run: int) -> None:
+    def forget(self, run: int, ghosts: Sequence[int] = ()) -> None:
         """The run has left the pool. O(1) amortised."""
         self.find(run)
         del self.records[run]

@@ -19,6 +19,7 @@ operation, which either gives a victim or clears a bit that a hit had set.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 from hicache.policy.base import RunInfo
 from hicache.policy.ordered import OrderedPlan, OrderedPolicy
@@ -43,7 +44,7 @@ class SievePolicy(OrderedPolicy):
         """By the side of the hand that the record is on."""
         return self.queues[self.ahead if self.is_ahead(record) else 1 - self.ahead]
 
-    def insert(self, run: int, info: RunInfo, now: int) -> None:
+    def insert(self, run: int, info: RunInfo, now: int, ghosts: Sequence[int] = ()) -> None:
         """A run has arrived: the newest, not visited, hidden. O(1)."""
         self._arrivals += 1
         record = Record(run, info.pages, info.depth, self._arrivals)
@@ -63,7 +64,7 @@ class SievePolicy(OrderedPolicy):
         if self.hand is head:
             self.hand = record
 
-    def forget(self, run: int) -> None:
+    def forget(self, run: int, ghosts: Sequence[int] = ()) -> None:
         """The run has left; a hand that rested on it moves to the next newer. O(1) amortised."""
         record = self.find(run)
         if self.hand is record:

@@ -256,7 +256,7 @@ class Comparison(RuleBasedStateMachine):
         entry = self.pick(which)
         if entry.pages > 1:
             pages = 1 + pages % (entry.pages - 1)
-            self.policy.trim(entry.run, pages, [b"key"] * pages)
+            self.policy.trim(entry.run, pages, list(range(pages)))
             entry.pages -= pages
 
     @known
