@@ -145,6 +145,9 @@ def summary(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "samples": len(samples),
         "iterations": samples[0]["iterations"],
     }
+    extra = samples[0].keys() - {"cpu_us", "wall_us", "iterations"}
+    for key in sorted(key for key in extra if isinstance(samples[0][key], int | float)):
+        found[key] = statistics.median(s[key] for s in samples)
     for key in [key for key in samples[0] if key.endswith("latencies_us")]:
         name = key.removesuffix("latencies_us")
         pooled = sorted(value for s in samples for value in s[key])
