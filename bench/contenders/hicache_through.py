@@ -1,4 +1,4 @@
-"""The whole path of ``bench/disk.py``: a client's pages through a sidecar to its disk tier and back, both ends' CPU time.
+"""The whole path of ``bench/disk.py``: pages through a sidecar to its disk tier and back, CPU time of both ends.
 
 store_durable  pages written to the client's region, committed with ``ack=DURABLE``: copied in, compressed, on disk
 fetch_cold     pages that are only in the disk tier: promoted, leased, copied into the client's memory and verified
@@ -65,7 +65,7 @@ class Bench:
     def store(self) -> None:
         self.round += 1
         result = self.cache.store(self.prompt(self.round), self.views, durable=True)
-        if result.durable_pages != len(self.views):
+        if result.committed.durable_pages != len(self.views):
             raise RuntimeError(f"stored {result}")
 
     def fetch(self, number: int) -> None:
