@@ -132,7 +132,7 @@ def through(
     folder = work / "sidecar"
     folder.mkdir()
     flags = ["--host-bytes", str(size + (192 << 20)), "--disk-path", str(folder / "disk")]
-    flags += ["--disk-bytes", str(size * 20)]
+    flags += ["--disk-bytes", str(size * 4)]  # so that rounds run in the steady state, evicting
     sidecar = stack.enter_context(Sidecar(folder, flags))
     spec = {
         "target": sidecar.target,
