@@ -14,7 +14,7 @@ from hicache.engine.actions import CommitResult, Compare, CopyIn
 from hicache.engine.copies import merge_all
 from hicache.engine.core import ABSENT, RESIDENT, Core, namespace_of
 from hicache.engine.events import Abort, Commit, CopyDone
-from hicache.engine.holders import Ingest, NamespaceState, Reservation, ReserveWaiter
+from hicache.engine.holders import Ingest, Reservation, ReserveWaiter
 from hicache.errors import ErrorCode
 from hicache.keys import chain_keys
 from hicache.tree import Run
@@ -213,11 +213,11 @@ def _graft(core: Core, reservation: Reservation, count: int, charges: list[int])
         core.release_places(namespace, FIRST, places)
         return [], -1
     core.next_tick()
-    return lay(core, namespace, prompt, first, places)
+    return _lay(core, reservation, prompt, first, places)
 
 
-def lay(
-    core: Core, namespace: NamespaceState, prompt: bytes, first: int, places: array[int]
+def _lay(
+    core: Core, reservation: Reservation, prompt: bytes, first: int, places: array[int]
 ) -> tuple[list[Run], int]:
     """Give pages [first, end of prompt) their places in the first tier: in new runs, or in holes that stood there.
 
@@ -225,6 +225,7 @@ def lay(
 
     Returns the runs that are resident now through this call, and how many pages were there already.
     """
+    namespace = reservation.namespace
     tree = namespace.tree
     page, present = first, 0
     stored: list[Run] = []
@@ -236,20 +237,24 @@ def lay(
             present += run.pages
             _keep(core, run, mine)
         else:
-            _appear(core, run, mine)
-            stored.append(run)
+            stored += _appear(core, run, mine)
     total = len(prompt) // tree.symbol_bytes
     if page < total:
         run = tree.insert(prompt, path[-1] if path else None, page, total - page)
-        core.adopt(run, namespace)
-        _appear(core, run, places[page - first :])
-        stored.append(run)
+        core.adopt(run, namespace, reservation.use)
+        stored += _appear(core, run, places[page - first :])
     return stored, present
 
 
-def _appear(core: Core, run: Run, places: array[int]) -> None:
-    core.appear(run, FIRST, places)
-    shares.note_leaving(core, run, core.pool(run, FIRST))
+def _appear(core: Core, run: Run, places: array[int]) -> list[Run]:
+    """The run is in the first tier now, in the pieces in which its policy wants it."""
+    parts = core.cut_at_ghosts(run, FIRST)
+    start = 0
+    for part in parts:
+        core.appear(part, FIRST, places[start : start + part.pages])
+        shares.note_leaving(core, part, core.pool(part, FIRST))
+        start += part.pages
+    return parts
 
 
 def _keep(core: Core, run: Run, places: array[int]) -> None:

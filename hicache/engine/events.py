@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from hicache.types import Ack, Namespace, Outcome, Pressure
+from hicache.types import NO_USE, Ack, Namespace, Outcome, Pressure, Use
 
 # --- sessions and namespaces
 
@@ -66,6 +66,7 @@ class Touch:
 
     namespace: int
     prompt: bytes
+    use: Use = NO_USE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class Fetch:
     max_pages: int = 0
     ttl_ms: int = 0
     promote: bool = True
+    use: Use = NO_USE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ class Reserve:
     ttl_ms: int = 0
     wait_ms: int = 0
     pressure: Pressure = Pressure.WAIT
+    use: Use = NO_USE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,13 +1,14 @@
 """One walk through a pool's policy for victims, without a trace until it is carried out.
 
-A plan walks the pool's policy from the page it would miss least. Victims are of four kinds:
+A plan walks the pool's policy from the page it would miss least. Victims are of five kinds:
 
 - *clean*: the page stands in another tier too; it leaves at once;
 - *last*: it stands nowhere else and may be dropped, and nothing hangs below it;
+- *refused*: the same, because admission says that it is not worth a copy;
 - *family*: it may be dropped, but pages hang below it in other tiers: those would have to be dropped with it;
 - *dirty*: it must be copied down first.
 
-Clean and last victims give room now. Families are a last resort, and small.
+Clean, last and refused victims give room now. Families are a last resort, and small.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 
-from hicache.engine import copies
+from hicache.engine import copies, gate
 from hicache.engine.core import ABSENT, RESIDENT, Core
 from hicache.engine.pools import Pool
 from hicache.tree import Run
@@ -34,19 +35,22 @@ class Kind(enum.Enum):
     FAMILY = 3
     DIRTY = 4
     STUCK = 5
+    REFUSED = 6
 
 
 class Plan:
     """What is to leave a pool so that ``need`` units become free. Changes nothing before ``carry_out``.
 
-    ``may_drop``: pages that stand nowhere else may be given up.
+    ``lower``: the tier to which dirty pages would go, -1 if none. ``may_drop``: pages that stand nowhere else may be
+    given up.
     """
 
-    def __init__(self, core: Core, pool: Pool, need: int, *, may_drop: bool) -> None:
+    def __init__(self, core: Core, pool: Pool, need: int, lower: int, *, may_drop: bool) -> None:
         self.core = core
         self.pool = pool
         self.tier = pool.tier
         self.need = need
+        self.lower = lower
         self.may_drop = may_drop
         self.policy_plan = pool.policy.begin()
         self.chosen: list[tuple[Run, int, Kind]] = []
@@ -65,7 +69,7 @@ class Plan:
                 break
             run = self.core.runs[ident]
             kind = self._kind(run)
-            if kind in {Kind.CLEAN, Kind.LAST}:
+            if kind in {Kind.CLEAN, Kind.LAST, Kind.REFUSED}:
                 self._choose(run, kind)
                 continue
             skipped += 1
@@ -86,8 +90,8 @@ class Plan:
         for run, pages, kind in self.chosen:
             if kind is Kind.FAMILY:
                 for each in reversed(below(run)):
-                    drop(self.core, each)
-            evict(self.core, run, self.tier, pages, unsaved=kind is not Kind.CLEAN)
+                    drop(self.core, each, evicted=True)
+            evict(self.core, run, self.tier, pages, unsaved=kind not in {Kind.CLEAN, Kind.REFUSED})
 
     def abandon(self) -> list[tuple[Run, int]]:
         """Forget the plan; returns its dirty victims in policy order."""
@@ -99,7 +103,8 @@ class Plan:
         if any(state[tier] == RESIDENT for tier in self.core.tier_range if tier != self.tier):
             return Kind.CLEAN
         if not self.may_drop:
-            return Kind.DIRTY
+            leaving = self.gone.get(run.id, 0)
+            return Kind.REFUSED if gate.refuses(self.core, run, self.lower, leaving=leaving) else Kind.DIRTY
         if run.anchors:
             return Kind.STUCK
         if len(run.tree.child_runs(run)) == self.gone.get(run.id, 0):
@@ -138,7 +143,7 @@ class Plan:
         self.chosen.append((run, pages, kind))
         if pages < run.pages:
             return
-        if kind is Kind.LAST:
+        if kind in {Kind.LAST, Kind.REFUSED}:
             above = run.tree.parent_run(run)
             if above is not None:
                 self.gone[above.id] = self.gone.get(above.id, 0) + 1
@@ -166,7 +171,7 @@ def evict(core: Core, run: Run, tier: int, pages: int, *, unsaved: bool = False)
     ``unsaved``: count them as such if a lower tier is configured.
     """
     victim = run if pages == run.pages else core.split(run, run.pages - pages)
-    core.leave(victim, tier)
+    core.leave(victim, tier, evicted=True)
     if victim.live:
         core.counters.evicted_pages[tier] += pages
         copies.merge_all(core, [victim])
@@ -177,12 +182,12 @@ def evict(core: Core, run: Run, tier: int, pages: int, *, unsaved: bool = False)
     core.prune(victim)
 
 
-def drop(core: Core, run: Run) -> None:
-    """Take a run that nobody holds out of every tier."""
+def drop(core: Core, run: Run, *, evicted: bool = False) -> None:
+    """Take a run that nobody holds out of every tier. ``evicted``: to make room."""
     last = -1
     for tier in core.tier_range:
         if run.state[tier] == RESIDENT:
-            core.leave(run, tier)
+            core.leave(run, tier, evicted=evicted)
             last = tier
     if last >= 0:
         core.counters.dropped_pages[last] += run.pages

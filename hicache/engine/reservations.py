@@ -15,7 +15,7 @@ from hicache.engine.events import Reserve
 from hicache.engine.holders import NamespaceState, Reservation, ReserveWaiter
 from hicache.engine.pools import Pool
 from hicache.errors import ErrorCode
-from hicache.types import Pressure
+from hicache.types import NO_USE, Pressure
 
 RETRY_MS = 200
 
@@ -32,6 +32,7 @@ def reserve(core: Core, event: Reserve) -> None:
         event.ttl_ms,
         core.now_ms + event.wait_ms,
         event.pressure,
+        core.same_use(event.use) if event.use is not NO_USE else NO_USE,
     )
     pool = namespace.pools[FIRST]
     if _refuse_for_good(core, waiter, pool):
@@ -145,6 +146,7 @@ def _grant(core: Core, waiter: ReserveWaiter, present: int, pages: int) -> None:
         present + pages,
         places,
         core.now_ms + ttl,
+        use=waiter.use,
     )
     core.reservations[reservation.id] = reservation
     if waiter.runs:

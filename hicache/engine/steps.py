@@ -20,7 +20,7 @@ from hicache.engine.residency import check_step
 from hicache.engine.state import State
 from hicache.policy import RunInfo
 from hicache.tree import Match, Run
-from hicache.types import Residency
+from hicache.types import NO_USE, Residency, SymbolKind, Use
 
 ABSENT = int(Residency.ABSENT)
 FILLING = int(Residency.FILLING)
@@ -47,11 +47,32 @@ class Steps(State):
         namespace = namespace_of(run)
         return namespace.tree.page_keys(run, namespace.fingerprint)
 
+    def page_ids(self, run: Run) -> list[int]:
+        """The ghost ids of a run's pages: eight bytes of what names the page and everything before it.
+
+        That is the client's hash where pages are named so, else the page key, which is computed once.
+        """
+        namespace = namespace_of(run)
+        if namespace.spec.symbol_kind is SymbolKind.TOKENS:
+            return [int.from_bytes(key[:8], "little") for key in self.keys(run)]
+        mix = int.from_bytes(namespace.fingerprint[:8], "little")
+        symbols, width = run.tree.symbols(run), run.tree.symbol_bytes
+        return [int.from_bytes(symbols[at : at + 8], "little") ^ mix for at in range(0, len(symbols), width)]
+
+    def info(self, run: Run) -> RunInfo:
+        """What policies and admission are told of a run."""
+        key = run.keys[-1] if run.keys else None
+        use = run.use
+        if type(use) is not Use:
+            use = NO_USE
+        return RunInfo(run.pages, run.tree.depth_pages(run), key, use.cls, use.turn, use.cost)
+
     # --- structure
 
-    def adopt(self, run: Run, namespace: NamespaceState) -> None:
+    def adopt(self, run: Run, namespace: NamespaceState, use: Use = NO_USE) -> None:
         """Take charge of a run that the tree has just made."""
         run.extra = namespace
+        run.use = use
         run.tick = self.tick
         self.runs[run.id] = run
 
@@ -62,9 +83,34 @@ class Steps(State):
             self.split(runs[-1], pages)
         return runs
 
-    def split(self, run: Run, pages: int) -> Run:
-        """Split a run, policies included; returns the tail. Pages that are leaving stay: somebody has an interest."""
-        if DRAINING in run.state:
+    def cut_at_ghosts(self, run: Run, tier: int) -> list[Run]:
+        """Cut a run that is about to be RESIDENT in a tier where the tier's policy ceases to know its pages.
+
+        What it knows has been used before: that counts as a use, so that the pieces stay apart.
+        """
+        policy = self.pool(run, tier).policy
+        if not policy.wants_ghosts:
+            return [run]
+        ids = self.page_ids(run)
+        parts, start = [run], 0
+        while start < len(ids):
+            known = policy.known(ids[start:])
+            end = start + known
+            while not known and end < len(ids) and not policy.known(ids[end : end + 1]):
+                end += 1
+            part = parts[-1]
+            if end < len(ids):
+                parts.append(self.split(part, end - start, rescue=False))
+            part.hits += known > 0
+            start = end
+        return parts
+
+    def split(self, run: Run, pages: int, *, rescue: bool = True) -> Run:
+        """Split a run, policies included; returns the tail. Pages that are leaving stay: somebody has an interest.
+
+        Unless ``rescue`` is false: then both parts go on leaving.
+        """
+        if rescue and DRAINING in run.state:
             self.rescue(run)
         tail = run.tree.split_run(run, pages)
         self.runs[tail.id] = tail
@@ -88,6 +134,8 @@ class Steps(State):
             self.backlog[other.id] = self.backlog[run.id]
         if run.id in self.ahead:
             self.ahead[other.id] = self.ahead[run.id]
+        if run.id in self.verdicts:
+            self.verdicts[other.id] = self.verdicts[run.id]
         if self.condemned:
             self.condemned |= {(other.id, tier) for ident, tier in self.condemned if ident == run.id}
 
@@ -95,6 +143,7 @@ class Steps(State):
         """The run is no more."""
         del self.runs[run.id]
         self.ahead.pop(run.id, None)
+        self.verdicts.pop(run.id, None)
         self.holes.discard(run)
         self.gaps.discard(run)
         if self.condemned:
@@ -126,12 +175,16 @@ class Steps(State):
 
     # --- residency
 
-    def set_state(self, run: Run, tier: int, state: int) -> None:
-        """One step of the residency table, with all that follows for policies and counts."""
+    def set_state(self, run: Run, tier: int, state: int, *, evicted: bool = False) -> None:
+        """One step of the residency table, with all that follows for policies and counts.
+
+        ``evicted``: the pages leave to make room, so that a policy may remember them.
+        """
         old = run.state[tier]
         check_step(old, state)
         if old == RESIDENT:
-            self.pool(run, tier).policy.forget(run.id)
+            policy = self.pool(run, tier).policy
+            policy.forget(run.id, self.page_ids(run) if evicted and policy.wants_ghosts else ())
         above = run.tree.set_state(run, tier, state)
         if state == RESIDENT:
             self._enter(run, tier)
@@ -160,8 +213,12 @@ class Steps(State):
     def _enter(self, run: Run, tier: int) -> None:
         """The run has become RESIDENT: its pool's policy hears of it."""
         policy = self.pool(run, tier).policy
-        key = run.keys[-1] if run.keys else None
-        policy.insert(run.id, RunInfo(run.pages, run.tree.depth_pages(run), key, "", 0, 1.0), run.tick)
+        ghosts: list[int] = []
+        if policy.wants_ghosts:
+            ghosts = self.page_ids(run)
+            if policy.known(ghosts) < len(ghosts):
+                ghosts = []
+        policy.insert(run.id, self.info(run), run.tick, ghosts)
         if not run.pins[tier] and not run.below[tier]:
             policy.expose(run.id)
         self.holes.discard(run)
@@ -178,12 +235,15 @@ class Steps(State):
         if run in self.gaps:
             self.save_early(run, tier)
 
-    def leave(self, run: Run, tier: int) -> None:
-        """The run's pages are no longer in the tier: state, places, ledger, and the shell is told."""
+    def leave(self, run: Run, tier: int, *, evicted: bool = False) -> None:
+        """The run's pages are no longer in the tier: state, places, ledger, and the shell is told.
+
+        ``evicted``: as in ``set_state``.
+        """
         places = run.slots[tier]
         assert places is not None, "a page without a place left a tier"
         pool = namespace_of(run).pools[tier]
-        self.set_state(run, tier, ABSENT)
+        self.set_state(run, tier, ABSENT, evicted=evicted)
         self.place(run, tier, None)
         pool.give_back(places)
         if pool.spec.keyed:

@@ -74,6 +74,7 @@ class Run:
         "state",
         "tick",
         "tree",
+        "use",
     )
 
     def __init__(self, tree: Tree, node: Node, start: int, pages: int) -> None:
@@ -94,6 +95,7 @@ class Run:
         self.keys: list[bytes] | None = None  # once computed; a split shortens the list in place
         self.holders: list[Holder] = []
         self.extra: object | None = None  # the engine's
+        self.use: object | None = None  # the engine's, too: one object for many runs
 
     def __repr__(self) -> str:
         return f"Run({self.id}, pages {self.start}..{self.start + self.pages}, state {self.state})"

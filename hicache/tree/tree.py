@@ -171,6 +171,7 @@ class Tree:
         tail.state = run.state.copy()
         tail.pins = run.pins.copy()
         tail.live, tail.tick, tail.hits, tail.extra = run.live, run.tick, run.hits, run.extra
+        tail.use = run.use
         tail.anchors, run.anchors = run.anchors, 0
         tail.below = run.below
         run.below = [int(present(tail, tier)) for tier in range(self.tiers)]
@@ -279,7 +280,7 @@ def _alike(run: Run, after: Run) -> bool:
     """Whether two neighbours could be one run."""
     return (
         run.state == after.state
-        and (run.tick, run.hits, run.extra) == (after.tick, after.hits, after.extra)
+        and (run.tick, run.hits, run.extra, run.use) == (after.tick, after.hits, after.extra, after.use)
         and not (run.holders or after.holders or run.anchors or after.anchors)
         and not (any(run.pins) or any(after.pins))
     )
