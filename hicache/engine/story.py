@@ -12,6 +12,7 @@ import typing
 from operator import attrgetter
 
 from hicache.engine import events as ev
+from hicache.types import Ack, Pressure, Use
 
 Memory = tuple[type, tuple[object, ...]]
 
@@ -23,19 +24,31 @@ def remember(event: ev.Event) -> Memory:
     """The event's type and its fields, without content: bytes and long columns by their length."""
     kind = type(event)
     small, large = _FIELDS[kind]
-    return kind, (*small(event), *[_brief(getattr(event, name)) for name in large])
+    values: tuple[object, ...] = small(event)
+    for name in large:
+        value = getattr(event, name)
+        values += (Bytes(len(value)) if type(value) is bytes else _brief(value),)
+    return kind, values
 
 
 def tell(memory: Memory) -> str:
     """One event for people."""
     kind, values = memory
-    parts = ", ".join(f"{name}={value}" for name, value in zip(_NAMES[kind], values, strict=True))
+    pairs = zip(_NAMES[kind], values, strict=True)
+    parts = ", ".join(
+        f"{name}={value.name if isinstance(value, enum.Enum) else value}" for name, value in pairs
+    )
     return f"{kind.__name__}({parts})"
 
 
+class Bytes(int):
+    """So many bytes of content that is not kept."""
+
+    def __repr__(self) -> str:
+        return f"<{int(self)} bytes>"
+
+
 def _brief(value: object) -> object:
-    if isinstance(value, bytes):
-        return f"<{len(value)} bytes>"
     if isinstance(value, list | tuple):
         return tuple(value) if len(value) <= SHORT and not _has_bytes(value) else f"<{len(value)} entries>"
     if isinstance(value, enum.Enum):
@@ -52,7 +65,7 @@ def _plan(
 ) -> tuple[typing.Callable[[object], tuple[object, ...]], tuple[str, ...], tuple[str, ...]]:
     names = [field.name for field in dataclasses.fields(kind)]
     hints = typing.get_type_hints(kind)
-    simple = {int, bool, str}
+    simple = {int, bool, str, Ack, Pressure, Use}
     small = tuple(name for name in names if hints[name] in simple)
     large = tuple(name for name in names if name not in small)
     getter = (

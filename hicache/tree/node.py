@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: Plain ints: an enum member costs a lookup wherever it is named, and these stand in the hottest lines.
 ABSENT = int(Residency.ABSENT)
+RESIDENT = int(Residency.RESIDENT)
 LIVE = frozenset((int(Residency.RESIDENT), int(Residency.DRAINING)))
 
 _START = attrgetter("start")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from hicache.errors import ViolationError
 from hicache.keys import chain_keys
 from hicache.tree.audit import audit
-from hicache.tree.edit import add_pages, drop_last_run, removable
+from hicache.tree.edit import add_pages, drop_last_run, is_tip, removable, shorten
 from hicache.tree.node import ABSENT, LIVE, Match, Node, Run, index_at, next_runs, parent_run, present
 from hicache.tree.walk import walk_all, walk_live
 
@@ -61,6 +61,14 @@ class Tree:
         else:
             found += last.runs[: index_at(last, match.last_pages)]
         return found, match.last_pages - found[-1].start
+
+    def last_run(self, match: Match) -> tuple[Run, int]:
+        """The run in which a match that is not empty ends, and how many of its pages are matched. O(log runs)."""
+        node = match.nodes[-1]
+        pages = match.last_pages
+        whole = pages * self.symbol_bytes == len(node.edge)
+        run = node.runs[-1 if whole else index_at(node, pages) - 1]
+        return run, pages - run.start
 
     def cut(self, match: Match) -> list[Run]:
         """The runs that cover exactly the matched pages, in order from the root. O(runs).
@@ -135,6 +143,21 @@ class Tree:
 
     # --- changing
 
+    def is_new(self, prompt: bytes, after: Run | None, page: int) -> bool:
+        """Whether a page of a prompt has no place yet. ``after``: the run that ends just before it, None at the root.
+
+        O(log runs of the node).
+        """
+        width = self.symbol_bytes
+        symbol = prompt[page * width : (page + 1) * width]
+        if after is None:
+            return page == 0 and symbol not in self.root.children
+        node = after.node
+        if node.runs[-1] is after:
+            return symbol not in node.children
+        end = (after.start + after.pages) * width
+        return node.edge[end : end + width] != symbol
+
     def insert(self, prompt: bytes, after: Run | None, first_page: int, pages: int) -> Run:
         """Give pages ``[first_page, first_page + pages)`` of the prompt a place: a run, ABSENT everywhere.
 
@@ -188,6 +211,24 @@ class Tree:
             holder.runs.insert(holder.runs.index(run) + 1, tail)
             tail.holders.append(holder)
         return tail
+
+    def trim_run(self, run: Run, tier: int, pages: int) -> array[int]:
+        """Take the last pages of a run, not all of them, out of the tree; returns their slots in ``tier``.
+
+        For a run that stands in this tier only, at the end of a childless node, and that nobody holds (``is_tip``).
+        O(pages left in the node), a long edge as in ``prune``.
+        """
+        slots = run.slots[tier]
+        keep = run.pages - pages
+        if slots is None or keep < 1 or not is_tip(run, tier):
+            raise ViolationError(f"trim: {run} cannot lose {pages} pages")
+        gone = slots[keep:]
+        del slots[keep:]
+        run.pages = keep
+        if run.keys is not None:
+            del run.keys[keep:]
+        shorten(run.node, (run.start + keep) * self.symbol_bytes)
+        return gone
 
     def set_state(self, run: Run, tier: int, state: int) -> Run | None:
         """Change the run's residency in one tier, and what its node and its ancestors count.
