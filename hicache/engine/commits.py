@@ -18,6 +18,7 @@ from hicache.engine.holders import Ingest, Reservation, ReserveWaiter
 from hicache.errors import ErrorCode
 from hicache.keys import chain_keys
 from hicache.tree import Run
+from hicache.tree.tips import is_new
 from hicache.types import Ack, Outcome, PageRecord, WritePolicy
 
 FIRST = 0  # commits land in the first tier
@@ -211,7 +212,7 @@ def _graft(core: Core, reservation: Reservation, count: int, charges: list[int])
     width = namespace.tree.symbol_bytes
     prompt = reservation.prompt[: (first + count) * width]
     after = reservation.runs[-1] if reservation.runs else None
-    if not core.holes and reservation.present_pages == first and namespace.tree.is_new(prompt, after, first):
+    if not core.holes and reservation.present_pages == first and is_new(namespace.tree, prompt, after, first):
         core.next_tick()
         return _add(core, reservation, prompt, after, places), 0
     if namespace.tree.match(prompt).pages < first:

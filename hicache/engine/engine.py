@@ -94,13 +94,16 @@ class Engine:
             if not (core.room_changed or core.backlog_grew):
                 break
             core.room_changed = False
-            _retry(core)
+            for pool in core.pools.values():
+                if pool.leaving >= 0 or pool.waiters or pool.wanting:
+                    _retry(core)
+                    break
             if core.savers:
                 for saver in list(core.savers.values()):
                     savers.advance(core, saver)
             savers.work_backlog(core)
-            for pool in core.pools.values():
-                if pool.lower_tiers:
+            if len(core.tiers) > 1:
+                for pool in core.pools.values():
                     room.copy_down_cold(core, pool)
 
     # --- reads

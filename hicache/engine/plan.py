@@ -13,12 +13,12 @@ Clean, last and refused victims give room now. Families are a last resort, and s
 
 from __future__ import annotations
 
-from hicache.engine import copies, gate
+from hicache.engine import copies, gate, tips
 from hicache.engine.core import ABSENT, RESIDENT, Core
 from hicache.engine.pools import Pool
 from hicache.tree import Run
-from hicache.tree.edit import is_tip
 from hicache.tree.node import parent_run
+from hicache.tree.tips import is_tip
 
 #: How far a plan looks past dirty victims for clean ones.
 LOOK_AHEAD = 64
@@ -166,8 +166,8 @@ def evict(core: Core, run: Run, tier: int, pages: int, *, unsaved: bool = False)
 
     ``unsaved``: count them as such if a lower tier is configured.
     """
-    if pages < run.pages and is_tip(run, tier) and not core.tiers[tier].keyed:
-        core.trim(run, tier, pages)
+    if is_tip(run, tier) and not core.tiers[tier].keyed:
+        tips.evict(core, run, tier, pages)
         _count_dropped(core, run, tier, pages, unsaved=unsaved)
         return
     victim = run if pages == run.pages else core.split(run, run.pages - pages)

@@ -20,6 +20,7 @@ from hicache.engine.pools import Pool
 from hicache.engine.residency import check_step
 from hicache.policy import Policy
 from hicache.tree import Match, Run
+from hicache.tree.tips import last_run
 from hicache.types import NO_USE, Residency, Use
 
 ABSENT = int(Residency.ABSENT)
@@ -44,23 +45,10 @@ class Steps(Names):
         """The run that ends where a match does, split if need be; None for an empty match."""
         if not match.nodes:
             return None
-        run, pages = namespace.tree.last_run(match)
+        run, pages = last_run(namespace.tree, match)
         if pages < run.pages:
             self.split(run, pages)
         return run
-
-    def trim(self, run: Run, tier: int, pages: int) -> None:
-        """Evict and drop the last pages of a run that ``is_tip``: ``split``, ``leave`` and ``prune`` in one. Slotted tiers."""
-        pool: Pool = run.extra.pools[tier]  # type: ignore[attr-defined]  # hot
-        policy = pool.policy
-        ghosts = self.page_ids(run)[-pages:] if policy.wants_ghosts else ()
-        places = run.tree.trim_run(run, tier, pages)
-        policy.trim(run.id, pages, ghosts)
-        pool.give_back(places)
-        self.emit(Free(tier, places, ()))
-        self.counters.pages[tier][RESIDENT] -= pages
-        self.counters.pages[tier][ABSENT] += pages
-        self.room_changed = True
 
     def cut(self, namespace: NamespaceState, match: Match) -> list[Run]:
         """The runs that cover exactly a match; splits the last one if need be."""
@@ -125,7 +113,7 @@ class Steps(Names):
         if self.condemned:
             self.condemned |= {(other.id, tier) for ident, tier in self.condemned if ident == run.id}
 
-    def _forget(self, run: Run) -> None:
+    def forget_run(self, run: Run) -> None:
         """The run is no more."""
         del self.runs[run.id]
         self.ahead.pop(run.id, None)
@@ -141,7 +129,7 @@ class Steps(Names):
         if absorbed is None:
             return False
         self._know_alike(absorbed, run)
-        self._forget(absorbed)
+        self.forget_run(absorbed)
         for tier, state in enumerate(run.state):
             if state == RESIDENT:
                 policy = namespace_of(run).pools[tier].policy
@@ -157,7 +145,7 @@ class Steps(Names):
         if run.live or run.id not in self.runs:
             return
         for gone in run.tree.prune(run):
-            self._forget(gone)
+            self.forget_run(gone)
 
     # --- residency
 

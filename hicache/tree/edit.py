@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hicache.errors import ViolationError
-from hicache.tree.node import ABSENT, RESIDENT, Node, Run, index_at
+from hicache.tree.node import ABSENT, Node, Run, index_at
 
 if TYPE_CHECKING:
     from hicache.tree.tree import Tree
@@ -91,19 +91,6 @@ def drop_last_run(run: Run, width: int) -> None:
     node.runs.pop()
     node.holes -= not run.live
     shorten(node, run.start * width)
-
-
-def is_tip(run: Run, tier: int) -> bool:
-    """Whether the run stands in one tier only, at the end of a childless node, and nobody holds it. O(tiers)."""
-    node = run.node
-    state = run.state
-    return (
-        not node.children
-        and node.runs[-1] is run
-        and state[tier] == RESIDENT
-        and state.count(ABSENT) == len(state) - 1
-        and not (run.anchors or run.holders or any(run.pins))
-    )
 
 
 def shorten(node: Node, keep: int) -> None:

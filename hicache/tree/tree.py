@@ -12,8 +12,19 @@ from collections.abc import Iterator
 from hicache.errors import ViolationError
 from hicache.keys import chain_keys
 from hicache.tree.audit import audit
-from hicache.tree.edit import add_pages, drop_last_run, is_tip, removable, shorten
-from hicache.tree.node import ABSENT, LIVE, Match, Node, Run, index_at, next_runs, parent_run, present
+from hicache.tree.edit import add_pages, drop_last_run, removable
+from hicache.tree.node import (
+    ABSENT,
+    LIVE,
+    Match,
+    Node,
+    Run,
+    count_above,
+    index_at,
+    next_runs,
+    parent_run,
+    present,
+)
 from hicache.tree.walk import walk_all, walk_live
 
 
@@ -61,14 +72,6 @@ class Tree:
         else:
             found += last.runs[: index_at(last, match.last_pages)]
         return found, match.last_pages - found[-1].start
-
-    def last_run(self, match: Match) -> tuple[Run, int]:
-        """The run in which a match that is not empty ends, and how many of its pages are matched. O(log runs)."""
-        node = match.nodes[-1]
-        pages = match.last_pages
-        whole = pages * self.symbol_bytes == len(node.edge)
-        run = node.runs[-1 if whole else index_at(node, pages) - 1]
-        return run, pages - run.start
 
     def cut(self, match: Match) -> list[Run]:
         """The runs that cover exactly the matched pages, in order from the root. O(runs).
@@ -143,21 +146,6 @@ class Tree:
 
     # --- changing
 
-    def is_new(self, prompt: bytes, after: Run | None, page: int) -> bool:
-        """Whether a page of a prompt has no place yet. ``after``: the run that ends just before it, None at the root.
-
-        O(log runs of the node).
-        """
-        width = self.symbol_bytes
-        symbol = prompt[page * width : (page + 1) * width]
-        if after is None:
-            return page == 0 and symbol not in self.root.children
-        node = after.node
-        if node.runs[-1] is after:
-            return symbol not in node.children
-        end = (after.start + after.pages) * width
-        return node.edge[end : end + width] != symbol
-
     def insert(self, prompt: bytes, after: Run | None, first_page: int, pages: int) -> Run:
         """Give pages ``[first_page, first_page + pages)`` of the prompt a place: a run, ABSENT everywhere.
 
@@ -212,24 +200,6 @@ class Tree:
             tail.holders.append(holder)
         return tail
 
-    def trim_run(self, run: Run, tier: int, pages: int) -> array[int]:
-        """Take the last pages of a run, not all of them, out of the tree; returns their slots in ``tier``.
-
-        For a run that stands in this tier only, at the end of a childless node, and that nobody holds (``is_tip``).
-        O(pages left in the node), a long edge as in ``prune``.
-        """
-        slots = run.slots[tier]
-        keep = run.pages - pages
-        if slots is None or keep < 1 or not is_tip(run, tier):
-            raise ViolationError(f"trim: {run} cannot lose {pages} pages")
-        gone = slots[keep:]
-        del slots[keep:]
-        run.pages = keep
-        if run.keys is not None:
-            del run.keys[keep:]
-        shorten(run.node, (run.start + keep) * self.symbol_bytes)
-        return gone
-
     def set_state(self, run: Run, tier: int, state: int) -> Run | None:
         """Change the run's residency in one tier, and what its node and its ancestors count.
 
@@ -248,7 +218,7 @@ class Tree:
             elif not run.live:
                 run.node.holes += 1
         if (old == ABSENT or state == ABSENT) and not run.below[tier]:
-            return _count_above(run, tier, 1 if old == ABSENT else -1)
+            return count_above(parent_run(run), tier, 1 if old == ABSENT else -1)
         return None
 
     def set_slots(self, run: Run, tier: int, slots: array[int] | None) -> None:
@@ -297,24 +267,6 @@ class Tree:
             removed.append(last)
             last = above
         return removed
-
-
-def _count_above(run: Run, tier: int, step: int) -> Run | None:
-    """Tell the runs above that ``run`` has appeared (1) in a tier or vanished (-1) from it.
-
-    Returns the present run whose count went from or to zero by that, if there is one.
-    """
-    above = parent_run(run)
-    while above is not None:
-        before = above.below[tier]
-        above.below[tier] = before + step
-        flipped = before + min(step, 0) == 0
-        if above.state[tier] != ABSENT:
-            return above if flipped else None
-        if not flipped:
-            return None  # it was and stays present there: nothing changes further up
-        above = parent_run(above)
-    return None
 
 
 def _alike(run: Run, after: Run) -> bool:
