@@ -55,6 +55,12 @@ def is_tip(run: Run, tier: int) -> bool:
     )
 
 
+def _ends_path(run: Run) -> bool:
+    """The part of ``is_tip`` that the shape of the tree depends on; the caller has asked for all of it."""
+    node = run.node
+    return not node.children and node.runs[-1] is run
+
+
 def trim_tip(run: Run, tier: int, pages: int) -> array[int]:
     """Take the last pages of a tip, not all of them, out of the tree; returns their slots.
 
@@ -62,7 +68,7 @@ def trim_tip(run: Run, tier: int, pages: int) -> array[int]:
     """
     slots = run.slots[tier]
     keep = run.pages - pages
-    if slots is None or keep < 1 or not is_tip(run, tier):
+    if slots is None or keep < 1 or not _ends_path(run):
         raise ViolationError(f"trim: {run} cannot lose {pages} pages")
     gone = slots[keep:]
     del slots[keep:]
@@ -78,7 +84,7 @@ def drop_tip(run: Run, tier: int) -> tuple[Run | None, Run | None]:
 
     Returns the run above it, and the one that became a leaf of the tier, if there is one. Cost as of these two.
     """
-    if not is_tip(run, tier):
+    if not _ends_path(run):
         raise ViolationError(f"drop: {run} is no tip")
     above = parent_run(run)
     leaf = count_above(above, tier, -1)
