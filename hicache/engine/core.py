@@ -10,9 +10,11 @@ import itertools
 from typing import TYPE_CHECKING
 
 from hicache.engine.holders import Guard
+from hicache.engine.names import namespace_of
 from hicache.engine.state import TICKS_PER_MS
-from hicache.engine.steps import ABSENT, DRAINING, FILLING, RESIDENT, Steps, namespace_of
+from hicache.engine.steps import ABSENT, DRAINING, FILLING, RESIDENT, Steps
 from hicache.tree import Run
+from hicache.types import NO_USE, Use
 
 if TYPE_CHECKING:
     from hicache.tree.node import Holder
@@ -97,9 +99,13 @@ class Core(Steps):
 
     # --- use
 
-    def touch(self, runs: list[Run]) -> None:
-        """Count a use of these runs (a path from the root)."""
+    def touch(self, runs: list[Run], use: Use = NO_USE) -> None:
+        """Count a use of these runs (a path from the root). What is said of the use holds from now on."""
         tick = self.next_tick()
+        if use is not NO_USE:
+            use = self.same_use(use)
+            for run in runs:
+                run.use = use
         for run in runs:
             run.tick = tick
             run.hits += 1
