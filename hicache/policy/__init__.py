@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hicache.errors import ConfigError
+from hicache.policy.adaptive import AdaptivePolicy
 from hicache.policy.base import Plan, Policy, RunInfo
 from hicache.policy.lru import LruPolicy
 from hicache.policy.sieve import SievePolicy
@@ -12,7 +13,7 @@ from hicache.policy.sieve import SievePolicy
 __all__ = ["POLICIES", "Plan", "Policy", "RunInfo", "make_policy"]
 
 #: Every eviction policy by the name it has in settings.
-POLICIES: Mapping[str, Callable[[], Policy]] = {"lru": LruPolicy, "sieve": SievePolicy}
+POLICIES: Mapping[str, Callable[[], Policy]] = {"adaptive": AdaptivePolicy, "lru": LruPolicy, "sieve": SievePolicy}
 
 
 def make_policy(name: str) -> Policy:

@@ -47,6 +47,10 @@ class Record:
         self.rank = rank
         self.key: Key = ((rank << _DEPTH_BITS | _DEPTH_MASK - self.depth) << _RUN_BITS) | self.run
 
+    def key_at(self, rank: int) -> Key:
+        """The key that the run would have with another rank."""
+        return ((rank << _DEPTH_BITS | _DEPTH_MASK - self.depth) << _RUN_BITS) | self.run
+
 
 class Queue:
     """Exposed records, smallest key first.
