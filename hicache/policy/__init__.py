@@ -2,22 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
-from hicache.errors import ConfigError
-from hicache.policy.adaptive import AdaptivePolicy
 from hicache.policy.base import Plan, Policy, RunInfo
-from hicache.policy.lru import LruPolicy
-from hicache.policy.sieve import SievePolicy
+from hicache.policy.registry import POLICIES, ZOO, Entry, make_policy
 
-__all__ = ["POLICIES", "Plan", "Policy", "RunInfo", "make_policy"]
-
-#: Every eviction policy by the name it has in settings.
-POLICIES: Mapping[str, Callable[[], Policy]] = {"adaptive": AdaptivePolicy, "lru": LruPolicy, "sieve": SievePolicy}
-
-
-def make_policy(name: str) -> Policy:
-    """A new, empty policy. Raises ConfigError for a name that is not in ``POLICIES``."""
-    if name not in POLICIES:
-        raise ConfigError(f"unknown eviction policy {name!r}", hint=f"one of {', '.join(sorted(POLICIES))}")
-    return POLICIES[name]()
+__all__ = ["POLICIES", "ZOO", "Entry", "Plan", "Policy", "RunInfo", "make_policy"]

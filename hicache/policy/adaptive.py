@@ -67,7 +67,7 @@ class AdaptivePolicy:
 
     wants_ghosts = True
 
-    def __init__(self, sample: int = 32, ghosts: int = 500_000, seed: int = 1) -> None:
+    def __init__(self, sample: int = 64, ghosts: int = 500_000, seed: int = 1) -> None:
         self.sample = sample
         self.ghosts_max = ghosts
         self.table = HazardTable(KINDS)

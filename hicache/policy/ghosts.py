@@ -87,6 +87,20 @@ class GhostTable:
             at = at + 1 & mask
         return -1
 
+    def recall(self, ghosts: Sequence[int]) -> int:
+        """Forget all of these; the note of the first of them, or -1 if it was not there."""
+        note = -1
+        if ghosts and self.size:
+            note = self.pop(ghosts[0])
+            for ghost in ghosts[1:] if note >= 0 else ():
+                self.pop(ghost)
+        return note
+
+    def shrink(self, limit: int) -> None:
+        """Forget the oldest until there are so many at most."""
+        while self.size > max(0, limit):
+            self.take_oldest()
+
     def take_oldest(self) -> int:
         """Forget the oldest id; its note, or -1 if there is none."""
         return self.pop(self._keys[self._after[0]]) if self.size else -1
@@ -110,8 +124,7 @@ class GhostTable:
     def resize(self, limit: int) -> None:
         """Another limit; the oldest go if it is smaller."""
         self.limit = limit
-        while self.size > limit:
-            self.take_oldest()
+        self.shrink(limit)
 
     def nbytes(self) -> int:
         """What the arrays take."""

@@ -8,12 +8,12 @@ known: victims are sought when it is full.
 
 from __future__ import annotations
 
+import abc
 import heapq
 from collections.abc import Sequence
 from typing import Any
 
-from hicache.policy.base import RunInfo
-from hicache.policy.ghosts import GhostTable
+from hicache.policy.base import Plan, RunInfo
 from hicache.policy.ordered import OrderedPlan, OrderedPolicy
 from hicache.policy.records import Queue, Record
 
@@ -53,6 +53,8 @@ class SegmentedPolicy(OrderedPolicy):
         super().__init__(segments)
         self.sizes = [0] * segments  # pages
         self.total = 0  # pages
+        self.full = 0  # pages when victims were last sought: what the pool holds when it is full
+        self.clock = 0  # pages that have arrived: a time that goes as fast as the pool turns over
         self.now = 0
 
     def find(self, run: int) -> Tally:
@@ -68,6 +70,7 @@ class SegmentedPolicy(OrderedPolicy):
         self.add(record)
         self.sizes[record.segment] += record.pages
         self.total += record.pages
+        self.clock += record.pages
 
     def insert(self, run: int, info: RunInfo, now: int, ghosts: Sequence[int] = ()) -> None:
         """A run has arrived, used now; it is hidden. O(log n) amortised."""
@@ -78,9 +81,9 @@ class SegmentedPolicy(OrderedPolicy):
         self.welcome(record, info, ghosts)
         self.enter(record)
 
+    @abc.abstractmethod
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
         """Give a new record its segment and rank."""
-        raise NotImplementedError
 
     def move(self, record: Tally, segment: int, rank: int) -> None:
         """Another place for a known run. O(1), or O(log n) if its queue must change or its key shrank."""
@@ -149,7 +152,15 @@ class SegmentedPolicy(OrderedPolicy):
 
     def ghost_limit(self, share: float, at_most: int) -> int:
         """How many ghosts ``share`` times the pool is."""
-        return min(at_most, max(GHOSTS_MIN, int(share * self.total)))
+        return min(at_most, max(GHOSTS_MIN, int(share * self.full)))
+
+    def left(self, records: list[Tally]) -> None:
+        """These records are being evicted whole. Nothing, unless a policy ages."""
+
+    def begin(self) -> Plan:
+        """Start to choose victims; a plan that was left open is aborted. O(1)."""
+        self.full = self.total
+        return super().begin()
 
     def new_plan(self) -> OrderedPlan:
         """A plan that takes from segment 0."""
@@ -207,6 +218,13 @@ class SegmentedPlan(OrderedPlan):
         if self.own is None:
             self.own = [[] for _ in self.queues]
         heapq.heappush(self.own[segment], key)
+
+    def commit(self, evicted: Sequence[int] = ()) -> None:
+        """End the plan. Raises ViolationError if a run leaves that the plan did not give. O(given log n)."""
+        super().commit(evicted)
+        if evicted:
+            records = self.policy.records
+            self.policy.left([records[run] for run in evicted])
 
     def settle(self) -> None:
         """The moves become the policy's."""
