@@ -63,4 +63,5 @@ class _RandomPlan(SegmentedPlan):
 
     def show(self, record: Record) -> None:
         rank = draw(self.policy.seed, record.run, self.policy.time)
+        self.moved[record.run] = (0, rank, None)
         self._push(0, record.key_at(rank))

@@ -63,8 +63,6 @@ class _Oracle:
         self._uses = _next_uses(requests)
         self._place: dict[int, tuple[int, int, int, int]] = {}
         self._queue: list[tuple[int, int, int, int]] = []
-        self._seen: set[int] = set()  # the request under way
-        self._coming: list[list[int]] = []
 
     def run(self, *, bypass: bool, pinned: bool) -> Bound:
         """All requests in turn."""
@@ -75,13 +73,17 @@ class _Oracle:
             found = next((at for at, block in enumerate(request) if block not in self._place), len(request))
             hits += found
             blocks += len(request)
-            self._seen = set(request) if pinned else set()
-            uses = self._uses[now]
+            later = []  # what is pinned now is no candidate before the next request
             for depth, block in enumerate(request):
                 place = (-uses[depth] if uses[depth] - now <= self._lookahead else -NEVER, now, -depth, block)
                 if depth >= found and not self._admit(place, bypass=bypass):
                     break
                 self._place[block] = place
+                if pinned:
+                    later.append(place)
+                else:
+                    heapq.heappush(self._queue, place)
+            for place in later:
                 heapq.heappush(self._queue, place)
         return Bound(hits, blocks)
 
@@ -99,20 +101,11 @@ class _Oracle:
         """Whether the block may be stored; makes room."""
         if len(self._place) < self._capacity:
             return True
-        kept = []
-        victim = None
         while self._queue:
-            entry = heapq.heappop(self._queue)
-            if self._place.get(entry[3]) is not entry:
-                continue
-            if entry[3] in self._seen:
-                kept.append(entry)
-                continue
-            victim = entry
-            break
-        for entry in kept:
-            heapq.heappush(self._queue, entry)
-        if victim is None:
+            victim = heapq.heappop(self._queue)
+            if self._place.get(victim[3]) is victim:
+                break
+        else:
             return False
         if bypass and place[0] <= victim[0]:
             heapq.heappush(self._queue, victim)
