@@ -1,0 +1,1 @@
+"""Experiments: the serving engine and its policies under a virtual clock."""
