@@ -1,0 +1,90 @@
+"""What a replay counts: totals, a row for each stretch of requests (for intervals), and a histogram of TTFT.
+
+Memory does not grow with the trace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+#: Stretches that a replay is cut into: enough to resample, few enough to keep in every result.
+STRETCHES = 200
+#: Columns of a stretch's row.
+COLUMNS = ("requests", "asked", "hits", "saved_us", "computed_us", "ttft_us")
+
+#: Buckets of the histogram a factor of e: neighbouring ones are 1 % apart.
+_FINE = 100
+
+
+class Histogram:
+    """Durations, to 1 %."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+        self._log = math.log
+
+    def add(self, time_us: int) -> None:
+        """Count one."""
+        index = int(self._log(time_us) * _FINE) if time_us > 0 else -1
+        self._counts[index] = self._counts.get(index, 0) + 1
+
+    def quantile_us(self, share: float) -> float:
+        """The duration that this share of all does not exceed; 0 where there are none."""
+        total = sum(self._counts.values())
+        rank = math.ceil(share * total)
+        seen = 0
+        for index in sorted(self._counts):
+            seen += self._counts[index]
+            if seen >= rank:
+                return math.exp((index + 0.5) / _FINE) if index >= 0 else 0.0
+        return 0.0
+
+
+class Tally:
+    """Counts requests after the warm-up. ``requests``: how many the trace has, ``warmup`` of them only warm the cache."""
+
+    def __init__(self, requests: int, warmup: int, tiers: int) -> None:
+        self.rows: list[list[int]] = []
+        self.ttft = Histogram()
+        self.hits_by_tier = [0] * tiers
+        self.late_pages = 0  # matched, but not there in time
+        self.refused_stores = 0
+        self._left = warmup
+        self._size = max(1, -(-(requests - warmup) // STRETCHES))
+        self._row: list[int] = []
+
+    @property
+    def warm(self) -> bool:
+        """Whether requests count by now."""
+        return self._left <= 0
+
+    def skip(self) -> bool:
+        """Called for each request: whether it belongs to the warm-up."""
+        self._left -= 1
+        return self._left >= 0
+
+    def add(self, asked: int, granted: int, *, saved_us: int, computed_us: int, ttft_us: int) -> None:
+        """One request: pages asked for and pages that it need not compute."""
+        row = self._row
+        if not row or row[0] >= self._size:
+            row = self._row = [0] * len(COLUMNS)
+            self.rows.append(row)
+        row[0] += 1
+        row[1] += asked
+        row[2] += granted
+        row[3] += saved_us
+        row[4] += computed_us
+        row[5] += ttft_us
+        self.ttft.add(ttft_us)
+
+    def add_tiers(self, tier_pages: Sequence[int]) -> None:
+        """From where the pages of a request were served."""
+        hits = self.hits_by_tier
+        for tier, pages in enumerate(tier_pages):
+            hits[tier] += pages
+
+    def total(self, column: str) -> int:
+        """Over all stretches."""
+        index = COLUMNS.index(column)
+        return sum(row[index] for row in self.rows)
