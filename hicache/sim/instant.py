@@ -33,7 +33,6 @@ class Prices:
         self.page_us = [wires.estimate_us(tier, -1, page_bytes) for tier in range(len(shell.specs))]
         if shell.specs[leased].kind is TierKind.DEVICE:
             self.page_us[leased] = 0  # it is where the model works
-        self._through = len(self.page_us) > 1
 
     def prefill_us(self, first: int, end: int) -> int:
         """See ``models``."""
@@ -62,6 +61,7 @@ class Instant:
         if at_ms > shell.now_ms:
             shell.now_ms = at_ms
         use = Use(self._classes[cls], turn) if cls or turn else NO_USE
+        number = tally.number()
         pages = len(prompt) // SYMBOL_BYTES
         if not pages:
             return
@@ -71,7 +71,7 @@ class Instant:
             self._store(prompt, use)
         if result.lease:
             shell.handle(ev.ReleaseLeases(SESSION, (result.lease,)))
-        if tally.skip():
+        if number < 0:
             return
         tally.late_pages += result.matched_pages - granted
         tally.add_tiers(result.tier_pages)
@@ -80,6 +80,7 @@ class Instant:
         computed_us = prices.prefill_us(known, input_tokens)
         load_us = sum(map(int.__mul__, result.tier_pages, prices.page_us))
         tally.add(
+            number,
             pages,
             granted,
             saved_us=prices.prefill_us(0, known),

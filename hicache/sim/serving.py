@@ -120,7 +120,7 @@ class Serving:
             self._job(row).begin()
 
     def _job(self, row: Row) -> Job:
-        return Job(self, row, self._classes[row[4]], counted=not self.tally.skip())
+        return Job(self, row, self._classes[row[4]], self.tally.number())
 
     def finished(self) -> None:
         """A request's place is free."""
@@ -134,11 +134,11 @@ class Serving:
 class Job:
     """One request."""
 
-    def __init__(self, serving: Serving, row: Row, cls: str, *, counted: bool) -> None:
+    def __init__(self, serving: Serving, row: Row, cls: str, number: int) -> None:
         _, self.input_tokens, self.output_tokens, turn, _, self.prompt = row
         self.use = Use(cls, turn) if cls or turn else NO_USE
         self.pages = len(self.prompt) // SYMBOL_BYTES
-        self.counted = counted
+        self.number = number
         self.arrived_us = serving.agenda.now_us
         self.result = act.FetchResult(0, 0, 0, 0, (), 0, ())
         self._serving = serving
@@ -206,7 +206,7 @@ class Job:
     def _computed(self) -> None:
         """The first token is out."""
         agenda = self._serving.agenda
-        if self.counted:
+        if self.number >= 0:
             self._count(agenda.now_us - self.arrived_us)
         agenda.at(agenda.now_us + self.output_tokens * self._serving.settings.token_us, self._part_done)
         if self.result.matched_pages < self.pages:
@@ -219,6 +219,7 @@ class Job:
         tally.late_pages += self.result.matched_pages - self.result.granted_pages
         tally.add_tiers(self.result.tier_pages)
         tally.add(
+            self.number,
             self.pages,
             self.result.granted_pages,
             saved_us=prices.prefill_us(0, known),

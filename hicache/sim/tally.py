@@ -42,34 +42,31 @@ class Histogram:
 
 
 class Tally:
-    """Counts requests after the warm-up. ``requests``: how many the trace has, ``warmup`` of them only warm the cache."""
+    """Counts requests after the warm-up. ``requests``: how many the trace has, ``warmup`` of them only warm the cache.
+
+    A stretch holds the same requests in every replay of a trace, so that replays are compared stretch by stretch.
+    """
 
     def __init__(self, requests: int, warmup: int, tiers: int) -> None:
-        self.rows: list[list[int]] = []
+        counted = max(requests - warmup, 1)
+        self._size = -(-counted // STRETCHES)
+        self.rows = [[0] * len(COLUMNS) for _ in range(-(-counted // self._size))]
         self.ttft = Histogram()
         self.hits_by_tier = [0] * tiers
         self.late_pages = 0  # matched, but not there in time
         self.refused_stores = 0
-        self._left = warmup
-        self._size = max(1, -(-(requests - warmup) // STRETCHES))
-        self._row: list[int] = []
+        self._next = -warmup
 
-    @property
-    def warm(self) -> bool:
-        """Whether requests count by now."""
-        return self._left <= 0
+    def number(self) -> int:
+        """Of the next request, in the order of the trace; negative in the warm-up."""
+        self._next += 1
+        return self._next - 1
 
-    def skip(self) -> bool:
-        """Called for each request: whether it belongs to the warm-up."""
-        self._left -= 1
-        return self._left >= 0
-
-    def add(self, asked: int, granted: int, *, saved_us: int, computed_us: int, ttft_us: int) -> None:
+    def add(
+        self, number: int, asked: int, granted: int, *, saved_us: int, computed_us: int, ttft_us: int
+    ) -> None:
         """One request: pages asked for and pages that it need not compute."""
-        row = self._row
-        if not row or row[0] >= self._size:
-            row = self._row = [0] * len(COLUMNS)
-            self.rows.append(row)
+        row = self.rows[number // self._size]
         row[0] += 1
         row[1] += asked
         row[2] += granted
