@@ -10,8 +10,9 @@ import itertools
 from typing import TYPE_CHECKING
 
 from hicache.engine.holders import Guard
+from hicache.engine.names import namespace_of
 from hicache.engine.state import TICKS_PER_MS
-from hicache.engine.steps import ABSENT, DRAINING, FILLING, RESIDENT, Steps, namespace_of
+from hicache.engine.steps import ABSENT, DRAINING, FILLING, RESIDENT, Steps
 from hicache.tree import Run
 from hicache.types import NO_USE, Use
 

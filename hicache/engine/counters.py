@@ -61,3 +61,8 @@ class Counters:
         self.copied_bytes = [[0] * count for _ in range(count)]
         for name in _BY_TIER:
             setattr(self, name, [0] * count)
+
+    def written_bytes(self, tier: int) -> int:
+        """Raw bytes written to a tier, by commits or copies."""
+        copied = sum(column[tier] for column in self.copied_bytes)
+        return copied if tier else copied + self.committed_bytes

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 
 from hicache.errors import ConfigError
 from hicache.policy import make_admission, make_policy
+from hicache.policy.admission import NO_ADMISSION
 from hicache.types import TierSpec, WritePolicy
-
-#: The admission that lets everything in.
-NO_ADMISSION = "always"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """The ground storey of the engine's core: its state, its answers, and the pools.
 
-``Core`` is built in three storeys, each of which uses only what stands below it: state (here), steps (residency and
-structure), holds (pins, anchors, holders). The rooms above see ``core.Core`` and nothing of the storeys.
+``Core`` is built in four storeys, each of which uses only what stands below it: state (here), names (a run's pool, keys
+and ids), steps (residency and structure), holds (pins, anchors, holders). The rooms above see ``core.Core`` and nothing
+of the storeys.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from hicache.engine.holders import (
     Reservation,
     Saver,
 )
-from hicache.engine.options import NO_ADMISSION, EngineOptions
+from hicache.engine.options import EngineOptions
 from hicache.engine.pools import Pool, Segments
 from hicache.errors import ErrorCode
 from hicache.policy import make_admission, make_policy
+from hicache.policy.admission import NO_ADMISSION
 from hicache.tree import Run
 from hicache.types import Use, segment_slots
 

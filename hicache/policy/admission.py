@@ -33,8 +33,10 @@ class Always:
         return True
 
 
+#: The one that lets everything in.
+NO_ADMISSION = "always"
 #: Every admission by the name it has in settings.
-ADMISSIONS: Mapping[str, Callable[[], Admission]] = {"always": Always}
+ADMISSIONS: Mapping[str, Callable[[], Admission]] = {NO_ADMISSION: Always}
 
 
 def make_admission(name: str) -> Admission:
