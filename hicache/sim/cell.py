@@ -25,6 +25,7 @@ from hicache.version import __version__
 #: Of the results below; a result of another one is computed anew.
 RESULT_FORMAT = 1
 SEED_WORD = "{seed}"
+EVERYTHING = "always"  # the admission that refuses nothing
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +71,9 @@ class Cell:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def run_cell(cell: Cell, settings: Settings, trace: PackedTrace, now_ns: Callable[[], int]) -> dict[str, object]:
+def run_cell(
+    cell: Cell, settings: Settings, trace: PackedTrace, now_ns: Callable[[], int]
+) -> dict[str, object]:
     """Replay the trace once. ``now_ns``: any clock; it says how long the replay took, nothing else."""
     began_ns = now_ns()
     world = World(cell, settings, trace)
@@ -93,7 +96,7 @@ class World:
             selective_hits=settings.selective_hits,
             story_events=8,
             digest=settings.digest,
-            **({"admission": settings.admission} if settings.admission else {}),
+            admission=settings.admission or EVERYTHING,
         )
         self.instant = cell.mode.arrivals is Arrivals.INSTANT
         self.agenda = Agenda()
@@ -169,7 +172,9 @@ class World:
 
     def _tier_pages(self, index: int) -> int:
         spec = self.shell.specs[index]
-        return spec.capacity_bytes // (self.shell.stored_bytes(self.page_bytes) if spec.keyed else self.page_bytes)
+        return spec.capacity_bytes // (
+            self.shell.stored_bytes(self.page_bytes) if spec.keyed else self.page_bytes
+        )
 
     def _prefill(self) -> dict[str, float]:
         saved_s, computed_s = self.tally.total("saved_us") / 1e6, self.tally.total("computed_us") / 1e6
@@ -219,6 +224,8 @@ class World:
             "span_s": span_us / 1e6,
             "gpu_busy": round(prefills.busy_us / self.settings.replicas / span_us, 4),
             "links_busy": busy,
-            "waited_s": {name: link.server.waited_us / 1e6 for name, link in sorted(self.wires.links.items())},
+            "waited_s": {
+                name: link.server.waited_us / 1e6 for name, link in sorted(self.wires.links.items())
+            },
             "most_waiting": self.serving.most_waiting,
         }

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Curve:
-    """Hits of every capacity. ``counts[d]``: accesses at distance d; the other ``asked`` ones were never seen before."""
+    """Hits of every capacity. ``counts[d]``: accesses at distance d; all others were never seen before."""
 
     def __init__(self, counts: Ints, asked: int) -> None:
         self.asked = asked

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from hicache.errors import ConfigError
 from hicache.sim.links import LinkSpec
@@ -112,18 +113,22 @@ def with_constants(hardware: Hardware, constants: Mapping[str, object], name: st
     ``bench/host.py`` writes (``mib``, ``copy_verified_s``): one verified copy out of host memory, both ways.
     Raises ConfigError where neither is there.
     """
-    changes: dict[str, LinkSpec] = {}
+    changes: dict[str, Any] = {}
     links = constants.get("links")
     try:
         if isinstance(links, Mapping):
             for link, fields in links.items():
                 if link not in LINKS:
-                    raise ConfigError(f"--constants: {name}: no link {link!r}", hint=f"one of {', '.join(LINKS)}")
+                    raise ConfigError(
+                        f"--constants: {name}: no link {link!r}", hint=f"one of {', '.join(LINKS)}"
+                    )
                 changes[link] = dataclasses.replace(getattr(hardware, link), **fields)
         elif "mib" in constants and "copy_verified_s" in constants:
             mib, copy_s = constants["mib"], constants["copy_verified_s"]
             rate = float(str(mib)) * (1 << 20) / float(str(copy_s))
-            changes = {link: dataclasses.replace(getattr(hardware, link), bytes_per_s=rate) for link in LINKS[:2]}
+            changes = {
+                link: dataclasses.replace(getattr(hardware, link), bytes_per_s=rate) for link in LINKS[:2]
+            }
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"--constants: {name}: {error}") from None
     if not changes:

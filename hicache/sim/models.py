@@ -42,7 +42,7 @@ class Model:
 def _grouped(name: str, *, layers: int, heads: int, kv_heads: int, params: float, gpus: int = 1) -> Model:
     size = 128
     token_bytes = 2 * layers * kv_heads * size * 2
-    source = f"config.json and model card of {name.split('-tp')[0]} on huggingface.co"
+    source = f"config.json and model card of {name.split('-tp', maxsplit=1)[0]} on huggingface.co"
     return Model(name, layers, heads, size, size, token_bytes, params, gpus, source)
 
 
@@ -53,7 +53,15 @@ def _all() -> list[Model]:
         _grouped("llama-3-70b-tp4", layers=80, heads=64, kv_heads=8, params=70.6e9, gpus=4),
         _grouped("qwen2.5-7b", layers=28, heads=28, kv_heads=4, params=7.62e9),
         Model(
-            "deepseek-v3-mla", 61, 128, 192, 128, latent, 37e9, 8, "DeepSeek-V3 technical report, arXiv 2412.19437"
+            "deepseek-v3-mla",
+            61,
+            128,
+            192,
+            128,
+            latent,
+            37e9,
+            8,
+            "DeepSeek-V3 technical report, arXiv 2412.19437",
         ),
     ]
 

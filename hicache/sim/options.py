@@ -146,7 +146,9 @@ class Settings:
     @property
     def token_us(self) -> int:
         """How long one output token takes: the active weights are read once, at 70 % of the memory's bandwidth."""
-        return round(2 * self.model.active_params * 1e6 / (self.model.gpus * self.hardware.memory_bytes_per_s * 0.7))
+        return round(
+            2 * self.model.active_params * 1e6 / (self.model.gpus * self.hardware.memory_bytes_per_s * 0.7)
+        )
 
 
 def lease_tier(specs: Sequence[TierSpec]) -> int:

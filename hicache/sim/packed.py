@@ -13,9 +13,12 @@ import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
 from hicache.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from hicache.sim.traces.model import Request
 
 SYMBOL_BYTES = 16
 HEAD = struct.Struct("<6q")
@@ -23,17 +26,6 @@ HEAD = struct.Struct("<6q")
 FORMAT = 1
 
 Row = tuple[int, int, int, int, int, bytes]
-
-
-class RequestLike(Protocol):
-    """What a reader of traces yields."""
-
-    at_ms: int
-    input_tokens: int
-    output_tokens: int
-    blocks: Sequence[int]
-    cls: str
-    turn: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,7 +60,7 @@ def symbols(blocks: Sequence[int]) -> bytes:
 
 
 def pack(
-    requests: Iterable[RequestLike], folder: Path, *, name: str, sha256: str, block_tokens: int,
+    requests: Iterable[Request], folder: Path, *, name: str, sha256: str, block_tokens: int,
     problems: Callable[[], int] = lambda: 0,
 ) -> PackedTrace:  # fmt: skip
     """Write a trace's records into a folder, unless they are there already, and open them."""
@@ -87,12 +79,14 @@ def pack(
         facts = writer.facts(name, sha256, block_tokens, problems())
         part.replace(path)
         stored = {"format": FORMAT, "classes": list(writer.classes), "facts": dataclasses.asdict(facts)}
-        facts_path.write_text(json.dumps(stored) + "\n", encoding="utf-8")  # last: says that the records are whole
+        facts_path.write_text(
+            json.dumps(stored) + "\n", encoding="utf-8"
+        )  # last: says that the records are whole
     return PackedTrace(path)
 
 
-def _stored(path: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+def _stored(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
@@ -103,7 +97,7 @@ class _Writer:
         self._seen: set[int] = set()
         self._first_ms = self._last_ms = 0
 
-    def record(self, request: RequestLike) -> bytes:
+    def record(self, request: Request) -> bytes:
         blocks = request.blocks
         self._first_ms = self._first_ms if self.requests else request.at_ms
         self._last_ms = max(self._last_ms, request.at_ms)
@@ -131,8 +125,8 @@ class PackedTrace:
     def __init__(self, path: Path) -> None:
         self.path = path
         stored = _stored(path.with_suffix(".json"))
-        self.facts = TraceFacts(**stored["facts"])  # type: ignore[arg-type]  # our own JSON
-        self.classes: list[str] = list(stored["classes"])  # type: ignore[call-overload]
+        self.facts = TraceFacts(**stored["facts"])
+        self.classes: list[str] = list(stored["classes"])
         with path.open("rb") as raw:
             self._map = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -145,7 +139,7 @@ class PackedTrace:
             at += skip
             prompt = data[at : at + SYMBOL_BYTES * blocks]
             at += len(prompt)
-            yield (*head, prompt)  # type: ignore[misc]  # five ints and the bytes
+            yield (*head, prompt)
 
     def close(self) -> None:
         """Idempotent."""

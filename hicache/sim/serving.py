@@ -56,7 +56,9 @@ class Serving:
         self._last_us = 0
         self._mean_gap_us = 0.0
 
-    def run(self, rows: Iterator[Row], classes: list[str], mode: Mode, *, seed: int, mean_gap_us: float) -> None:
+    def run(
+        self, rows: Iterator[Row], classes: list[str], mode: Mode, *, seed: int, mean_gap_us: float
+    ) -> None:
         """Serve every request. Raises ViolationError if nothing can happen any more while some are unserved."""
         self._rows, self._classes, self._mode = rows, classes, mode
         self._random = random.Random(seed)  # noqa: S311 - arrivals, no secrets
@@ -182,9 +184,7 @@ class Job:
         try:
             self.result = shell.engine.lease_view(SESSION, self._lease)
         except NotFoundError:
-            self.result = act.FetchResult(
-                0, self.result.matched_pages, 0, 0, (), 0, self.result.tier_pages
-            )
+            self.result = act.FetchResult(0, self.result.matched_pages, 0, 0, (), 0, self.result.tier_pages)
         self._load()
 
     def _load(self) -> None:

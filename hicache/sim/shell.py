@@ -1,6 +1,7 @@
 """Drives an engine without bytes: events in, actions out, exactly as ``hicache.runtime`` does.
 
-What an action moves arrives at once, or when ``carry`` has carried it (``Wires``: modelled links). ``handle`` queues as the runtime's loop does: what comes while an event is handled waits its turn.
+What an action moves arrives at once, or when ``carry`` has carried it (``wires``: modelled links). ``handle`` queues as
+the runtime's loop does: what comes while an event is handled waits its turn.
 """
 
 from __future__ import annotations

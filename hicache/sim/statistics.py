@@ -63,7 +63,9 @@ def difference(
 ) -> Interval:
     """First minus second, on the same draws. Raises InvalidArgumentError for results that do not pair up."""
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    if a.shape != b.shape or not np.array_equal(a[:, columns.index("requests")], b[:, columns.index("requests")]):
+    if a.shape != b.shape or not np.array_equal(
+        a[:, columns.index("requests")], b[:, columns.index("requests")]
+    ):
         raise InvalidArgumentError(
             "these results do not pair up: they have other stretches of requests",
             hint="compare results of the same trace with the same warm-up",

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from hicache.errors import HicacheError
 from hicache.sim.cell import Cell, run_cell
@@ -20,6 +21,13 @@ from hicache.sim.packed import PackedTrace
 Result = dict[str, object]
 Clock = Callable[[], int]
 RESULTS = "results.jsonl"
+
+
+class OnDone(Protocol):
+    """Hears of each result as it is there."""
+
+    def __call__(self, cell: Cell, result: Result, *, new: bool) -> None:
+        """``new``: it was computed now, not found."""
 
 
 def stored_results(folder: Path) -> dict[str, Result]:
@@ -38,7 +46,7 @@ def stored_results(folder: Path) -> dict[str, Result]:
 
 
 class Sweep:
-    """``on_done`` is called for each cell as its result is there: the cell, the result, whether it is new."""
+    """Runs cells of one trace with one set of settings. ``now_ns``: any clock."""
 
     def __init__(self, settings: Settings, trace: PackedTrace, folder: Path, *, now_ns: Clock) -> None:
         self.failures: list[tuple[Cell, str]] = []
@@ -52,9 +60,7 @@ class Sweep:
         facts = self._trace.facts
         return cell.key(self._settings, facts.sha256, facts.block_tokens)
 
-    def run(
-        self, cells: Sequence[Cell], *, jobs: int, on_done: Callable[[Cell, Result, bool], None]
-    ) -> list[Result]:
+    def run(self, cells: Sequence[Cell], *, jobs: int, on_done: OnDone) -> list[Result]:
         """The cells' results, in their order; those that failed are in ``failures`` instead."""
         stored = stored_results(self._folder)
         results: dict[str, Result] = {}
@@ -65,7 +71,7 @@ class Sweep:
                 todo.append(cell)
             else:
                 results[self.key(cell)] = found
-                on_done(cell, found, False)
+                on_done(cell, found, new=False)
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / RESULTS
         broken = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
@@ -75,7 +81,7 @@ class Sweep:
                 out.write(json.dumps(result) + "\n")
                 out.flush()
                 results[self.key(cell)] = result
-                on_done(cell, result, True)
+                on_done(cell, result, new=True)
         return [results[key] for cell in cells if (key := self.key(cell)) in results]
 
     def _new(self, cells: Sequence[Cell], jobs: int) -> Iterable[tuple[Cell, Result]]:

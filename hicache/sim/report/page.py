@@ -32,7 +32,9 @@ def render(story: Story) -> str:
     """The whole page."""
     style, script = _asset("style.css"), _asset("script.js")
     looks = Looks([line.policy for line in story.lines], story.references)
-    body = "".join([_head(story), _findings(story), _picker(story, looks), *_charts(story, looks), _foot(story)])
+    body = "".join(
+        [_head(story), _findings(story), _picker(story, looks), *_charts(story, looks), _foot(story)]
+    )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -61,7 +63,8 @@ def _head(story: Story) -> str:
         "seeds": ", ".join(sorted({str(r["config"]["seed"]) for line in story.lines for r in line.results})),
     }
     shown = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in cells.items()
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>"
+        for name, value in cells.items()
     )
     return (
         f"<h1>What a cache would do for {html.escape(facts.name)}</h1>"
@@ -79,7 +82,7 @@ def _picker(story: Story, looks: Looks) -> str:
     points = list(dict.fromkeys(sections.point(line) for line in story.lines))
     chosen = points[len(points) // 2]
     options = "".join(
-        f'<option{" selected" if each == chosen else ""}>{html.escape(each)}</option>' for each in points
+        f"<option{' selected' if each == chosen else ''}>{html.escape(each)}</option>" for each in points
     )
     legend = "".join(
         f'<button data-of="{html.escape(name)}"><svg viewBox="0 0 26 10"><path class="line {look}" d="M0 5 H26"/>'
@@ -109,7 +112,9 @@ def _charts(story: Story, looks: Looks) -> list[str]:
 def _foot(story: Story) -> str:
     one = story.lines[0].one
     config = html.escape(json.dumps(one["config"], indent=2))
-    sources = "".join(f"<li>{html.escape(name)}: {html.escape(text)}</li>" for name, text in story.sources.items())
+    sources = "".join(
+        f"<li>{html.escape(name)}: {html.escape(text)}</li>" for name, text in story.sources.items()
+    )
     return (
         "<h2>How to run it again</h2>"
         f"<p><code>{html.escape(story.command)}</code></p>"

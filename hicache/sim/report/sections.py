@@ -68,7 +68,8 @@ def _section(title: str, text: str, body: str) -> str:
 def _by_point(lines: Sequence[Line], chart: Callable[[list[Line]], str]) -> str:
     """The same chart for each capacity and mode; the picker shows one."""
     return "".join(
-        f'<figure data-point="{html.escape(name)}">{chart(members)}<figcaption>{html.escape(name)}</figcaption></figure>'
+        f'<figure data-point="{html.escape(name)}">{chart(members)}'
+        f"<figcaption>{html.escape(name)}</figcaption></figure>"
         for name, members in _points(lines).items()
     )
 
@@ -89,17 +90,21 @@ def curves(
         ]
         for policy in dict.fromkeys(line.policy for line in lines):
             mine = sorted(
-                (line for line in lines if line.policy == policy and line.mode == mode), key=lambda line: line.pages
+                (line for line in lines if line.policy == policy and line.mode == mode),
+                key=lambda line: line.pages,
             )
             if mine:
                 series.append(_policy_series(policy, mine, looks))
         chart = lines_chart(
-            series, "capacity (blocks, all tiers together)", "miss ratio", lambda x: _capacity_tick(x, page_bytes)
+            series,
+            "capacity (blocks, all tiers together)",
+            "miss ratio",
+            lambda x: _capacity_tick(x, page_bytes),
         )
         charts.append(f"<figure>{chart}<figcaption>{html.escape(mode)}</figcaption></figure>")
     text = (
-        "The share of blocks that had to be computed, over the capacity: lower is better. Grey: the exact curve of LRU, "
-        "and what no cache of that size (oracle) or of any size (unbounded) can pass."
+        "The share of blocks that had to be computed, over the capacity: lower is better. Grey: the exact curve of "
+        "LRU, and what no cache of that size (oracle) or of any size (unbounded) can pass."
     )
     return _section("Miss ratio by capacity", text, "".join(charts))
 
@@ -135,11 +140,15 @@ def differences(lines: Sequence[Line], baseline: str, looks: Looks) -> str:
             assert gap is not None, "only compared lines come here"
             value = f"{gap.value * 100:+.2f} points"
             tip = f"{line.policy}: {value}, 95 % [{gap.low * 100:+.2f}, {gap.high * 100:+.2f}]"
-            bars.append(Bar(line.policy, [(gap.value, looks.fills[line.policy])], value, tip, gap.low, gap.high))
+            bars.append(
+                Bar(line.policy, [(gap.value, looks.fills[line.policy])], value, tip, gap.low, gap.high)
+            )
         return intervals_chart(bars, "difference of hit ratio")
 
-    text = f"Hit ratio minus that of {html.escape(baseline)} on the same requests, with 95 % intervals. What lies clear "
-    return _section("Against the baseline", text + "of the line is no chance.", _by_point(compared, chart))
+    text = f"Hit ratio minus that of {html.escape(baseline)} on the same requests, with 95 % intervals. What lies "
+    return _section(
+        "Against the baseline", text + "clear of the line is no chance.", _by_point(compared, chart)
+    )
 
 
 def tiers(lines: Sequence[Line]) -> str:
@@ -163,7 +172,9 @@ def tiers(lines: Sequence[Line]) -> str:
         f'<svg width="14" height="10"><rect class="tier{at % 4}" width="14" height="10"/></svg> {html.escape(name)}'
         for at, name in enumerate(names)
     )
-    return _section("Hits by tier", f"Blocks served from each tier, over blocks asked for. {key}", _by_point(lines, chart))
+    return _section(
+        "Hits by tier", f"Blocks served from each tier, over blocks asked for. {key}", _by_point(lines, chart)
+    )
 
 
 def moved(lines: Sequence[Line]) -> str:
@@ -174,7 +185,10 @@ def moved(lines: Sequence[Line]) -> str:
         for line in members:
             hits = line.mean("hit_pages") or 1
             copied = line.one["moved"]["copied_bytes"]
-            each = ", ".join(f"{html.escape(way)} {size(count / hits)}" for way, count in copied.items()) or "none"
+            each = (
+                ", ".join(f"{html.escape(way)} {size(count / hits)}" for way, count in copied.items())
+                or "none"
+            )
             disk = line.mean("moved", "disk_write_bytes")
             rows.append(
                 f'<tr data-series="{html.escape(line.policy)}"><td>{html.escape(line.policy)}</td>'
@@ -183,8 +197,8 @@ def moved(lines: Sequence[Line]) -> str:
                 f"<td>{line.mean('moved', 'dropped_pages'):,.0f}</td></tr>"
             )
         return (
-            "<div class='table'><table><tr><th>policy</th><th>stored, a hit</th><th class='left'>copied between tiers, a "
-            "hit</th><th>written to disk</th><th>written to disk, a hit</th><th>blocks dropped</th></tr>"
+            "<div class='table'><table><tr><th>policy</th><th>stored, a hit</th><th class='left'>copied between "
+            "tiers, a hit</th><th>written to disk</th><th>written to disk, a hit</th><th>blocks dropped</th></tr>"
             f"{''.join(rows)}</table></div>"
         )
 
@@ -216,7 +230,9 @@ def first_tokens(lines: Sequence[Line], looks: Looks) -> str:
     def chart(members: list[Line]) -> str:
         rows = []
         for line in members:
-            times = "".join(f"<td>{line.mean('ttft_ms', name):,.0f}</td>" for name in ("mean", "p50", "p95", "p99"))
+            times = "".join(
+                f"<td>{line.mean('ttft_ms', name):,.0f}</td>" for name in ("mean", "p50", "p95", "p99")
+            )
             rows.append(
                 f'<tr data-series="{html.escape(line.policy)}"><td>{html.escape(line.policy)}</td>{times}</tr>'
             )
@@ -272,7 +288,11 @@ def money(lines: Sequence[Line], looks: Looks) -> str:
 
 def equivalence(lines: Sequence[Line], page_bytes: int) -> str:
     """Which LRU cache a policy is worth."""
-    known = [line for line in lines if line.mode == "instant" and len(line.one["tiers"]) == 1 and line.policy != "lru"]
+    known = [
+        line
+        for line in lines
+        if line.mode == "instant" and len(line.one["tiers"]) == 1 and line.policy != "lru"
+    ]
     if not known:
         return ""
     rows = []
@@ -291,7 +311,9 @@ def equivalence(lines: Sequence[Line], page_bytes: int) -> str:
         "<div class='table'><table><tr><th>policy</th><th>capacity</th><th>blocks</th><th>hit ratio</th>"
         f"<th>LRU reaches it with</th><th>worth</th></tr>{''.join(rows)}</table></div>"
     )
-    return _section("Capacity that a policy is worth", "From the exact curve of LRU over all capacities.", body)
+    return _section(
+        "Capacity that a policy is worth", "From the exact curve of LRU over all capacities.", body
+    )
 
 
 def table(lines: Sequence[Line], baseline: str) -> str:

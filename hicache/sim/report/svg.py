@@ -57,10 +57,14 @@ def lines_chart(series: Sequence[Series], x_label: str, y_label: str, tick: Call
         out.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{step:g}</text>')
     for x in log_ticks(min(xs), max(xs)):
         across, _ = place(x, low)
-        out.append(f'<line class="grid" x1="{across:.1f}" x2="{across:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        out.append(
+            f'<line class="grid" x1="{across:.1f}" x2="{across:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>'
+        )
         label = _text(tick(x))
         out.append(f'<text x="{across:.1f}" y="{height - BOTTOM + 17}" text-anchor="middle">{label}</text>')
-    out.append(f'<text x="{LEFT + inner_w / 2}" y="{height - 8}" text-anchor="middle">{_text(x_label)}</text>')
+    out.append(
+        f'<text x="{LEFT + inner_w / 2}" y="{height - 8}" text-anchor="middle">{_text(x_label)}</text>'
+    )
     out.append(f'<text transform="translate(14 {TOP + inner_h / 2}) rotate(-90)" text-anchor="middle">'
                f"{_text(y_label)}</text>")  # fmt: skip
     out += [_line(each, place) for each in series]
@@ -88,7 +92,9 @@ def bars_chart(bars: Sequence[Bar], label: str) -> str:
         out.append(_row_open(bar, y))
         for length, look in bar.parts:
             wide = max(length * scale, 0.0)
-            out.append(f'<rect class="{look}" x="{across:.1f}" y="{y}" width="{wide:.1f}" height="{ROW - 7}"/>')
+            out.append(
+                f'<rect class="{look}" x="{across:.1f}" y="{y}" width="{wide:.1f}" height="{ROW - 7}"/>'
+            )
             across += wide
         out.append(f'<text class="value" x="{across + 6:.1f}" y="{y + 12}">{_text(bar.value)}</text></g>')
     return "".join([*out, "</svg>"])
