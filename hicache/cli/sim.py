@@ -73,6 +73,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="",
         help="compare with this policy; default: lru, else the first",
     )
+    _configure_machine(parser)
+    add("--jobs", metavar="N", default="0", help="processes; default 0: one a core")
+    add("--out", metavar="FOLDER", default="hicache-sim", help="where results go; default ./hicache-sim")
+    add("--parquet", action="store_true", help="also write results.parquet (needs pyarrow)")
+
+
+def _configure_machine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--model", default="llama-3-8b", help="its KV's size and its prefill; default llama-3-8b")
     add("--hardware", default="h100-pcie5-nvme", help="links, disk and GPU; default h100-pcie5-nvme")
     add(
@@ -103,9 +111,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="",
         help="price of a GiB of disk for an hour; default: a list price",
     )
-    add("--jobs", metavar="N", default="0", help="processes; default 0: one a core")
-    add("--out", metavar="FOLDER", default="hicache-sim", help="where results go; default ./hicache-sim")
-    add("--parquet", action="store_true", help="also write results.parquet (needs pyarrow)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -120,6 +125,9 @@ def run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     cells = _cells(arguments)
     with _packed(arguments, console) as trace:
+        facts = trace.facts
+        for cell in cells:  # refused before anything is run
+            cell.capacity.specs(facts.unique_blocks, settings.page_bytes(facts.block_tokens))
         sweep, results = _sweep(arguments, (settings, trace), cells, console)
         if results:
             _report(arguments, (settings, trace), results, console)

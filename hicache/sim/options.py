@@ -32,10 +32,16 @@ class Size:
     unit: Unit
 
     def pages(self, unique_blocks: int, bytes_each: int) -> int:
-        """How many pages that is, at least one."""
+        """How many pages that is, at least one. Raises ConfigError for bytes that hold none."""
         if self.unit is Unit.SHARE:
             return max(1, int(self.amount * unique_blocks))
-        return max(1, int(self.amount) if self.unit is Unit.PAGES else int(self.amount) // bytes_each)
+        pages = int(self.amount) if self.unit is Unit.PAGES else int(self.amount) // bytes_each
+        if not pages:
+            raise ConfigError(
+                f"--capacity: {int(self.amount)} bytes of {self.kind.value} hold no block of {bytes_each} bytes",
+                hint="give it more, or name a smaller --model",
+            )
+        return pages
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
