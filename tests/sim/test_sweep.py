@@ -111,7 +111,7 @@ def sim(
     trace_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     def run(*words: str) -> tuple[int, str, str]:
-        if not words[:1] == ("compare",):
+        if words[:1] != ("compare",):
             words = ("--trace", str(trace_file), "--out", str(tmp_path / "out"), "--jobs", "1", *words)
         code = main(["sim", *words])
         out, err = capsys.readouterr()
@@ -254,7 +254,7 @@ def test_capacities_and_modes_as_people_write_them() -> None:
 class Reader(html.parser.HTMLParser):
     """Checks that tags close in order, and keeps what a browser would fetch."""
 
-    VOID = {"meta", "br", "hr", "img", "link", "input"}
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
 
     def __init__(self) -> None:
         super().__init__()
