@@ -19,6 +19,7 @@ from hicache.engine.events import (
     Unpin,
 )
 from hicache.engine.holders import CopyJob, Lease, LeaseStage, NamespaceState, Operation
+from hicache.engine.pools import Pool
 from hicache.tree import Run
 from hicache.types import WritePolicy
 
@@ -159,14 +160,13 @@ def advance(core: Core, operation: Operation) -> None:
     copies.finish_operation(core, operation)
 
 
-def advance_some(core: Core) -> None:
-    """Let operations that wait for room try again: in each pool those whose turn it is."""
+def advance_some(core: Core, pool: Pool) -> None:
+    """Let operations that wait for room in a pool try again: those whose turn it is."""
     if len(core.copies) >= core.options.max_copies:
         return
-    for pool in core.pools.values():
-        for operation in list(itertools.islice(pool.wanting.values(), TRIES)) if pool.wanting else ():
-            if operation.runs:
-                advance(core, operation)
+    for operation in list(itertools.islice(pool.wanting.values(), TRIES)):
+        if operation.runs:
+            advance(core, operation)
 
 
 def _start_one(core: Core, operation: Operation, run: Run) -> bool:

@@ -18,15 +18,12 @@ from hicache.tree import Run
 WINDOW = 64
 
 
-def advance(core: Core) -> None:
-    """Go on emptying the segments that are being given up."""
-    for pool in core.pools.values():
-        if pool.leaving < 0:
-            continue
-        if pool.leaving_slots < pool.slots_per_segment:
-            _empty(core, pool)
-        if pool.leaving_slots == pool.slots_per_segment:
-            _close(core, pool)
+def advance(core: Core, pool: Pool) -> None:
+    """Go on emptying the segment that the pool gives up."""
+    if pool.leaving_slots < pool.slots_per_segment:
+        _empty(core, pool)
+    if pool.leaving_slots == pool.slots_per_segment:
+        _close(core, pool)
 
 
 def _close(core: Core, pool: Pool) -> None:

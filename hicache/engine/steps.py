@@ -16,8 +16,11 @@ from array import array
 from hicache.engine.actions import Free
 from hicache.engine.holders import NamespaceState
 from hicache.engine.names import Names, namespace_of
+from hicache.engine.pools import Pool
 from hicache.engine.residency import check_step
+from hicache.policy import Policy
 from hicache.tree import Match, Run
+from hicache.tree.tips import last_run
 from hicache.types import NO_USE, Residency, Use
 
 ABSENT = int(Residency.ABSENT)
@@ -37,6 +40,15 @@ class Steps(Names):
         run.use = use
         run.tick = self.tick
         self.runs[run.id] = run
+
+    def cut_end(self, namespace: NamespaceState, match: Match) -> Run | None:
+        """The run that ends where a match does, split if need be; None for an empty match."""
+        if not match.nodes:
+            return None
+        run, pages = last_run(namespace.tree, match)
+        if pages < run.pages:
+            self.split(run, pages)
+        return run
 
     def cut(self, namespace: NamespaceState, match: Match) -> list[Run]:
         """The runs that cover exactly a match; splits the last one if need be."""
@@ -101,7 +113,7 @@ class Steps(Names):
         if self.condemned:
             self.condemned |= {(other.id, tier) for ident, tier in self.condemned if ident == run.id}
 
-    def _forget(self, run: Run) -> None:
+    def forget_run(self, run: Run) -> None:
         """The run is no more."""
         del self.runs[run.id]
         self.ahead.pop(run.id, None)
@@ -117,7 +129,7 @@ class Steps(Names):
         if absorbed is None:
             return False
         self._know_alike(absorbed, run)
-        self._forget(absorbed)
+        self.forget_run(absorbed)
         for tier, state in enumerate(run.state):
             if state == RESIDENT:
                 policy = namespace_of(run).pools[tier].policy
@@ -133,7 +145,7 @@ class Steps(Names):
         if run.live or run.id not in self.runs:
             return
         for gone in run.tree.prune(run):
-            self._forget(gone)
+            self.forget_run(gone)
 
     # --- residency
 
@@ -144,16 +156,16 @@ class Steps(Names):
         """
         old = run.state[tier]
         check_step(old, state)
+        pool: Pool = run.extra.pools[tier]  # type: ignore[attr-defined]  # hot: no cast, no call
+        policy = pool.policy
         if old == RESIDENT:
-            policy = self.pool(run, tier).policy
             policy.forget(run.id, self.page_ids(run) if evicted and policy.wants_ghosts else ())
         above = run.tree.set_state(run, tier, state)
         if state == RESIDENT:
-            self._enter(run, tier)
-        if old == ABSENT and self.pool(run, tier).draining:
+            self._enter(run, tier, policy)
+        if old == ABSENT and pool.draining:
             self._keep_above(run, tier)
         if above is not None and above.state[tier] == RESIDENT and not above.pins[tier]:
-            policy = self.pool(above, tier).policy
             if above.below[tier]:
                 policy.hide(above.id)
             else:
@@ -172,9 +184,8 @@ class Steps(Names):
         if above is not None and above.state[tier] == DRAINING:
             self.rescue(above)
 
-    def _enter(self, run: Run, tier: int) -> None:
+    def _enter(self, run: Run, tier: int, policy: Policy) -> None:
         """The run has become RESIDENT: its pool's policy hears of it."""
-        policy = self.pool(run, tier).policy
         ghosts: list[int] = []
         if policy.wants_ghosts:
             ghosts = self.page_ids(run)
@@ -204,9 +215,9 @@ class Steps(Names):
         """
         places = run.slots[tier]
         assert places is not None, "a page without a place left a tier"
-        pool = namespace_of(run).pools[tier]
+        pool: Pool = run.extra.pools[tier]  # type: ignore[attr-defined]  # hot
         self.set_state(run, tier, ABSENT, evicted=evicted)
-        self.place(run, tier, None)
+        run.slots[tier] = None
         pool.give_back(places)
         if pool.spec.keyed:
             self.free_keys(tier, self.keys(run))
