@@ -38,14 +38,9 @@ def narrowed(values: Sequence[object]) -> array[int]:
         found = array("q", cast("Sequence[int]", values))  # what is no number raises here
     except (TypeError, OverflowError):
         return array("q", [_narrow(value) for value in values])
-    if True in values or False in values:
-        _refuse_bools(values)
-    return found
-
-
-def _refuse_bools(values: Sequence[object]) -> None:
-    if any(isinstance(value, bool) for value in values):
+    if bool in map(type, values):
         raise TypeError("block ids must be whole numbers or strings")
+    return found
 
 
 def _narrow(value: object) -> int:

@@ -11,7 +11,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import zstandard
 
@@ -20,11 +20,42 @@ from hicache.errors import InvalidArgumentError
 #: A longer line is skipped and named; one request of a million tokens has far less.
 LINE_BYTES_MAX = 64 << 20
 _CHUNK_BYTES = 1 << 18
+#: Packed bytes taken at a time: what they unpack to is held at once.
+_PACKED_BYTES = 1 << 14
+
+
+class _Zstd(io.RawIOBase):
+    """Frames of zstd as one stream. The library's own reader ends in silence where a frame is cut; this one raises."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._packed = self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._raw.read(_PACKED_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a zstd frame")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = self._frame.decompress(self._packed)
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
 
 
 def _zstd(raw: IO[bytes]) -> IO[bytes]:
-    reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    return io.BufferedReader(cast("io.RawIOBase", reader), _CHUNK_BYTES)
+    return io.BufferedReader(_Zstd(raw), _CHUNK_BYTES)
 
 
 def _gzip(raw: IO[bytes]) -> IO[bytes]:
