@@ -49,6 +49,18 @@ class OrderedPolicy(abc.ABC):
             raise ViolationError(f"policy: run {record.run} is known already")
         self.records[record.run] = record
 
+    def check_tail(self, head: Record, tail_pages: int) -> None:
+        """Raises ViolationError unless a run can give so many pages to a tail."""
+        if not 0 < tail_pages < head.pages:
+            raise ViolationError(
+                f"policy: run {head.run} of {head.pages} pages cannot give {tail_pages} to a tail"
+            )
+
+    def check_merge(self, head: Record, gone: Record, pages: int) -> None:
+        """Raises ViolationError unless two runs make one of so many pages."""
+        if head.pages + gone.pages != pages or head is gone:
+            raise ViolationError(f"policy: runs {head.run} and {gone.run} do not make one of {pages} pages")
+
     def give_back(self, record: Record) -> None:
         """Queue an exposed record that has no entry."""
         if record.exposed and record.entry is None:
@@ -57,10 +69,7 @@ class OrderedPolicy(abc.ABC):
     def split(self, run: int, tail: int, tail_pages: int) -> None:
         """The last pages of a run have become a run of their own: hidden, with the same history. O(1)."""
         head = self.find(run)
-        if not 0 < tail_pages < head.pages:
-            raise ViolationError(
-                f"policy: run {run} of {head.pages} pages cannot give {tail_pages} to a tail"
-            )
+        self.check_tail(head, tail_pages)
         record = Record(tail, tail_pages, head.depth + head.pages - tail_pages, head.rank)
         record.visited = head.visited
         self.add(record)
@@ -69,8 +78,7 @@ class OrderedPolicy(abc.ABC):
     def merge(self, run: int, absorbed: int, pages: int) -> None:
         """A run has taken over the run after it, and has ``pages`` now. O(1) amortised."""
         head, gone = self.find(run), self.find(absorbed)
-        if head.pages + gone.pages != pages or run == absorbed:
-            raise ViolationError(f"policy: runs {run} and {absorbed} do not make one of {pages} pages")
+        self.check_merge(head, gone, pages)
         head.pages = pages
         head.visited |= gone.visited
         self.forget(absorbed)

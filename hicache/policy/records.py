@@ -52,6 +52,10 @@ class Record:
         """Its place. Made when it is looked at: most hits are of runs that no queue looks at before the next."""
         return ((self.rank << _DEPTH_BITS | _DEPTH_MASK - self.depth) << _RUN_BITS) | self.run
 
+    def key_at(self, rank: int) -> Key:
+        """The key that the run would have with another rank."""
+        return ((rank << _DEPTH_BITS | _DEPTH_MASK - self.depth) << _RUN_BITS) | self.run
+
 
 class Queue:
     """Exposed records, smallest key first.
