@@ -13,15 +13,18 @@ import dataclasses
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hicache.cli import config, link, report, sidecar, terminal, traces, units
+from hicache.cli import config, link, report, sidecar, symbols, terminal, units
 from hicache.cli.drive import Driver, Tally
 from hicache.cli.settings import ServeConfig
 from hicache.cli.stats import plain
 from hicache.errors import ConfigError
+from hicache.sim.traces import FORMAT_NAMES, Request, Trace, open_trace
+from hicache.sim.traces.facts import TraceFacts, facts
 from hicache.types import SymbolKind
 
 if TYPE_CHECKING:
@@ -36,10 +39,9 @@ examples:
   hicache replay --trace t.jsonl --host-bytes 8MiB --disk-bytes 0     what a small cache loses
   hicache replay --trace t.jsonl --target unix:///run/hicache/hicache.sock --json result.json
 
-The trace: one JSON object a line with `hash_ids`, one id a 512-token block, prefix-chained (Mooncake's
-format), plain or zstd-compressed. Pages are scaled down by --page-bytes, so that any trace fits. The report
-sets the hit ratio beside that of an infinite cache, which follows from the trace alone. exit codes: 0 all
-right; 1 a wrong byte, or a violated invariant; 3 the sidecar is not there.
+The trace: any format of `hicache trace` (docs/TRACES.md). Pages are scaled down by --page-bytes, so that any
+trace fits. The report sets the hit ratio beside that of an infinite cache, which follows from the trace alone.
+exit codes: 0 all right; 1 a wrong byte, or a violated invariant; 3 the sidecar is not there.
 """
 
 #: Tier flags of the sidecar that a replay may start.
@@ -52,7 +54,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the flags."""
     parser.description = "Drive a sidecar with a recorded trace and verify every byte that it serves."
     parser.epilog = EPILOG
-    parser.add_argument("--trace", metavar="FILE", required=True, help="JSON lines, plain or zstd-compressed")
+    parser.add_argument("--trace", metavar="FILE", required=True, help="a trace, plain or compressed")
+    parser.add_argument(
+        "--format", choices=("auto", *FORMAT_NAMES), default="auto", help="default: told by its first lines"
+    )
     parser.add_argument(
         "--limit", metavar="N", default="0", help="replay only the first N requests; default 0: all"
     )
@@ -78,7 +83,7 @@ class Outcome:
     """What the replay found."""
 
     trace: str
-    facts: traces.TraceFacts
+    facts: TraceFacts
     tally: Tally
     stats: Stats
     check: CheckResult
@@ -107,14 +112,15 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.limit.isdecimal():
         raise ConfigError(f"--limit: {arguments.limit!r} is not a whole number of 0 or more")
     console = terminal.console(stderr=arguments.json == "-")
-    facts = traces.facts(traces.read(Path(arguments.trace), int(arguments.limit)))
+    trace = open_trace(arguments.trace, format=arguments.format, strict=True)
+    found = facts(islice(trace, int(arguments.limit) or None))
     console.print(
-        f"{Path(arguments.trace).name}: {facts.requests:,} requests, {facts.blocks:,} blocks, "
-        f"{facts.unique_blocks:,} of them different; an infinite cache hits {facts.bound:.4f}",
+        f"{trace.name}: {found.requests:,} requests, {found.blocks:,} blocks, "
+        f"{found.unique_blocks:,} of them different; an infinite cache hits {found.bound:.4f}",
         soft_wrap=True,
     )
     with _target(arguments, console) as target:
-        outcome = _replay(arguments, target, facts, console)
+        outcome = _replay(arguments, target, trace, found, console)
     _print(console, outcome)
     if arguments.json == "-":
         print(json.dumps(outcome.as_json(), indent=2))
@@ -145,7 +151,7 @@ def _target(arguments: argparse.Namespace, console: Console) -> Iterator[str]:
 
 
 def _replay(
-    arguments: argparse.Namespace, target: str, facts: traces.TraceFacts, console: Console
+    arguments: argparse.Namespace, target: str, trace: Trace, found: TraceFacts, console: Console
 ) -> Outcome:
     from hicache.cli.payload import PageMaker
     from hicache.runtime.clock import Clock
@@ -156,18 +162,18 @@ def _replay(
     began_ms = clock.now_ms()
     with link.open_client(target, "replay", link.load(arguments)) as client:
         namespace = client.namespace(
-            model=f"trace:{Path(arguments.trace).name}",
+            model=f"trace:{trace.name}",
             salt=salt,
-            page_tokens=traces.BLOCK_TOKENS,
+            page_tokens=trace.block_tokens,
             page_bytes=page_bytes,
             symbol_kind=SymbolKind.HASHES,
-            symbol_hash_bytes=traces.SYMBOL_BYTES,
+            symbol_hash_bytes=symbols.SYMBOL_BYTES,
         )
         driver = Driver(namespace, PageMaker(page_bytes), clock, salt=salt, wait_ms=WAIT_MS)
-        _drive(arguments, driver, facts.requests, console)
+        _drive(islice(trace, int(arguments.limit) or None), driver, found.requests, console)
         took_ms = clock.now_ms() - began_ms
         return Outcome(
-            arguments.trace, facts, driver.tally, client.admin.stats(), client.admin.check(), took_ms
+            arguments.trace, found, driver.tally, client.admin.stats(), client.admin.check(), took_ms
         )
 
 
@@ -178,15 +184,15 @@ def _page_bytes(text: str) -> int:
         raise ConfigError(f"--page-bytes: {error.message}", hint=error.hint) from None
 
 
-def _drive(arguments: argparse.Namespace, driver: Driver, requests: int, console: Console) -> None:
+def _drive(trace: Iterable[Request], driver: Driver, requests: int, console: Console) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    symbols = traces.Symbols("hicache-replay")
+    known = symbols.Symbols("hicache-replay")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("replay", total=requests)
-        for request in traces.read(Path(arguments.trace), int(arguments.limit)):
-            prompt = symbols.of(request.hash_ids)
+        for request in trace:
+            prompt = known.of(request.blocks)
             driver.request(prompt, prompt)
             tally = driver.tally
             progress.update(task, advance=1, description=f"hit ratio {tally.hit_ratio:.4f}")

@@ -131,6 +131,23 @@ class ServeConfig:
         "tiers", Kind.SWITCH, default=True, help_text="fault host memory in ahead of need, in the background"
     )
 
+    record: str = setting(
+        "recording",
+        Kind.PATH,
+        "",
+        "file for what is looked up and stored, as salted ids (see docs/TRACES.md); empty: none",
+    )
+    record_bytes: int = setting(
+        "recording", Kind.SIZE, 256 << 20, "size at which a recording moves on to FILE.1 and a new one begins"
+    )
+    record_files: int = setting("recording", Kind.COUNT, 4, "recordings that are kept, with the current one")
+    record_salt: bool = setting(
+        "recording",
+        Kind.SWITCH,
+        default=False,
+        help_text="write the salt into the file: who has both can find a prompt that he knows",
+    )
+
     policy: str = setting(
         "policy", Kind.TEXT, "lru", f"which pages leave first: {', '.join(sorted(POLICIES))}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 
 from hicache.engine import Engine, events
 from hicache.engine.actions import Action
@@ -15,6 +16,7 @@ from hicache.runtime.namespaces import NamespaceBook
 from hicache.runtime.options import ServiceOptions
 from hicache.runtime.perform import Performer
 from hicache.runtime.ports import TierPort
+from hicache.runtime.recorder import Recorder
 from hicache.runtime.recovery import Recoverer
 from hicache.runtime.regions import RegionRegistry
 from hicache.runtime.stores import Stores, open_stores
@@ -51,6 +53,7 @@ class House:
             port.on_local = wake.ring
         self.recoverer: Recoverer | None = None
         self._recovering: asyncio.Task[None] | None = None
+        self.recorder: Recorder | None = None
 
     @property
     def lease_port(self) -> TierPort:
@@ -98,6 +101,21 @@ class House:
         if self._recovering is not None:
             await asyncio.shield(self._recovering)
 
+    # --- recording
+
+    def start_recording(self, options: ServiceOptions, clock: Clock) -> None:
+        """Record what is looked up and stored, where the options say so. Raises ConfigError."""
+        if options.record:
+            self.recorder = Recorder(
+                Path(options.record),
+                rotate_bytes=options.record_bytes,
+                files=options.record_files,
+                show_salt=options.record_salt,
+                clock=clock,
+                namespace=self.namespaces.find,
+            )
+            self.loop.watch = self.recorder.see
+
     # --- the end
 
     async def flush(self, timeout_ms: int) -> None:
@@ -120,6 +138,8 @@ class House:
             self.recoverer.stop()
         await self.recovered()
         self.loop.close()
+        if self.recorder is not None:
+            await asyncio.to_thread(self.recorder.close)
         self._wake.close()
         await asyncio.to_thread(self._workers.close)
         self.poll()  # a chunk that was read in may still go to its store; those that wait for a worker fail
@@ -137,6 +157,11 @@ async def open_house(options: ServiceOptions, clock: Clock, regions: RegionRegis
     stores = await asyncio.to_thread(open_stores, options, wake.ring)
     house = House(options, clock, stores, wake, regions)
     wake.call = house.poll
+    try:
+        house.start_recording(options, clock)
+    except ConfigError:
+        await house.close()
+        raise
     return house
 
 

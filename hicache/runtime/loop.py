@@ -57,6 +57,7 @@ class EngineLoop:
         self._closed = False
         self.failed: BaseException | None = None
         self.on_failed: Callable[[], None] = lambda: None
+        self.watch: Callable[[Event], None] | None = None  # sees every event before the engine does
 
     @property
     def open_requests(self) -> int:
@@ -81,6 +82,8 @@ class EngineLoop:
     def _step(self, event: Event) -> None:
         if self.failed is not None or self._closed:
             return
+        if self.watch is not None:
+            self.watch(event)
         try:
             for action in self._engine.handle(event, self._clock.now_ms()):
                 self._start(action)

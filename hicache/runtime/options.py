@@ -24,7 +24,8 @@ class ServiceOptions:
     ``bounce_bytes``: buffers for copies between tiers of which neither can be addressed. ``copy_chunk_bytes``: how
     much of a copy one worker does at a time. ``disk_sync``: fsync each commit, for power cuts. ``digest``: keep a
     running digest of the engine's actions. ``device_policy``, ``disk_admission`` and the like: "" as ``policy``,
-    ``admission``.
+    ``admission``. ``record``: a file for what is looked up and stored, of ``record_bytes`` at most; then it moves on,
+    ``record_files`` are kept; ``record_salt``: write the salt of its ids into it.
     """
 
     device: str = ""
@@ -58,6 +59,10 @@ class ServiceOptions:
     bounce_bytes: int = 64 << 20
     copy_chunk_bytes: int = 4 << 20
     digest: bool = False
+    record: str = ""
+    record_bytes: int = 256 << 20
+    record_files: int = 4
+    record_salt: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work. Raises ConfigError naming the flag."""
@@ -65,7 +70,15 @@ class ServiceOptions:
             value = getattr(self, field.name)
             if isinstance(value, int) and value < 0:
                 raise ConfigError(f"{flag(field.name)} must not be negative")
-        for name in ("disk_readers", "disk_compress_workers", "workers", "host_workers", "copy_chunk_bytes"):
+        for name in (
+            "disk_readers",
+            "disk_compress_workers",
+            "workers",
+            "host_workers",
+            "copy_chunk_bytes",
+            "record_bytes",
+            "record_files",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{flag(name)} must be at least 1")
         if self.bounce_bytes < self.copy_chunk_bytes:

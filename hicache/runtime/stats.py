@@ -94,6 +94,8 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
     totals = {name: value for name, value in totals.items() if type(value) is int and name != "tiers"}
     totals["orphan_pages"] = report.orphan_pages if report is not None else 0
     totals["differing_pages"] = house.performer.differing_pages
+    totals["recorded_entries"] = house.recorder.recorded if house.recorder is not None else 0
+    totals["unrecorded_entries"] = house.recorder.dropped if house.recorder is not None else 0
     gauges = {
         "stranded_pages": engine.stranded_pages,
         "copies_in_flight": house.copier.in_flight,

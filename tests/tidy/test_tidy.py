@@ -24,6 +24,7 @@ POSITIONAL_ARGS_MAX = 5
 BROAD_HANDLERS: dict[str, str] = {
     "hicache/rpc/server/edge.py:Edge.guard": "the RPC edge: logged with the request id, answered INTERNAL",
     "hicache/runtime/loop.py:EngineLoop._step": "the loop's edge: the service fails and says so",
+    "hicache/sim/traces/formats.py:with_tokenizer": "the package raises bare Exception; answered as ConfigError",
     "hicache/tier/encoder.py:Encoder._run": "a worker's loop edge: the batch completes with FAULT",
     "hicache/tier/host.py:_run": "a worker's loop edge: the batch completes with FAULT",
     "hicache/tier/reader.py:Readers._run": "a worker's loop edge: the batch completes with FAULT",
