@@ -77,7 +77,7 @@ def checksum(data: U8) -> int:
 def nonzero(mask: Bools) -> Positions:
     """Where a long mask that is nearly all False is True: eight entries looked at in one step."""
     whole = len(mask) // 8 * 8
-    eights = np.flatnonzero(mask[:whole].view(np.uint64))
-    rows, columns = np.nonzero(mask[:whole].reshape(-1, 8)[eights])
+    eights = np.flatnonzero(mask[:whole].view(np.uint64) != 0)  # of booleans it is quick
+    inside = np.flatnonzero(mask[:whole].reshape(-1, 8)[eights])
     rest = np.flatnonzero(mask[whole:]) + whole
-    return np.concatenate([eights[rows] * 8 + columns, rest])
+    return np.concatenate([eights[inside >> 3] * 8 + (inside & 7), rest])
