@@ -103,8 +103,11 @@ def _one_base(plane: U8) -> int:
 
 
 def pack(raw: U8, form: Form, shape: Shape, room: int) -> U8 | None:
-    """``room`` free bytes and the payload; None when too many numbers do not fit four bits."""
-    count = len(raw) // forms.item_bytes(form)
+    """``room`` free bytes and the payload; None when too many distances do not fit four bits, or for half a number."""
+    count, odd = divmod(len(raw), forms.item_bytes(form))
+    if odd or not count:
+        return None
+    shape = shape if shape.segments(count) else FLAT
     plane, below = scratch("plane", count), scratch("below", count + count % 2)
     forms.split_exponents(raw, form, plane)
     bases = distances(plane, shape, below[:count])

@@ -1,12 +1,12 @@
 """Quantisation of 16-bit floats, 64 numbers a group. A namespace asks for it by name; nothing else does.
 
-x is a number, y what comes back, m the largest |x| of its group, [a, b] the group's range, u(y) half the distance
-between y and the next number of the dtype (2^-9 |y| in bfloat16, 2^-12 |y| in float16, and never less than half the
-smallest subnormal). Bounds hold for every number of every page, zeros come back as zeros in fp8 and int8:
+x is a number, y what comes back, m the largest |x| of its group, [a, b] the group's range; t is the smallest subnormal
+of the dtype, u(y) its rounding: 2^-8 |y| in bfloat16, 2^-11 |y| in float16, at least t. Bounds hold for every number of
+every page; in fp8 and int8 zeros come back as zeros:
 
-    fp8-e4m3   |x - y| <= max(|x| / 16, m * 2^-17)            8.125 bits a number
-    int8-g64   |x - y| <= m / 252 + u(y)                      8.25 bits
-    int4-g64   |x - y| <= (b - a) / 29 + 2^-8 max(|a|, |b|) + u(y)     4.5 bits
+    fp8-e4m3   |x - y| <= max(|x| / 16, m / 2^17, t)                      8.125 bits a number
+    int8-g64   |x - y| <= m / 252 + u(y)                                  8.25 bits
+    int4-g64   |x - y| <= (b - a) / 29 + max(|a|, |b|) / 2^11 + u(y)      4.5 bits
 
 fp8: a power of two scales the group so that its maximum is at most 448; the number is then rounded to e4m3 (nearest,
 ties to even). Every such number is one of the dtype's own: decoding is exact, and quantising what was decoded changes
@@ -37,6 +37,7 @@ F32 = npt.NDArray[np.float32]
 _HEAD = struct.Struct("<I")
 _MIN_SAVING = 0.05
 _E4M3_MAX = 448.0
+_FP8_MIN_EXPONENT = {Form.BFLOAT16: -124, Form.FLOAT16: -15}
 
 
 def _wide(raw: U8, form: Form) -> F32:
@@ -83,11 +84,10 @@ def _float(words: U16) -> F32:
 
 def _fp8_codes(values: F32, form: Form) -> tuple[U8, U8]:
     peak = np.abs(values).max(axis=1)
-    # Exponent k of the group: peak <= 448 * 2^k, and 2^k * 2^-9 is a number of the dtype.
-    _, exponent = np.frexp(peak / np.float32(_E4M3_MAX))
-    exponent = np.maximum(exponent, -15 if form is Form.FLOAT16 else -115)
-    exact = np.ldexp(np.float32(_E4M3_MAX), exponent - 1) >= peak
-    k = np.where(exact & (exponent > (-15 if form is Form.FLOAT16 else -115)), exponent - 1, exponent)
+    # Exponent k of the group: the least with peak <= 448 * 2^k and 2^k * 2^-9 a number of the dtype.
+    _, k = np.frexp(peak / np.float32(_E4M3_MAX))
+    k = np.where(np.ldexp(np.float32(_E4M3_MAX), k - 1) >= peak, k - 1, k)
+    k = np.maximum(k, _FP8_MIN_EXPONENT[form])
     scaled = np.ldexp(values, -k[:, None])
     return (k + 128).astype(np.uint8), _e4m3(scaled.reshape(-1))
 
