@@ -1,8 +1,8 @@
 #!/bin/sh
 # Makes the environments of the measured peers: bench/.venvs/sglang and bench/.venvs/lmcache; fetches the weights
-# that bench/kv.py needs: bench/.venvs/kv.
+# that bench/kv.py needs: bench/.venvs/kv, and the compressors for bench/codec.py: bench/.venvs/codec.
 #
-#   bench/peers/setup.sh [sglang] [lmcache] [kv]      (all without arguments)
+#   bench/peers/setup.sh [sglang] [lmcache] [kv] [codec]      (all without arguments)
 #
 # CPU only. The peers are installed without their dependencies, of which many are CUDA packages of several GB;
 # what the measured parts import is installed by name below, the rest is left out or stubbed (see bench/README.md).
@@ -51,12 +51,21 @@ kv() {
     echo "kv: ready"
 }
 
-[ $# -gt 0 ] || set -- sglang lmcache kv
+codec() {
+    # Ours runs in it too, so that all compressors share one process; hicache itself comes by PYTHONPATH.
+    make_venv codec # zipnn imports torch
+    $pip numpy==2.4.6 zstandard==0.25.0 xxhash lmdb blosc2 rich prometheus_client
+    $pip --no-deps zipnn # it asks for torch's CUDA packages
+    "$venv/bin/python" -c "import blosc2, zipnn"
+    echo "codec: ready"
+}
+
+[ $# -gt 0 ] || set -- sglang lmcache kv codec
 for peer in "$@"; do
     case $peer in
-    sglang | lmcache | kv) "$peer" ;;
+    sglang | lmcache | kv | codec) "$peer" ;;
     *)
-        echo "unknown peer: $peer (sglang, lmcache, kv)" >&2
+        echo "unknown peer: $peer (sglang, lmcache, kv, codec)" >&2
         exit 2
         ;;
     esac

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from hicache.errors import ConfigError, NotFoundError, UnsupportedError
 from hicache.keys import fingerprint, validate, whole_pages
+from hicache.tier.codec_names import LOSSY, LOSSY_DTYPES, NAMESPACE_CODECS
 from hicache.types import Namespace, TierSpec, segment_slots
-
-CODECS = ("lossless", "raw")
 
 
 class NamespaceBook:
@@ -33,8 +32,7 @@ class NamespaceBook:
         validate(spec)
         if spec.world_size != 1:
             raise UnsupportedError(f"world_size {spec.world_size}: this release serves pages of one rank")
-        if spec.codec not in CODECS:
-            raise UnsupportedError(f"codec {spec.codec!r}: this release has {' and '.join(CODECS)}")
+        _check_codec(spec)
         for tier in self._specs:
             if tier.keyed and spec.page_bytes > tier.capacity_bytes // 4:
                 raise ConfigError(
@@ -68,3 +66,13 @@ class NamespaceBook:
     def prompt(self, number: int, prompt: bytes) -> bytes:
         """The whole pages of a prompt. Raises NotFoundError, InvalidArgumentError."""
         return whole_pages(self.find(number)[0], prompt)
+
+
+def _check_codec(spec: Namespace) -> None:
+    if spec.codec not in NAMESPACE_CODECS:
+        raise UnsupportedError(f"codec {spec.codec!r}: this release has {', '.join(NAMESPACE_CODECS)}")
+    if spec.codec in LOSSY and spec.kv_dtype not in LOSSY_DTYPES:
+        raise UnsupportedError(
+            f"codec {spec.codec!r} quantises {', '.join(LOSSY_DTYPES)}, not {spec.kv_dtype!r}",
+            hint="use lossless",
+        )

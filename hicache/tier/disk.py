@@ -20,6 +20,8 @@ import lmdb
 
 from hicache.errors import ConfigError, InvalidArgumentError, UnavailableError, ViolationError
 from hicache.keys import KEY_BYTES, fingerprint
+from hicache.tier.codec import PageCodec
+from hicache.tier.codec_names import LOSSLESS, PAGE_CODECS
 from hicache.tier.encoder import Encoder, PagePut
 from hicache.tier.folder import Folder
 from hicache.tier.lmdb_env import (
@@ -45,7 +47,6 @@ USABLE_PART = 0.85
 #: Lock files, FORMAT, STATE and its replacement, the folder itself; file-system metadata by the size.
 _OTHER_FILES_BYTES = 128 << 10
 _METADATA_PART = 1024
-_PAGE_CODECS = ("lossless", "raw")
 
 
 class DiskStore:
@@ -60,7 +61,7 @@ class DiskStore:
         sync: bool = False,
         readers: int = 2,
         compress_workers: int = 2,
-        page_codec: str = "lossless",
+        page_codec: str = LOSSLESS,
         group_bytes: int = 32 << 20,
         backlog_bytes: int = 256 << 20,
         tune_malloc: bool = True,
@@ -72,8 +73,9 @@ class DiskStore:
         capacity_bytes: bound on what ``du`` shows for the folder; at least ``MIN_CAPACITY_BYTES``.
         notify: called from worker threads when ``poll`` has something.
         sync: fsync every commit.
-        page_codec: "lossless" compresses where it pays, "raw" never. A namespace whose codec is "raw" is
-        stored raw. group_bytes: raw bytes of pages in one transaction; less for small capacities.
+        page_codec: "lossless" compresses where it pays, "lossless-fast" a little less and faster, "raw" never;
+        for lossless namespaces: one that names another codec gets that.
+        group_bytes: raw bytes of pages in one transaction; less for small capacities.
         backlog_bytes: raw bytes of pages encoded and not yet committed.
         tune_malloc: raise glibc's thresholds, process-wide (``lmdb_env.raise_malloc_thresholds``).
 
@@ -81,11 +83,12 @@ class DiskStore:
         """
         if capacity_bytes < MIN_CAPACITY_BYTES:
             raise ConfigError(f"disk capacity of {capacity_bytes} bytes is below {MIN_CAPACITY_BYTES}")
-        if page_codec not in _PAGE_CODECS:
-            raise ConfigError(f"disk page_codec {page_codec!r} is not one of {', '.join(_PAGE_CODECS)}")
+        if page_codec not in PAGE_CODECS:
+            raise ConfigError(f"disk page_codec {page_codec!r} is not one of {', '.join(PAGE_CODECS)}")
         spare = _OTHER_FILES_BYTES + capacity_bytes // _METADATA_PART
         self._map_bytes = (capacity_bytes - spare) // DISK_PAGE_BYTES * DISK_PAGE_BYTES
-        self._compress = page_codec != "raw"
+        self._page_codec = page_codec
+        self._codecs: dict[bytes, PageCodec] = {}  # by namespace; b"": pages of which nothing is known
         self._pid = os.getpid()
         self._closed = False
         self.last_error = ""
@@ -205,11 +208,14 @@ class DiskStore:
     def _page_put(self, pending: Pending, at: int) -> PagePut:
         records = pending.batch.records
         record = records[at] if records else None
-        namespace = self._namespaces.get(record.namespace) if record is not None else None
-        if namespace is None:
-            return PagePut(pending, at, record, dtype="", compress=self._compress)
-        compress = self._compress and namespace.codec != "raw"
-        return PagePut(pending, at, record, dtype=namespace.kv_dtype, compress=compress)
+        return PagePut(pending, at, record, self._codec_of(record.namespace if record is not None else b""))
+
+    def _codec_of(self, namespace_fingerprint: bytes) -> PageCodec:
+        namespace = self._namespaces.get(namespace_fingerprint)
+        name = namespace_fingerprint if namespace is not None else b""
+        if name not in self._codecs:
+            self._codecs[name] = PageCodec(namespace, setting=self._page_codec)
+        return self._codecs[name]
 
     def _note_error(self, text: str) -> None:
         self.last_error = text

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import deque
 
-from hicache.tier.codec import Encoded, encode
+from hicache.tier.codec import Encoded, PageCodec
 from hicache.tier.outbox import Pending
 from hicache.tier.priority import background
 from hicache.types import PageRecord
@@ -20,8 +20,7 @@ class PagePut:
     __slots__ = (
         "at",
         "charge_bytes",
-        "compress",
-        "dtype",
+        "codec",
         "encoded",
         "error",
         "key",
@@ -30,15 +29,12 @@ class PagePut:
         "record",
     )
 
-    def __init__(
-        self, pending: Pending, at: int, record: PageRecord | None, *, dtype: str, compress: bool
-    ) -> None:
+    def __init__(self, pending: Pending, at: int, record: PageRecord | None, codec: PageCodec) -> None:
         self.pending = pending
         self.at = at
         self.key = bytes(pending.batch.keys[at])
         self.record = record
-        self.dtype = dtype
-        self.compress = compress
+        self.codec = codec
         self.encoded: Encoded | None = None
         self.error = ""
         self.charge_bytes = 0  # set by the writer
@@ -53,7 +49,7 @@ class PagePut:
     def rejected(self) -> bool:
         """The source is not what its checksum says."""
         sums = self.pending.batch.checksums
-        return bool(sums) and self.encoded is not None and self.encoded.checksum != sums[self.at]
+        return bool(sums) and self.encoded is not None and self.encoded.source_checksum != sums[self.at]
 
 
 class Encoder:
@@ -109,7 +105,7 @@ class Encoder:
         while (put := self._next()) is not None:
             try:
                 page = put.pending.batch.buffers[put.at]
-                put.encoded = encode(page, put.key, dtype=put.dtype, compress=put.compress)
+                put.encoded = put.codec.encode(page, put.key)
             except Exception as exc:  # noqa: BLE001 - the loop's edge: becomes the page's FAULT
                 _log.exception("disk: encoding failed")
                 put.error = f"{type(exc).__name__}: {exc}"

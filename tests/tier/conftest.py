@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from hicache.types import Batch, Completion, Op, Outcome
+
+sys.path.insert(0, str(Path(__file__).parent))  # the kit beside
 
 
 class Driver:
