@@ -33,6 +33,9 @@ class RecoveredChain:
     symbols: bytes
     keys: list[bytes]
     charges: list[int]
+    last_use_ms: int = 0
+    hits: int = 0
+    parent_key: bytes = b""
 
 
 class Recovery:
