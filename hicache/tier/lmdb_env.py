@@ -46,7 +46,7 @@ class Database:
     meta: Any
     namespaces: Any
 
-    def used_bytes(self, txn: lmdb.Transaction) -> int:
+    def used_bytes(self, txn: lmdb.Transaction | WriteTxn) -> int:
         """Bytes of the file that hold live data, as the transaction sees it."""
         total = 0
         for db in (self.pages, self.pieces, self.meta, self.namespaces):
@@ -77,16 +77,16 @@ class WriteTxn:
 
     def get(self, key: bytes, *, db: Any) -> memoryview | None:
         """The value, as a view that ends with the next change."""
-        found: memoryview | None = self._txn.get(key, db=db)
-        return found
+        found = self._txn.get(key, db=db)
+        return None if found is None else memoryview(found)
 
     def cursor(self, *, db: Any) -> lmdb.Cursor:
         """A cursor."""
         return self._txn.cursor(db=db)
 
-    def stat(self, db: Any) -> dict[str, int]:
-        """A database's counts."""
-        return dict(self._txn.stat(db))
+    def stat(self, db: Any) -> Any:
+        """A database's counts, by name."""
+        return self._txn.stat(db)
 
 
 class Medium:

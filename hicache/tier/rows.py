@@ -110,6 +110,12 @@ def unpack_row(row: bytes) -> Row | None:
     return Row(charge & CHARGE_MASK, PageRecord(namespace, parent, row[_LINKS_1.size :]))
 
 
+def parent_of(row: bytes) -> bytes:
+    """The parent's key; empty for a page without a record."""
+    found = unpack_row(row)
+    return found.record.parent_key if found is not None and found.record is not None else b""
+
+
 def upgraded(row: bytes) -> bytes:
     """The row as version 2; bytes that are no row stay what they are."""
     if len(row) > VERSION_AT and row[VERSION_AT] == ROW_VERSION:

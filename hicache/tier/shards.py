@@ -108,9 +108,7 @@ def adopt_version_1(home: Path) -> None:
 def clear_leftovers(home: Path) -> None:
     """Remove what a process left that died while it made or removed a shard. Raises OSError."""
     for folder in (home / SHARDS).glob("*") if (home / SHARDS).is_dir() else ():
-        if folder.suffix in (_NEW, _OLD):
-            shutil.rmtree(folder)
-        elif folder.name.isdigit() and read_shard(folder) is None:
+        if folder.suffix in (_NEW, _OLD) or (folder.name.isdigit() and read_shard(folder) is None):
             shutil.rmtree(folder)
 
 
