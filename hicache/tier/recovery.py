@@ -114,14 +114,12 @@ class Recovery:
         self._on_end = on_end
         self.orphans: list[bytes] = []
         self.copies: list[tuple[Shard, bytes]] = []
-        self.surplus: list[bytes] = []
 
     def __iter__(self) -> Generator[RecoveredChain, None, None]:
         look = self._look()
         try:
             tables = self._scan(look)
             forests = self._grow(tables)
-            self.orphans.extend(self.surplus)
             for space in list(forests):
                 yield from _chains(look, space, forests.pop(space), tables.pop(space))
         finally:
@@ -174,7 +172,7 @@ class Recovery:
             forests[space] = grow_forest(rows, space)
         for space, doomed in surplus_of(forests, self._usable_bytes).items():
             rows = forests[space].rows
-            self.surplus += [rows.keys[i].tobytes() for i in np.flatnonzero(doomed)]
+            self.orphans += [rows.keys[i].tobytes() for i in np.flatnonzero(doomed)]
             kept = rows.take(np.flatnonzero(~doomed))
             if len(kept):
                 forests[space] = grow_forest(kept, space)
