@@ -33,7 +33,7 @@ from hicache.errors import ConfigError, InvalidArgumentError, UnavailableError, 
 from hicache.keys import KEY_BYTES, fingerprint
 from hicache.tier.attempts import Attempts
 from hicache.tier.codec import PageCodec
-from hicache.tier.codec_names import LOSSLESS
+from hicache.tier.codec_names import LOSSLESS, PAGE_CODECS
 from hicache.tier.commit import Committer
 from hicache.tier.encoder import Encoder, PagePut
 from hicache.tier.folder import Folder
