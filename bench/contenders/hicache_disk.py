@@ -28,7 +28,10 @@ import zstandard  # noqa: E402
 from contender import serve  # noqa: E402
 
 from hicache.keys import chain_keys, fingerprint  # noqa: E402
-from hicache.tier import codec, encoder  # noqa: E402
+from hicache.tier import codec, disk  # noqa: E402
+from hicache.tier.codec import record  # noqa: E402
+from hicache.tier.codec.estimate import Plan  # noqa: E402
+from hicache.tier.codec.forms import Form  # noqa: E402
 from hicache.tier.disk import DiskStore  # noqa: E402
 from hicache.types import Batch, Namespace, Op, Outcome, PageRecord  # noqa: E402
 
@@ -36,16 +39,20 @@ READERS = 2
 BATCH_PAGES = 16
 
 
-def put_zstd1_in_place() -> None:
-    """Make the encoder threads write one zstd-1 frame a page; our decoder reads those, as it reads any frame."""
-    local = threading.local()
+class Zstd1:
+    """A page codec that writes one zstd-1 frame a page; our decoder reads those, as it reads any frame."""
 
-    def encode(page: memoryview, key: bytes, **_hints: object) -> codec.Encoded:
-        if not hasattr(local, "compressor"):
-            local.compressor = zstandard.ZstdCompressor(level=1)
-        return codec.encode_frame(page, key, local.compressor.compress)
+    def __init__(self, _namespace: object = None, *, setting: str = "") -> None:
+        self._local = threading.local()
 
-    encoder.encode = encode  # type: ignore[assignment]
+    def encode(self, page: memoryview, key: bytes) -> codec.Encoded:
+        if not hasattr(self._local, "compressor"):
+            self._local.compressor = zstandard.ZstdCompressor(level=1)
+        raw = np.frombuffer(page, dtype=np.uint8)
+        frame = np.frombuffer(self._local.compressor.compress(page), dtype=np.uint8)
+        packed = np.empty(codec.HEADER_BYTES + len(frame), dtype=np.uint8)
+        np.copyto(packed[codec.HEADER_BYTES :], frame)
+        return record.store_packed(raw, key, Plan(codec.Codec.ZSTD, Form.OPAQUE), packed)
 
 
 class Bench:
@@ -66,13 +73,13 @@ class Bench:
         self.rung = threading.Event()
         self.store: DiskStore | None = None
         if self.codec == "zstd1":
-            put_zstd1_in_place()
+            disk.PageCodec = Zstd1  # type: ignore[assignment,misc]
+        self.setting = {"default": "lossless", "fast": "lossless-fast", "zstd1": "lossless", "raw": "raw"}[
+            self.codec
+        ]
 
     def open(self, *, sync: bool = False) -> DiskStore:
         capacity = max(self.pages.nbytes * 4, 64 << 20)
-        page_codec = {"default": "lossless", "fast": "lossless-fast", "zstd1": "lossless", "raw": "raw"}[
-            self.codec
-        ]
         store = DiskStore(
             self.folder,
             capacity,
@@ -80,7 +87,7 @@ class Bench:
             sync=sync,
             readers=READERS,
             compress_workers=2,
-            page_codec=page_codec,
+            page_codec=self.setting,
         )
         store.put_namespace(self.fingerprint, self.namespace)
         self.store = store
@@ -172,17 +179,13 @@ class Bench:
     def decode_bare(self) -> Callable[[], dict[str, Any]]:
         pages = self.pages[:32]
         key = bytes(32)
-        records = [
-            encoder.encode(
-                memoryview(p), key, **encoder.hints(self.namespace, compress=self.codec != "raw")
-            ).record
-            for p in pages
-        ]
+        page_codec = disk.PageCodec(self.namespace, setting=self.setting)
+        records = [page_codec.encode(memoryview(p), key).record for p in pages]
         into = [memoryview(np.ones_like(p)) for p in pages]
 
         def run() -> None:
-            for record, buffer in zip(records, into, strict=True):
-                if codec.decode(record, key, buffer).outcome is not Outcome.OK:
+            for stored, buffer in zip(records, into, strict=True):
+                if codec.decode(stored, key, buffer).outcome is not Outcome.OK:
                     raise RuntimeError("a record does not decode")
 
         return lambda: disk_common.timed_pages(run, len(pages))
