@@ -2,9 +2,9 @@
 
     python bench/codec.py [--count 8] [--repetitions 9] [--cases minilm causal ...] [--no-peers]
 
-Contenders take their samples in turn, all in one process; speeds are raw bytes over process CPU time, medians of at least
-seven samples. Ours are whole records: header, checksum of the page and of what is stored, both verified on reading;
-the others check nothing. Every lossless round trip is compared once. Writes ``bench/results/codec.json``.
+Contenders take their samples in turn, all in one process; speeds are raw bytes over process CPU time, medians of at
+least seven samples. Ours are whole records: checksums of the page and of what is stored, both verified on reading; the
+others check nothing. Every lossless round trip is compared once. Writes ``bench/results/codec.json``.
 
 Peers (blosc2, zipnn) need ``bench/peers/setup.sh codec`` once; everything then runs in that environment. The pages
 come from ``bench/kv.py``, the first time in the project's environment.
@@ -23,7 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
 import kv
