@@ -170,7 +170,8 @@ def _far(below: U8) -> Positions:
 
 def _gaps(places: Positions) -> U8:
     """Rising places as gaps, byte plane by byte plane."""
-    gaps = np.diff(places, prepend=0).astype("<u4")
+    gaps = places.astype("<u4")
+    gaps[1:] -= gaps[:-1].copy()
     return np.ascontiguousarray(gaps.view(np.uint8).reshape(-1, 4).T).reshape(-1)
 
 
