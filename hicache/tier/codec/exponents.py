@@ -111,7 +111,7 @@ def pack(raw: U8, form: Form, shape: Shape, room: int) -> U8 | None:
     plane, below = scratch("plane", count), scratch("below", count + count % 2)
     forms.split_exponents(raw, form, plane)
     bases = distances(plane, shape, below[:count])
-    below[count:] = 0
+    below[count:] = 0  # where one is left without a partner
     places = _far(below[:count])
     if len(places) > count // _MAX_ESCAPED_PART:
         return None
@@ -156,9 +156,8 @@ def unpack(payload: U8, form: Form, target: U8) -> bool:
     if escapes and places[-1] >= count:
         return False
     below[places] = escaped[:escapes]
-    plane = scratch("plane", count)
-    _below(bases, below, shape, plane)
-    forms.join(plane, payload[start:], form, target)
+    _below(bases, below, shape, below)  # in place: they are exponents now
+    forms.join(below, payload[start:], form, target)
     return True
 
 
@@ -171,7 +170,8 @@ def _far(below: U8) -> Positions:
 
 def _gaps(places: Positions) -> U8:
     """Rising places as gaps, byte plane by byte plane."""
-    gaps = np.diff(places, prepend=0).astype("<u4")
+    gaps = places.astype("<u4")
+    gaps[1:] -= gaps[:-1].copy()
     return np.ascontiguousarray(gaps.view(np.uint8).reshape(-1, 4).T).reshape(-1)
 
 

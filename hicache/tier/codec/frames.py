@@ -79,5 +79,7 @@ def nonzero(mask: Bools) -> Positions:
     whole = len(mask) // 8 * 8
     eights = np.flatnonzero(mask[:whole].view(np.uint64) != 0)  # of booleans it is quick
     inside = np.flatnonzero(mask[:whole].reshape(-1, 8)[eights])
-    rest = np.flatnonzero(mask[whole:]) + whole
-    return np.concatenate([eights[inside >> 3] * 8 + (inside & 7), rest])
+    found: Positions = eights[inside >> 3] * 8 + (inside & 7)
+    if whole == len(mask):
+        return found
+    return np.concatenate([found, np.flatnonzero(mask[whole:]) + whole])
