@@ -76,6 +76,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_machine(parser)
     add("--jobs", metavar="N", default="0", help="processes; default 0: one a core")
     add("--out", metavar="FOLDER", default="hicache-sim", help="where results go; default ./hicache-sim")
+    add(
+        "--no-oracle",
+        action="store_true",
+        help="leave out the offline optimum, which takes a while on long traces",
+    )
     add("--parquet", action="store_true", help="also write results.parquet (needs pyarrow)")
 
 
@@ -275,6 +280,10 @@ def _whole(text: str, flag: str) -> int:
     return int(text)
 
 
+def _jobs(arguments: argparse.Namespace) -> int:
+    return _whole(arguments.jobs, "--jobs") or os.cpu_count() or 1
+
+
 # --- work
 
 
@@ -323,7 +332,7 @@ def _sweep(
     from hicache.sim.sweep import Sweep
 
     sweep = Sweep(*world, Path(arguments.out), now_ns=Clock().now_ns)
-    jobs = _whole(arguments.jobs, "--jobs") or os.cpu_count() or 1
+    jobs = _jobs(arguments)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("cells", total=len(cells))
@@ -360,5 +369,13 @@ def _report(
     }
     prices = Prices(hour["gpu_usd"] * settings.model.gpus, hour["ram_usd"], hour["disk_usd"])
     command = shlex.join(["hicache", *sys.argv[1:]])
-    ask = sim_outputs.Wish(Path(arguments.out), baseline, command, parquet=arguments.parquet, prices=prices)
+    ask = sim_outputs.Wish(
+        Path(arguments.out),
+        baseline,
+        command,
+        parquet=arguments.parquet,
+        prices=prices,
+        oracle=not arguments.no_oracle,
+        jobs=_jobs(arguments),
+    )
     sim_outputs.write(ask, settings, trace, results, console)

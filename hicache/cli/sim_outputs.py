@@ -36,6 +36,8 @@ class Wish:
     command: str
     parquet: bool
     prices: Prices
+    oracle: bool
+    jobs: int
 
 
 def require_parquet() -> None:
@@ -59,6 +61,7 @@ def write(
     curve = lru_curve(ids, counted_from=warmup)
     lines = summary.lines(results, baseline=wish.baseline, curve=curve, prices=wish.prices)
     print_table(lines, wish.baseline, console)
+    best = _optimum(wish, trace, lines, console) if wish.oracle and not warmup else []
     folder = wish.folder
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for result in results:
@@ -71,7 +74,7 @@ def write(
         writer.writerows(rows)
     if wish.parquet:
         _write_parquet(rows, folder / "results.parquet")
-    _write_html(wish, settings, trace, lines, curve)
+    _write_html(wish, settings, trace, lines, _references(lines, curve, best))
     console.print(
         f"{folder / 'report.html'}: the report; beside it results.csv, results.json and a JSON file a cell",
         soft_wrap=True,
@@ -171,19 +174,42 @@ def _row(line: Line) -> tuple[str, ...]:
     )
 
 
+def _optimum(
+    wish: Wish, trace: PackedTrace, lines: Sequence[Line], console: Console
+) -> list[tuple[int, float]]:
+    from hicache.sim.bounds import optimum
+
+    with console.status("the offline optimum (--no-oracle leaves it out)"):
+        found = optimum(trace, [line.pages for line in lines], wish.folder, jobs=wish.jobs)
+    names = {line.pages: line.capacity for line in lines}
+    told = ", ".join(f"{names[pages]} {ratio:.4f}" for pages, ratio in found)
+    console.print(f"the offline optimum (Belady, all room in one tier): {told}", soft_wrap=True)
+    return found
+
+
+def _references(
+    lines: Sequence[Line], curve: Curve, best: list[tuple[int, float]]
+) -> dict[str, list[tuple[int, float]]]:
+    """Curves beside the policies': exact LRU, the optimum, and what no cache can pass."""
+    counts = sorted({line.pages for line in lines})
+    low, high = max(counts[0] // 2, 1), max(counts[-1] * 2, 2)
+    steps = sorted({max(1, round(low * (high / low) ** (at / 80))) for at in range(81)})
+    found = {"lru, exact": curve.points(steps)}
+    if best:
+        found["oracle"] = best
+    return found | {"unbounded": [(low, curve.bound), (high, curve.bound)]}
+
+
 def _write_html(
-    wish: Wish, settings: Settings, trace: PackedTrace, lines: Sequence[Line], curve: Curve
+    wish: Wish,
+    settings: Settings,
+    trace: PackedTrace,
+    lines: Sequence[Line],
+    references: dict[str, list[tuple[int, float]]],
 ) -> None:
     from hicache.sim.report import Story, render
     from hicache.version import __version__
 
-    counts = sorted({line.pages for line in lines})
-    low, high = max(counts[0] // 2, 1), max(counts[-1] * 2, 2)
-    steps = sorted({max(1, round(low * (high / low) ** (at / 80))) for at in range(81)})
-    references = {
-        "lru, exact": curve.points(steps),
-        "unbounded": [(low, curve.bound), (high, curve.bound)],
-    }
     sources = {
         "model": f"{settings.model.name}, {settings.model.source}",
         "hardware": f"{settings.hardware.name}, {settings.hardware.source}",

@@ -18,7 +18,12 @@ class Looks:
         names = list(dict.fromkeys(policies))
         self.fills = {name: f"f{at % COLOURS}" for at, name in enumerate(names)}
         self.all = {name: f"s{at % COLOURS} d{at // COLOURS % DASHES}" for at, name in enumerate(names)}
-        self.all |= dict.fromkeys(references, "ref")
+        self.all |= {name: reference_look(name) for name in references}
+
+
+def reference_look(name: str) -> str:
+    """Of a curve that is no policy's."""
+    return "best" if name == "oracle" else "ref"
 
 
 def point(line: Line) -> str:
@@ -84,7 +89,7 @@ def curves(
     charts = []
     for mode in dict.fromkeys(line.mode for line in lines):
         series = [
-            Series(name, "ref", [(pages, 1 - ratio) for pages, ratio in points])
+            Series(name, reference_look(name), [(pages, 1 - ratio) for pages, ratio in points])
             for name, points in references.items()
             if points
         ]
