@@ -36,6 +36,7 @@ COMMANDS = (
     Command("sim", "hicache.cli.sim", "replay a trace under policies and capacities, and report"),
     Command("stats", "hicache.cli.stats", "show what a running sidecar holds and does"),
     Command("tree", "hicache.cli.tree", "show the tree of cached prefixes"),
+    Command("advise", "hicache.cli.advise", "say what more or less room, or another policy, would do"),
     Command("doctor", "hicache.cli.doctor", "check this machine and say what to change"),
     Command("admin", "hicache.cli.admin", "check, clear or drain a running sidecar"),
 )
