@@ -57,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--limit", metavar="N", default="0", help="only the first N requests; default 0: all")
     add("--policy", metavar="NAMES", default="lru", help="policies, comma-separated; '{seed}' in a name becomes "
         "the seed; parameters go after a colon and are joined by ';': slru:protected=0.8;x=1")  # fmt: skip
-    add("--capacity", metavar="SIZES", default=CAPACITIES, help=f"comma-separated; default {CAPACITIES}")
+    add("--capacity", metavar="SIZES", default=CAPACITIES, help=f"comma-separated; default {CAPACITIES.replace('%', '%%')}")
     add(
         "--mode",
         metavar="MODES",
