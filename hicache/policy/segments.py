@@ -13,6 +13,7 @@ import heapq
 from collections.abc import Sequence
 from typing import Any
 
+from hicache.errors import ViolationError
 from hicache.policy.base import Plan, RunInfo
 from hicache.policy.ordered import OrderedPlan, OrderedPolicy
 from hicache.policy.records import Queue, Record
@@ -59,7 +60,10 @@ class SegmentedPolicy(OrderedPolicy):
 
     def find(self, run: int) -> Tally:
         """The record of a run. Raises ViolationError for an unknown one."""
-        return super().find(run)  # type: ignore[return-value]  # only Tally records come in
+        record = self.records.get(run)
+        if record is None:
+            raise ViolationError(f"policy: run {run} is not known")
+        return record
 
     def queue_of(self, record: Record) -> Queue:
         """That of its segment."""
