@@ -70,7 +70,7 @@ def _launch(core: Core, runs: list[Run], src: int, dst: int, draining: set[int])
         core.place(run, dst, places)
         core.set_state(run, dst, FILLING)
         if run.id in draining:
-            core.set_state(run, src, DRAINING)
+            core.set_state(run, src, DRAINING, evicted=True)
             namespace.pools[src].draining += core.run_units(run, src)
         if not src_keyed:
             sources.extend(run.slots[src] or ())
@@ -216,11 +216,12 @@ def finish(core: Core, event: CopyDone) -> None:
             same = next((at for at, other in enumerate(mine) if other is not outcome), run.pages)
             if same < run.pages:
                 todo.append(core.split(run, same))
-        charges = event.charges[pages : pages + run.pages]
-        pages += run.pages
-        _settle(core, job, run, outcome, charges, source_fault=event.source_fault)
-        moved += run.pages if outcome is Outcome.OK else 0
-        touched.append(run)
+        for part in core.cut_at_ghosts(run, job.dst) if outcome is Outcome.OK else [run]:
+            charges = event.charges[pages : pages + part.pages]
+            pages += part.pages
+            _settle(core, job, part, outcome, charges, source_fault=event.source_fault)
+            moved += part.pages if outcome is Outcome.OK else 0
+            touched.append(part)
     core.counters.copied_bytes[job.src][job.dst] += namespace.page_bytes * moved
     core.counters.copied_pages[job.src][job.dst] += moved
     for run in touched:

@@ -8,7 +8,7 @@ from array import array
 from collections import deque
 from typing import TYPE_CHECKING
 
-from hicache.types import Ack, Namespace, Outcome, Pressure
+from hicache.types import NO_USE, Ack, Namespace, Outcome, Pressure, Use
 
 if TYPE_CHECKING:
     from hicache.engine.pools import Pool
@@ -149,6 +149,7 @@ class Reservation:
     runs: list[Run] = dataclasses.field(default_factory=list)  # the anchor, if there is one
     ingests: deque[Ingest] = dataclasses.field(default_factory=deque)
     closing: bool = False
+    use: Use = NO_USE
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -162,6 +163,7 @@ class ReserveWaiter:
     ttl_ms: int
     deadline_ms: int
     pressure: Pressure
+    use: Use = NO_USE
     runs: list[Run] = dataclasses.field(default_factory=list)  # the anchor
 
 

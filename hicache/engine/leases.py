@@ -19,6 +19,7 @@ from hicache.engine.events import (
     Unpin,
 )
 from hicache.engine.holders import CopyJob, Lease, LeaseStage, NamespaceState, Operation
+from hicache.engine.pools import Pool
 from hicache.tree import Run
 from hicache.types import WritePolicy
 
@@ -30,7 +31,7 @@ TRIES = 8
 def touch(core: Core, event: Touch) -> None:
     """Count a look-up as a use."""
     namespace = core.namespaces[event.namespace]
-    core.touch(core.cut(namespace, namespace.tree.match(event.prompt)))
+    core.touch(core.cut(namespace, namespace.tree.match(event.prompt)), event.use)
 
 
 def fetch(core: Core, event: Fetch) -> None:
@@ -47,10 +48,10 @@ def fetch(core: Core, event: Fetch) -> None:
         core.reply(event.request, FetchResult(0, 0, 0, 0, (), 0, tier_pages))
         return
     runs = core.cut(namespace, match)
-    core.touch(runs)
+    core.touch(runs, event.use)
     tier = core.lease_tier
     namespace.pools[tier].tick = core.tick
-    missing = _count_hits(core, runs, tier_pages)
+    missing = _count_hits(core, runs, tier_pages, namespace.page_bytes)
     if core.options.write_policy is WritePolicy.SELECTIVE:
         _save_hot(core, runs)
     if missing and not event.promote:
@@ -65,7 +66,7 @@ def fetch(core: Core, event: Fetch) -> None:
     core.reply(event.request, view(core, lease) if lease.runs else _empty(lease))
 
 
-def _count_hits(core: Core, runs: list[Run], tier_pages: list[int]) -> bool:
+def _count_hits(core: Core, runs: list[Run], tier_pages: list[int], page_bytes: int) -> bool:
     """Count from where each page is served; whether some are not in the leases' tier. No run is DRAINING any more."""
     tier = core.lease_tier
     missing = False
@@ -75,9 +76,10 @@ def _count_hits(core: Core, runs: list[Run], tier_pages: list[int]) -> bool:
         else:
             missing = True
             tier_pages[run.state.index(RESIDENT)] += run.pages
-    hits = core.counters.hit_pages
+    hits, hit_bytes = core.counters.hit_pages, core.counters.hit_bytes
     for index, pages in enumerate(tier_pages):
         hits[index] += pages
+        hit_bytes[index] += pages * page_bytes
     return missing
 
 
@@ -110,11 +112,7 @@ def _lease(core: Core, lease: Lease, runs: list[Run], ttl_ms: int) -> None:
     if ttl_ms:
         lease.expires_ms = core.now_ms + ttl_ms
         core.at(lease.expires_ms, "lease", lease.id)
-    tier = lease.tier
-    for run in runs:
-        core.pin(run, tier)
-        run.holders.append(lease)
-    lease.runs = runs
+    core.pin_all(lease, runs, lease.tier)
 
 
 def _promote(core: Core, lease: Lease, session: int) -> int:
@@ -158,14 +156,13 @@ def advance(core: Core, operation: Operation) -> None:
     copies.finish_operation(core, operation)
 
 
-def advance_some(core: Core) -> None:
-    """Let operations that wait for room try again: in each pool those whose turn it is."""
+def advance_some(core: Core, pool: Pool) -> None:
+    """Let operations that wait for room in a pool try again: those whose turn it is."""
     if len(core.copies) >= core.options.max_copies:
         return
-    for pool in core.pools.values():
-        for operation in list(itertools.islice(pool.wanting.values(), TRIES)) if pool.wanting else ():
-            if operation.runs:
-                advance(core, operation)
+    for operation in list(itertools.islice(pool.wanting.values(), TRIES)):
+        if operation.runs:
+            advance(core, operation)
 
 
 def _start_one(core: Core, operation: Operation, run: Run) -> bool:
@@ -278,9 +275,10 @@ def view(core: Core, lease: Lease) -> FetchResult:
     pieces: list[Piece] = []
     granted = 0
     for run in lease.runs:
-        if run.state[tier] != RESIDENT or (core.condemned and (run.id, tier) in core.condemned):
+        slots = run.slots[tier]
+        if run.state[tier] != RESIDENT or not slots or (core.condemned and (run.id, tier) in core.condemned):
             break
-        pieces.append(Piece(tier, run.slots[tier] or ()))
+        pieces.append(Piece(tier, slots))
         granted += run.pages
     operation = core.operations.get(lease.operation)
     waiting = lease.operation if operation is not None and not operation.done else 0
@@ -318,10 +316,7 @@ def end(core: Core, lease: Lease) -> None:
     operation = core.operations.get(lease.operation)
     if operation is not None and not operation.done:
         drop_operation(core, operation)
-    tier = lease.tier
-    for run in lease.runs:
-        core.unpin(run, tier)
-        run.holders.remove(lease)
+    core.unpin_all(lease, lease.tier)
     later: Run | None = None
     for run in reversed(lease.runs):
         if not run.live:

@@ -1,7 +1,8 @@
-"""Admission: is a run worth a write to the next tier? A seam of its own, beside the order of eviction.
+"""The seam of admission: whether a run that leaves a tier is worth writing to the next.
 
-An admission remembers what it refused, in bounded memory, so that the second try of a page can go better. Ghost ids
-are those of the policies: one for each page, in page order.
+One admission object serves one pool of a lower tier. It is asked once for a run between two uses of it, and what it
+refuses it remembers itself, in bounded memory: the run is not copied, and if nobody else holds it it is gone. Ghost
+ids are those of the policies: one for each page, in page order.
 """
 
 from __future__ import annotations
@@ -112,9 +113,11 @@ class CostAware:
         return admitted
 
 
+#: The one that lets everything in.
+NO_ADMISSION = "always"
 #: Every admission by the name it has in settings.
 ADMISSIONS: Mapping[str, Callable[[], Admission]] = {
-    "always": Always,
+    NO_ADMISSION: Always,
     "cost": CostAware,
     "second-touch": SecondTouch,
     "tinylfu": TinyLfu,

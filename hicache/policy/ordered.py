@@ -85,13 +85,15 @@ class OrderedPolicy(abc.ABC):
 
     def hide(self, run: int) -> None:
         """The run is no candidate; idempotent. O(1): its entry goes when it is met."""
-        self.find(run).exposed = False
+        record = self.records.get(run) or self.find(run)
+        record.exposed = False
 
     def expose(self, run: int) -> None:
         """The run is a candidate; idempotent. O(log n) amortised."""
-        record = self.find(run)
+        record = self.records.get(run) or self.find(run)
         record.exposed = True
-        self.give_back(record)
+        if record.entry is None:
+            self.queue_of(record).push(record)
 
     def known(self, ghosts: Sequence[int]) -> int:
         """None: no ghosts here."""

@@ -6,6 +6,7 @@ import dataclasses
 
 from hicache.engine import EngineOptions
 from hicache.errors import ConfigError
+from hicache.policy.admission import NO_ADMISSION
 from hicache.types import LARGE_ALIGN_BYTES, TierKind, TierSpec, WritePolicy
 
 GENERATION_BYTES = 8  # width of the counters that clients read beside each host slot
@@ -22,7 +23,8 @@ class ServiceOptions:
     derived from the tier's capacity (``segment_bytes_for``). ``workers``: threads that copy clients' pages in.
     ``bounce_bytes``: buffers for copies between tiers of which neither can be addressed. ``copy_chunk_bytes``: how
     much of a copy one worker does at a time. ``disk_sync``: fsync each commit, for power cuts. ``digest``: keep a
-    running digest of the engine's actions.
+    running digest of the engine's actions. ``device_policy``, ``disk_admission`` and the like: "" as ``policy``,
+    ``admission``.
     """
 
     device: str = ""
@@ -36,6 +38,12 @@ class ServiceOptions:
     disk_readers: int = 2
     disk_compress_workers: int = 2
     policy: str = "lru"
+    device_policy: str = ""
+    host_policy: str = ""
+    disk_policy: str = ""
+    admission: str = NO_ADMISSION
+    host_admission: str = ""
+    disk_admission: str = ""
     write_policy: WritePolicy = WritePolicy.SELECTIVE
     selective_hits: int = 2
     default_ttl_ms: int = 30_000
@@ -117,6 +125,9 @@ class ServiceOptions:
         return EngineOptions(
             tiers=specs,
             policy=self.policy,
+            tier_policies=self._by_tier(specs, "policy"),
+            admission=self.admission,
+            tier_admissions=self._by_tier(specs[1:], "admission"),
             write_policy=self.write_policy,
             selective_hits=self.selective_hits,
             default_ttl_ms=self.default_ttl_ms,
@@ -127,6 +138,11 @@ class ServiceOptions:
             max_copies=self.max_copies,
             digest=self.digest,
         )
+
+    def _by_tier(self, specs: tuple[TierSpec, ...], what: str) -> dict[str, str]:
+        """The tiers for which a setting of their own is given. One for a tier that is left out means nothing."""
+        given = {spec.name: str(getattr(self, f"{spec.name}_{what}", "")) for spec in specs}
+        return {name: value for name, value in given.items() if value}
 
 
 def flag(name: str) -> str:

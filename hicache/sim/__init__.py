@@ -1,1 +1,1 @@
-"""Experiments: the serving engine and its policies under a virtual clock."""
+"""Experiments away from a running cache: traces, and the engine under a virtual clock."""

@@ -41,6 +41,8 @@ SETUPS = {
     "roomy": (tier(HOST, 400, 2), tier(DISK, 800)),
 }
 WIDTH = 4
+POLICY_NAMES = ("lru", "sieve", "remembering")
+ADMISSION_NAMES = ("always", "always", "twice", "never")
 
 
 def pack(tokens: list[int]) -> bytes:
@@ -84,7 +86,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize(
         setup=st.sampled_from(sorted(SETUPS)),
-        policy=st.sampled_from(["lru", "sieve"]),
+        policy=st.sampled_from(POLICY_NAMES),
+        admission=st.sampled_from(ADMISSION_NAMES),
         write=st.sampled_from(list(WritePolicy)),
         bounds=st.sampled_from([(1, 4), (3, 4), (64, 1), (64, 32)]),
         low=st.sampled_from([0.0, 0.3]),
@@ -95,6 +98,7 @@ class EngineMachine(RuleBasedStateMachine):
         self,
         setup: str,
         policy: str,
+        admission: str,
         write: WritePolicy,
         bounds: tuple[int, int],
         low: float,
@@ -105,6 +109,7 @@ class EngineMachine(RuleBasedStateMachine):
         options = EngineOptions(
             SETUPS[setup],
             policy=policy,
+            admission=admission,
             write_policy=write,
             max_copy_pages=bounds[0],
             max_copies=bounds[1],
@@ -121,7 +126,7 @@ class EngineMachine(RuleBasedStateMachine):
         for session in (1, 2):
             self.shell.handle(ev.SessionOpened(session, "default"))
         self.stored: dict[tuple[int, bytes], None] = {}
-        self.lost = False  # whether anything may have left the cache
+        self.lost = admission != "always"  # whether anything may have left the cache
         self.damaged = False  # whether a tier has lost anything
         self.reservations: dict[int, tuple[int, int, bytes, int, int]] = {}
         self.waiting: dict[int, tuple[int, int, bytes]] = {}
@@ -131,7 +136,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.leases: dict[int, tuple[int, int, bytes]] = {}
         self.pins: list[int] = []
         if options.tiers[-1].keyed:
-            self.lost = bool(found) and setup != "roomy"
+            self.lost = self.lost or (bool(found) and setup != "roomy")
             self.fill_disk(found)
 
     def fill_disk(self, found: list[tuple[int, bytes]]) -> None:

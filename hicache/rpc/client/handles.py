@@ -64,10 +64,10 @@ class NamespaceBase:
         return prompt.pack(self._state.spec, tokens, extra_keys)
 
     def _match(
-        self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, *, touch: bool
+        self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, ask: calls.MatchAsk
     ) -> Steps[MatchResult]:
         prompt, budget = self._pack(tokens, extra_keys), self._core.budget(timeout_s)
-        return flows.match(self._core, self._state, prompt, touch=touch, budget=budget)
+        return flows.match(self._core, self._state, prompt, ask, budget)
 
     def _fetch(
         self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, ask: calls.FetchAsk
