@@ -112,11 +112,7 @@ def _lease(core: Core, lease: Lease, runs: list[Run], ttl_ms: int) -> None:
     if ttl_ms:
         lease.expires_ms = core.now_ms + ttl_ms
         core.at(lease.expires_ms, "lease", lease.id)
-    tier = lease.tier
-    for run in runs:
-        core.pin(run, tier)
-        run.holders.append(lease)
-    lease.runs = runs
+    core.pin_all(lease, runs, lease.tier)
 
 
 def _promote(core: Core, lease: Lease, session: int) -> int:
@@ -279,9 +275,10 @@ def view(core: Core, lease: Lease) -> FetchResult:
     pieces: list[Piece] = []
     granted = 0
     for run in lease.runs:
-        if run.state[tier] != RESIDENT or (core.condemned and (run.id, tier) in core.condemned):
+        slots = run.slots[tier]
+        if run.state[tier] != RESIDENT or not slots or (core.condemned and (run.id, tier) in core.condemned):
             break
-        pieces.append(Piece(tier, run.slots[tier] or ()))
+        pieces.append(Piece(tier, slots))
         granted += run.pages
     operation = core.operations.get(lease.operation)
     waiting = lease.operation if operation is not None and not operation.done else 0
@@ -319,10 +316,7 @@ def end(core: Core, lease: Lease) -> None:
     operation = core.operations.get(lease.operation)
     if operation is not None and not operation.done:
         drop_operation(core, operation)
-    tier = lease.tier
-    for run in lease.runs:
-        core.unpin(run, tier)
-        run.holders.remove(lease)
+    core.unpin_all(lease, lease.tier)
     later: Run | None = None
     for run in reversed(lease.runs):
         if not run.live:
