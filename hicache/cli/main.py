@@ -33,6 +33,7 @@ COMMANDS = (
     Command("serve", "hicache.cli.serve", "run the sidecar"),
     Command("demo", "hicache.cli.demo", "show a sidecar at work, with every byte verified"),
     Command("replay", "hicache.cli.replay", "drive a sidecar with a recorded trace"),
+    Command("trace", "hicache.cli.trace", "statistics of traces, conversion, generation"),
     Command("stats", "hicache.cli.stats", "show what a running sidecar holds and does"),
     Command("tree", "hicache.cli.tree", "show the tree of cached prefixes"),
     Command("doctor", "hicache.cli.doctor", "check this machine and say what to change"),

@@ -63,14 +63,28 @@ PRESETS = {
 }
 
 
-def generated(preset: str, *, requests: int = 0, seed: int = 1, block_tokens: int = 0) -> Generated:
-    """A preset's trace; 0: the preset's own number. Raises InvalidArgumentError for an unknown name."""
+def generated(
+    preset: str,
+    *,
+    requests: int = 0,
+    seed: int = 1,
+    block_tokens: int = 0,
+    process: str = "",
+    every_ms: float = 0,
+) -> Generated:
+    """A preset's trace; 0 and "": the preset's own. Raises InvalidArgumentError for an unknown name."""
     mix = PRESETS.get(preset)
     if mix is None:
         raise InvalidArgumentError(f"no preset named {preset!r}", hint=f"one of {', '.join(PRESETS)}")
+    arrivals = dataclasses.replace(
+        mix.arrivals,
+        process=process or mix.arrivals.process,
+        every_ms=every_ms or mix.arrivals.every_ms,
+    )
     return Generated(
         dataclasses.replace(
             mix,
+            arrivals=arrivals,
             requests=requests or mix.requests,
             seed=seed,
             block_tokens=block_tokens or mix.block_tokens,
