@@ -190,7 +190,9 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1180px; margin: 24px auto; padding: 0 16px }}
 h1 {{ font-size: 22px; margin: 0 }} figure {{ margin: 0 }} figcaption {{ font-weight: 600; margin: 12px 0 4px }}
 main {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 8px 28px }}
-svg {{ width: 100%; font-size: 12px; fill: #4b5563 }} .g {{ stroke: #e5e7eb }} .l {{ fill: none; stroke-width: 2 }}
+svg {{ width: 100%; font-size: 12px; fill: #4b5563 }}
+.n {{ paint-order: stroke; stroke: #fff; stroke-width: 4px }} .g {{ stroke: #e5e7eb }}
+.l {{ fill: none; stroke-width: 2 }}
 footer {{ color: #6b7280; font-size: 13px; margin-top: 20px }}
 </style></head><body><h1>{title}</h1><p>{head}</p><main>{figures}</main>
 <footer>hicache {version}</footer></body></html>
