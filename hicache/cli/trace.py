@@ -39,7 +39,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the actions and their flags."""
     parser.description = "Look at traces, convert them, make them."
     parser.epilog = EPILOG
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", required=True, help="stats, convert or generate"
+    )
     stats = actions.add_parser(
         "stats", help="what a cache could find, reuse, sharing, lengths", allow_abbrev=False
     )

@@ -52,7 +52,7 @@ def test_bad_lines_are_told_and_strict_stops(tmp_path: Path, capsys: pytest.Capt
         (["stats", "{t}", "--limit", "x"], "--limit"),
         (["convert", "{t}", "{t}"], "same file"),
         (["convert", "{t}", "{o}", "--coarser", "0"], "--coarser"),
-        (["stats", "nowhere"], "cannot read trace"),
+        (["stats", "nowhere"], "cannot read nowhere"),
         (["generate", "{o}", "--seed", "-"], "--seed"),
     ],
 )

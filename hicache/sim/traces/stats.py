@@ -55,7 +55,7 @@ class TraceStats:
     """All of it. ``hit_curve``: (capacity in blocks, share of blocks whose reuse distance is below it).
 
     Reuse distance: different blocks used between two uses of a block. It tells what an LRU cache of blocks by
-    themselves finds; a prefix cache finds as much or less. ``unchained_blocks``: ids found at different places; a
+    themselves finds; a prefix cache finds as much or less. ``unchained_blocks``: ids caught at two depths; a
     prefix-chained trace has none. ``reuse_gap_ms``: since the deepest block that a request finds was last used.
     """
 
