@@ -61,7 +61,7 @@ class ServiceOptions:
     digest: bool = False
     record: str = ""
     record_bytes: int = 256 << 20
-    record_files: int = 4
+    record_files: int = 3
     record_salt: bool = False
 
     def __post_init__(self) -> None:
