@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 
 from hicache.cli import sim_compare, sim_outputs, terminal, units
 from hicache.errors import ConfigError
+from hicache.policy import POLICIES
+from hicache.sim.hardware import HARDWARE
+from hicache.sim.models import MODELS
 from hicache.types import TierKind, WritePolicy
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--block-tokens", metavar="N", default="0", help="tokens of a block; default: what the format says")
     add("--strict", action="store_true", help="stop at the first bad line instead of counting it")
     add("--limit", metavar="N", default="0", help="only the first N requests; default 0: all")
-    add("--policy", metavar="NAMES", default="lru", help="policies, comma-separated; '{seed}' in a name becomes "
+    add("--policy", metavar="NAMES", default="lru", help=f"policies, comma-separated, of {', '.join(sorted(POLICIES))}; '{{seed}}' in a name becomes "
         "the seed; parameters go after a colon and are joined by ';': slru:protected=0.8;x=1")  # fmt: skip
     add("--capacity", metavar="SIZES", default=CAPACITIES, help=f"comma-separated; default {CAPACITIES.replace('%', '%%')}")
     add(
@@ -86,8 +89,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _configure_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="llama-3-8b", help="its KV's size and its prefill; default llama-3-8b")
-    add("--hardware", default="h100-pcie5-nvme", help="links, disk and GPU; default h100-pcie5-nvme")
+    add("--model", default="llama-3-8b", help=f"{', '.join(MODELS)}: its KV's size and its prefill; default llama-3-8b")
+    add("--hardware", default="h100-pcie5-nvme", help=f"{', '.join(HARDWARE)}: links, disk and GPU; default h100-pcie5-nvme")
     add(
         "--constants",
         metavar="FILE",
@@ -305,7 +308,7 @@ def _packed(arguments: argparse.Namespace, console: Console) -> PackedTrace:
             name=Path(arguments.trace).name,
             sha256=trace.sha256() + (f"-first-{limit}" if limit else ""),
             block_tokens=trace.block_tokens,
-            problems=lambda: len(trace.problems),
+            problems=lambda: trace.problems.total,
         )
     facts = packed.facts
     console.print(

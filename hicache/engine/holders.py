@@ -85,6 +85,8 @@ class Operation:
     moved_pages: int = 0
     failed_pages: int = 0
     done: bool = False
+    step: int = 0  # pages of one copy
+    warm: bool = False  # started for a look-up; nobody waits
 
 
 @dataclasses.dataclass(slots=True, eq=False)

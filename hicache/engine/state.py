@@ -77,6 +77,10 @@ class State:
         # What admission said of a run: its last use then, for which tier, and the verdict.
         self.verdicts: dict[int, tuple[int, int, bool]] = {}
         self.uses: dict[Use, Use] = {}  # one object for equal ones, since every run points to one
+        self.warming: set[int] = set()  # operations that were started for look-ups
+        self.warmed: set[Run] = (
+            set()
+        )  # runs that these have brought to the leases' tier and no Fetch has used
         self.timers: list[tuple[int, int, str, int]] = []
         self.counters = Counters(len(self.tiers))
         self.now_ms = 0

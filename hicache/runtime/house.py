@@ -47,6 +47,7 @@ class House:
             chunk_bytes=options.copy_chunk_bytes,
             bounce_bytes=options.bounce_bytes,
             lanes=2 * options.workers,
+            now_ns=clock.now_ns,
         )
         self.performer = Performer(self.ports, self.copier, regions, self.loop.handle)
         for port in self.ports:

@@ -41,16 +41,27 @@ class PageCalls:
         self._latencies = latencies
         self._window = window
 
-    def match(self, namespace: int, prompt: bytes, *, touch: bool = False, use: Use = NO_USE) -> MatchView:
-        """How much of a prompt is cached, and where. ``touch`` counts it as a use, of which ``use`` tells more."""
+    def match(
+        self,
+        namespace: int,
+        prompt: bytes,
+        *,
+        touch: bool = False,
+        prefetch: bool = False,
+        use: Use = NO_USE,
+    ) -> MatchView:
+        """How much of a prompt is cached, and where. ``touch`` counts it as a use, of which ``use`` tells more.
+
+        ``prefetch`` also starts to promote what a Fetch would wait for, within bounds; nobody leases or awaits it.
+        """
         began = self._clock.now_ns()
         self._door.alive()
         prompt = self._namespaces.prompt(namespace, prompt)
         view = self._engine.match(namespace, prompt)
         if touch:
             self._saw(namespace, prompt, began)
-        if touch and view.pages:
-            self._loop.handle(events.Touch(namespace, prompt, use))
+        if (touch or prefetch) and view.pages:
+            self._loop.handle(events.Touch(namespace, prompt, use, prefetch))
         self._latencies.observe("match", self._clock.now_ns() - began)
         return view
 

@@ -278,6 +278,8 @@ class Grant:
     expires_in_ms: int
     operation: int
     tier_pages: tuple[int, ...]
+    pending_pages: int
+    pending_ms: int
     extents: tuple[Extent, ...]
     checksums: U64
     generations: U64
