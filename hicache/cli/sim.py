@@ -58,9 +58,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--block-tokens", metavar="N", default="0", help="tokens of a block; default: what the format says")
     add("--strict", action="store_true", help="stop at the first bad line instead of counting it")
     add("--limit", metavar="N", default="0", help="only the first N requests; default 0: all")
-    add("--policy", metavar="NAMES", default="lru", help=f"policies, comma-separated, of {', '.join(sorted(POLICIES))}; '{{seed}}' in a name becomes "
-        "the seed; parameters go after a colon and are joined by ';': slru:protected=0.8;x=1")  # fmt: skip
-    add("--capacity", metavar="SIZES", default=CAPACITIES, help=f"comma-separated; default {CAPACITIES.replace('%', '%%')}")
+    policies = ", ".join(sorted(POLICIES))
+    add("--policy", metavar="NAMES", default="lru", help=f"comma-separated, of {policies}; default lru. Parameters "
+        "follow a colon, joined by ';': slru:protected=0.8. '{seed}' becomes the seed: random:seed={seed}")  # fmt: skip
+    shares = CAPACITIES.replace("%", "%%")
+    add("--capacity", metavar="SIZES", default=CAPACITIES, help=f"comma-separated; default {shares}")
     add(
         "--mode",
         metavar="MODES",
@@ -89,8 +91,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _configure_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="llama-3-8b", help=f"{', '.join(MODELS)}: its KV's size and its prefill; default llama-3-8b")
-    add("--hardware", default="h100-pcie5-nvme", help=f"{', '.join(HARDWARE)}: links, disk and GPU; default h100-pcie5-nvme")
+    models, machines = ", ".join(MODELS), ", ".join(HARDWARE)
+    add("--model", default="llama-3-8b", help=f"the KV's size, and prefill: {models}; default llama-3-8b")
+    add(
+        "--hardware", default="h100-pcie5-nvme", help=f"links, disk, GPU: {machines}; default h100-pcie5-nvme"
+    )
     add(
         "--constants",
         metavar="FILE",
