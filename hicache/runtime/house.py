@@ -124,7 +124,9 @@ class House:
         self._wake.close()
         await asyncio.to_thread(self._workers.close)
         self.poll()  # a chunk that was read in may still go to its store; those that wait for a worker fail
-        for port in reversed(self.ports):  # what a lower tier has read goes to slots above it, which must be there
+        for port in reversed(
+            self.ports
+        ):  # what a lower tier has read goes to slots above it, which must be there
             await asyncio.to_thread(port.finish)
             self.poll()
         while self.poll():
