@@ -110,9 +110,10 @@ class State:
     def at(self, deadline_ms: int, kind: str, ident: int) -> None:
         """Have ``timers.fire`` look at this then. Stale timers are recognised there, or go when they are many."""
         heapq.heappush(self.timers, (deadline_ms, next(self.ids), kind, ident))
-        alive = len(self.leases) + len(self.reservations) + len(self.operations)
-        if len(self.timers) > 4 * alive + SLACK_TIMERS:
-            self._forget_timers()
+        if len(self.timers) > SLACK_TIMERS:
+            alive = len(self.leases) + len(self.reservations) + len(self.operations)
+            if len(self.timers) > 4 * alive + SLACK_TIMERS:
+                self._forget_timers()
 
     def _forget_timers(self) -> None:
         """Drop the timers of what is gone: O(timers), paid for by those that go."""

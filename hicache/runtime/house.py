@@ -144,8 +144,11 @@ class House:
         self._wake.close()
         await asyncio.to_thread(self._workers.close)
         self.poll()  # a chunk that was read in may still go to its store; those that wait for a worker fail
-        for port in self.ports:
+        for port in reversed(
+            self.ports
+        ):  # what a lower tier has read goes to slots above it, which must be there
             await asyncio.to_thread(port.finish)
+            self.poll()
         while self.poll():
             pass  # each chunk that fails lets the next one in, to fail as well
         assert not self.copier.in_flight, "a copy was lost"

@@ -108,3 +108,19 @@ def test_a_look_up_with_prefetch_brings_pages_up(tmp_path: Path) -> None:
             assert (counters["prefetched_pages"], counters["used_prefetched_pages"]) == (50, 50)
 
     asyncio.run(main())
+
+
+def test_a_service_that_closes_amid_promotions_ends_them(tmp_path: Path) -> None:
+    """What the disk has read still finds the host's slots; nothing is lost or raised."""
+
+    async def main() -> None:
+        for _ in range(5):
+            async with running(options(tmp_path)) as service:
+                await service.recovered()
+                client = TestClient(service)
+                await client.store(100, ack=Ack.DURABLE)
+                await service.evict(client.namespace, prompt(100), 0)
+                result = await client.fetch(100, wait_ms=0)
+                assert result.operation
+
+    asyncio.run(main())
