@@ -146,7 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
             _report(arguments, (settings, trace), results, console)
         for cell, problem in sweep.failures:
             console.print(
-                f"[red]failed[/]: {cell.policy} at {cell.capacity.label}: {problem}", soft_wrap=True
+                f"[red]failed[/]: {cell.policy} at {cell.capacity.label}: {problem.splitlines()[0]}",
+                soft_wrap=True,
             )
     return 1 if sweep.failures else 0
 

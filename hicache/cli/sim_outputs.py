@@ -139,39 +139,54 @@ def print_table(lines: Sequence[Line], baseline: str, console: Console) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    titles = ("policy", "capacity", "mode", "hit ratio", "95 %", f"against {baseline}", "= LRU at", "saved",
-              "TTFT p50", "p95", "p99", "refused")  # fmt: skip
-    for title in titles:
-        table.add_column(title, justify="left" if title in {"policy", "mode"} else "right")
+    shown = _columns(lines)
+    for title in shown:
+        name = f"against {baseline}" if title == "against" else title
+        table.add_column(name, justify="left" if title in {"policy", "mode"} else "right", no_wrap=True)
     for line in lines[:TABLE_LINES]:
-        table.add_row(*_row(line))
+        row = _row(line)
+        table.add_row(*(row[title] for title in shown))
     console.print(table)
     if len(lines) > TABLE_LINES:
         console.print(f"[dim]and {len(lines) - TABLE_LINES} more lines, in the files[/]")
 
 
-def _row(line: Line) -> tuple[str, ...]:
+def _columns(lines: Sequence[Line]) -> list[str]:
+    """Those that say something: a mode that all share, or refusals that there were none of, do not."""
+    titles = ["policy", "capacity", "mode", "hit ratio", "95 %", "against", "= LRU at", "saved", "TTFT p50", "p95", "p99",
+              "refused"]  # fmt: skip
+    rows = [_row(line) for line in lines]
+    dull = {"mode"} if len({line.mode for line in lines}) == 1 else set()
+    dull |= {
+        title for title in ("against", "= LRU at", "refused") if all(row[title] in {"", "0"} for row in rows)
+    }
+    return [title for title in titles if title not in dull]
+
+
+def _row(line: Line) -> dict[str, str]:
     gap = line.against
     against = ""
     if gap is not None:
         colour = ("green" if gap.value > 0 else "red") if gap.clear else "dim"
         against = f"[{colour}]{gap.value:+.4f}[/] ±{(gap.high - gap.low) / 2:.4f}"
-    equals = (
-        f"{line.equals_pages / line.pages:.2f}x" if line.equals_pages >= 0 and line.policy != "lru" else ""
-    )
     saved, computed = line.mean("prefill", "saved_s"), line.mean("prefill", "computed_s")
-    return (
-        line.policy,
-        line.capacity,
-        line.mode,
-        f"[bold]{line.hit_ratio.value:.4f}[/]",
-        f"±{(line.hit_ratio.high - line.hit_ratio.low) / 2:.4f}",
-        against,
-        equals,
-        f"{saved / (saved + computed):.1%}" if saved + computed else "",
-        *(units.human_duration(line.mean("ttft_ms", name)) for name in ("p50", "p95", "p99")),
-        f"{line.mean('refused_stores'):,.0f}",
-    )
+    times = {name: units.human_duration(line.mean("ttft_ms", name)) for name in ("p50", "p95", "p99")}
+    return {
+        "policy": line.policy,
+        "capacity": line.capacity,
+        "mode": line.mode,
+        "hit ratio": f"[bold]{line.hit_ratio.value:.4f}[/]",
+        "95 %": f"±{(line.hit_ratio.high - line.hit_ratio.low) / 2:.4f}",
+        "against": against,
+        "= LRU at": f"{line.equals_pages / line.pages:.2f}x"
+        if line.equals_pages >= 0 and line.policy != "lru"
+        else "",
+        "saved": f"{saved / (saved + computed):.1%}" if saved + computed else "",
+        "TTFT p50": times["p50"],
+        "p95": times["p95"],
+        "p99": times["p99"],
+        "refused": f"{line.mean('refused_stores'):,.0f}",
+    }
 
 
 def _optimum(
