@@ -39,6 +39,7 @@ COMMANDS = (
     Command("tree", "hicache.cli.tree", "show the tree of cached prefixes"),
     Command("advise", "hicache.cli.advise", "say what more or less room, or another policy, would do"),
     Command("doctor", "hicache.cli.doctor", "check this machine and say what to change"),
+    Command("policy", "hicache.cli.policy", "list eviction policies, or check one of your own"),
     Command("admin", "hicache.cli.admin", "check, clear or drain a running sidecar"),
 )
 
