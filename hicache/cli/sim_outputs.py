@@ -153,14 +153,12 @@ def print_table(lines: Sequence[Line], baseline: str, console: Console) -> None:
 
 def _columns(lines: Sequence[Line]) -> list[str]:
     """Those that say something: a mode that all share, or refusals that there were none of, do not."""
-    titles = ["policy", "capacity", "mode", "hit ratio", "95 %", "against", "= LRU at", "saved", "TTFT p50", "p95", "p99",
-              "refused"]  # fmt: skip
     rows = [_row(line) for line in lines]
     dull = {"mode"} if len({line.mode for line in lines}) == 1 else set()
     dull |= {
         title for title in ("against", "= LRU at", "refused") if all(row[title] in {"", "0"} for row in rows)
     }
-    return [title for title in titles if title not in dull]
+    return [title for title in rows[0] if title not in dull]
 
 
 def _row(line: Line) -> dict[str, str]:

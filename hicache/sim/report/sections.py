@@ -48,7 +48,8 @@ def findings(lines: Sequence[Line], baseline: str, page_bytes: int) -> list[str]
         if best.against is not None:
             sure = "" if best.against.clear else " (not clear of chance)"
             text += f", {best.against.value * 100:+.1f} points against {html.escape(baseline)}{sure}"
-        if best.equals_pages > 0 and best.policy != "lru":
+        gain = best.against is not None and best.against.clear and best.against.value > 0
+        if gain and best.equals_pages > 0 and best.policy != "lru":
             text += f"; LRU needs {size(best.equals_pages * page_bytes)} for that"
         if best.usd_saved_per_hour:
             text += (
