@@ -34,9 +34,12 @@ COMMANDS = (
     Command("demo", "hicache.cli.demo", "show a sidecar at work, with every byte verified"),
     Command("replay", "hicache.cli.replay", "drive a sidecar with a recorded trace"),
     Command("sim", "hicache.cli.sim", "replay a trace under policies and capacities, and report"),
+    Command("trace", "hicache.cli.trace", "statistics of traces, conversion, generation"),
     Command("stats", "hicache.cli.stats", "show what a running sidecar holds and does"),
     Command("tree", "hicache.cli.tree", "show the tree of cached prefixes"),
+    Command("advise", "hicache.cli.advise", "say what more or less room, or another policy, would do"),
     Command("doctor", "hicache.cli.doctor", "check this machine and say what to change"),
+    Command("policy", "hicache.cli.policy", "list eviction policies, or check one of your own"),
     Command("admin", "hicache.cli.admin", "check, clear or drain a running sidecar"),
 )
 

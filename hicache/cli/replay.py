@@ -22,7 +22,7 @@ from hicache.cli import config, link, report, sidecar, symbols, terminal, units
 from hicache.cli.drive import Driver, Tally
 from hicache.cli.settings import ServeConfig
 from hicache.cli.stats import plain
-from hicache.errors import ConfigError
+from hicache.errors import ConfigError, InvalidArgumentError
 from hicache.sim.traces import FORMAT_NAMES, Request, Trace, open_trace
 from hicache.sim.traces.facts import TraceFacts, facts
 from hicache.types import SymbolKind
@@ -112,8 +112,11 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.limit.isdecimal():
         raise ConfigError(f"--limit: {arguments.limit!r} is not a whole number of 0 or more")
     console = terminal.console(stderr=arguments.json == "-")
-    trace = open_trace(arguments.trace, format=arguments.format, strict=True)
-    found = facts(islice(trace, int(arguments.limit) or None))
+    try:
+        trace = open_trace(arguments.trace, format=arguments.format, strict=True)
+        found = facts(islice(trace, int(arguments.limit) or None))
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"--trace: {error.message}", hint=error.hint) from error
     console.print(
         f"{trace.name}: {found.requests:,} requests, {found.blocks:,} blocks, "
         f"{found.unique_blocks:,} of them different; an infinite cache hits {found.bound:.4f}",

@@ -140,7 +140,7 @@ class ServeConfig:
     record_bytes: int = setting(
         "recording", Kind.SIZE, 256 << 20, "size at which a recording moves on to FILE.1 and a new one begins"
     )
-    record_files: int = setting("recording", Kind.COUNT, 4, "recordings that are kept, with the current one")
+    record_files: int = setting("recording", Kind.COUNT, 3, "recordings that are kept, with the current one")
     record_salt: bool = setting(
         "recording",
         Kind.SWITCH,

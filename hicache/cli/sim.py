@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 
 from hicache.cli import sim_compare, sim_outputs, terminal, units
 from hicache.errors import ConfigError
+from hicache.policy import POLICIES
+from hicache.sim.hardware import HARDWARE
+from hicache.sim.models import MODELS
 from hicache.types import TierKind, WritePolicy
 
 if TYPE_CHECKING:
@@ -55,9 +58,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--block-tokens", metavar="N", default="0", help="tokens of a block; default: what the format says")
     add("--strict", action="store_true", help="stop at the first bad line instead of counting it")
     add("--limit", metavar="N", default="0", help="only the first N requests; default 0: all")
-    add("--policy", metavar="NAMES", default="lru", help="policies, comma-separated; '{seed}' in a name becomes "
-        "the seed; parameters go after a colon and are joined by ';': slru:protected=0.8;x=1")  # fmt: skip
-    add("--capacity", metavar="SIZES", default=CAPACITIES, help=f"comma-separated; default {CAPACITIES}")
+    policies = ", ".join(sorted(POLICIES))
+    add("--policy", metavar="NAMES", default="lru", help=f"comma-separated, of {policies}; default lru. Parameters "
+        "follow a colon, joined by ';': slru:protected=0.8. '{seed}' becomes the seed: random:seed={seed}")  # fmt: skip
+    shares = CAPACITIES.replace("%", "%%")
+    add("--capacity", metavar="SIZES", default=CAPACITIES, help=f"comma-separated; default {shares}")
     add(
         "--mode",
         metavar="MODES",
@@ -76,13 +81,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_machine(parser)
     add("--jobs", metavar="N", default="0", help="processes; default 0: one a core")
     add("--out", metavar="FOLDER", default="hicache-sim", help="where results go; default ./hicache-sim")
+    add(
+        "--no-oracle",
+        action="store_true",
+        help="leave out the offline optimum, which takes a while on long traces",
+    )
     add("--parquet", action="store_true", help="also write results.parquet (needs pyarrow)")
 
 
 def _configure_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", default="llama-3-8b", help="its KV's size and its prefill; default llama-3-8b")
-    add("--hardware", default="h100-pcie5-nvme", help="links, disk and GPU; default h100-pcie5-nvme")
+    models, machines = ", ".join(MODELS), ", ".join(HARDWARE)
+    add("--model", default="llama-3-8b", help=f"the KV's size, and prefill: {models}; default llama-3-8b")
+    add(
+        "--hardware", default="h100-pcie5-nvme", help=f"links, disk, GPU: {machines}; default h100-pcie5-nvme"
+    )
     add(
         "--constants",
         metavar="FILE",
@@ -133,7 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
             _report(arguments, (settings, trace), results, console)
         for cell, problem in sweep.failures:
             console.print(
-                f"[red]failed[/]: {cell.policy} at {cell.capacity.label}: {problem}", soft_wrap=True
+                f"[red]failed[/]: {cell.policy} at {cell.capacity.label}: {problem.splitlines()[0]}",
+                soft_wrap=True,
             )
     return 1 if sweep.failures else 0
 
@@ -275,6 +289,10 @@ def _whole(text: str, flag: str) -> int:
     return int(text)
 
 
+def _jobs(arguments: argparse.Namespace) -> int:
+    return _whole(arguments.jobs, "--jobs") or os.cpu_count() or 1
+
+
 # --- work
 
 
@@ -296,7 +314,7 @@ def _packed(arguments: argparse.Namespace, console: Console) -> PackedTrace:
             name=Path(arguments.trace).name,
             sha256=trace.sha256() + (f"-first-{limit}" if limit else ""),
             block_tokens=trace.block_tokens,
-            problems=lambda: len(trace.problems),
+            problems=lambda: trace.problems.total,
         )
     facts = packed.facts
     console.print(
@@ -323,7 +341,7 @@ def _sweep(
     from hicache.sim.sweep import Sweep
 
     sweep = Sweep(*world, Path(arguments.out), now_ns=Clock().now_ns)
-    jobs = _whole(arguments.jobs, "--jobs") or os.cpu_count() or 1
+    jobs = _jobs(arguments)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("cells", total=len(cells))
@@ -360,5 +378,13 @@ def _report(
     }
     prices = Prices(hour["gpu_usd"] * settings.model.gpus, hour["ram_usd"], hour["disk_usd"])
     command = shlex.join(["hicache", *sys.argv[1:]])
-    ask = sim_outputs.Wish(Path(arguments.out), baseline, command, parquet=arguments.parquet, prices=prices)
+    ask = sim_outputs.Wish(
+        Path(arguments.out),
+        baseline,
+        command,
+        parquet=arguments.parquet,
+        prices=prices,
+        oracle=not arguments.no_oracle,
+        jobs=_jobs(arguments),
+    )
     sim_outputs.write(ask, settings, trace, results, console)

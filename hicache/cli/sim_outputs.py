@@ -36,6 +36,8 @@ class Wish:
     command: str
     parquet: bool
     prices: Prices
+    oracle: bool
+    jobs: int
 
 
 def require_parquet() -> None:
@@ -59,6 +61,7 @@ def write(
     curve = lru_curve(ids, counted_from=warmup)
     lines = summary.lines(results, baseline=wish.baseline, curve=curve, prices=wish.prices)
     print_table(lines, wish.baseline, console)
+    best = _optimum(wish, trace, lines, console) if wish.oracle and not warmup else []
     folder = wish.folder
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for result in results:
@@ -71,7 +74,7 @@ def write(
         writer.writerows(rows)
     if wish.parquet:
         _write_parquet(rows, folder / "results.parquet")
-    _write_html(wish, settings, trace, lines, curve)
+    _write_html(wish, settings, trace, lines, _references(lines, curve, best))
     console.print(
         f"{folder / 'report.html'}: the report; beside it results.csv, results.json and a JSON file a cell",
         soft_wrap=True,
@@ -136,54 +139,90 @@ def print_table(lines: Sequence[Line], baseline: str, console: Console) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    titles = ("policy", "capacity", "mode", "hit ratio", "95 %", f"against {baseline}", "= LRU at", "saved",
-              "TTFT p50", "p95", "p99", "refused")  # fmt: skip
-    for title in titles:
-        table.add_column(title, justify="left" if title in {"policy", "mode"} else "right")
+    shown = _columns(lines)
+    for title in shown:
+        name = f"against {baseline}" if title == "against" else title
+        table.add_column(name, justify="left" if title in {"policy", "mode"} else "right", no_wrap=True)
     for line in lines[:TABLE_LINES]:
-        table.add_row(*_row(line))
+        row = _row(line)
+        table.add_row(*(row[title] for title in shown))
     console.print(table)
     if len(lines) > TABLE_LINES:
         console.print(f"[dim]and {len(lines) - TABLE_LINES} more lines, in the files[/]")
 
 
-def _row(line: Line) -> tuple[str, ...]:
+def _columns(lines: Sequence[Line]) -> list[str]:
+    """Those that say something: a mode that all share, or refusals that there were none of, do not."""
+    rows = [_row(line) for line in lines]
+    dull = {"mode"} if len({line.mode for line in lines}) == 1 else set()
+    dull |= {
+        title for title in ("against", "= LRU at", "refused") if all(row[title] in {"", "0"} for row in rows)
+    }
+    return [title for title in rows[0] if title not in dull]
+
+
+def _row(line: Line) -> dict[str, str]:
     gap = line.against
     against = ""
     if gap is not None:
         colour = ("green" if gap.value > 0 else "red") if gap.clear else "dim"
         against = f"[{colour}]{gap.value:+.4f}[/] ±{(gap.high - gap.low) / 2:.4f}"
-    equals = (
-        f"{line.equals_pages / line.pages:.2f}x" if line.equals_pages >= 0 and line.policy != "lru" else ""
-    )
     saved, computed = line.mean("prefill", "saved_s"), line.mean("prefill", "computed_s")
-    return (
-        line.policy,
-        line.capacity,
-        line.mode,
-        f"[bold]{line.hit_ratio.value:.4f}[/]",
-        f"±{(line.hit_ratio.high - line.hit_ratio.low) / 2:.4f}",
-        against,
-        equals,
-        f"{saved / (saved + computed):.1%}" if saved + computed else "",
-        *(units.human_duration(line.mean("ttft_ms", name)) for name in ("p50", "p95", "p99")),
-        f"{line.mean('refused_stores'):,.0f}",
-    )
+    times = {name: units.human_duration(line.mean("ttft_ms", name)) for name in ("p50", "p95", "p99")}
+    return {
+        "policy": line.policy,
+        "capacity": line.capacity,
+        "mode": line.mode,
+        "hit ratio": f"[bold]{line.hit_ratio.value:.4f}[/]",
+        "95 %": f"±{(line.hit_ratio.high - line.hit_ratio.low) / 2:.4f}",
+        "against": against,
+        "= LRU at": f"{line.equals_pages / line.pages:.2f}x"
+        if line.equals_pages >= 0 and line.policy != "lru"
+        else "",
+        "saved": f"{saved / (saved + computed):.1%}" if saved + computed else "",
+        "TTFT p50": times["p50"],
+        "p95": times["p95"],
+        "p99": times["p99"],
+        "refused": f"{line.mean('refused_stores'):,.0f}",
+    }
+
+
+def _optimum(
+    wish: Wish, trace: PackedTrace, lines: Sequence[Line], console: Console
+) -> list[tuple[int, float]]:
+    from hicache.sim.bounds import optimum
+
+    with console.status("the offline optimum (--no-oracle leaves it out)"):
+        found = optimum(trace, [line.pages for line in lines], wish.folder, jobs=wish.jobs)
+    names = {line.pages: line.capacity for line in lines}
+    told = ", ".join(f"{names[pages]} {ratio:.4f}" for pages, ratio in found)
+    console.print(f"the offline optimum (Belady, all room in one tier): {told}", soft_wrap=True)
+    return found
+
+
+def _references(
+    lines: Sequence[Line], curve: Curve, best: list[tuple[int, float]]
+) -> dict[str, list[tuple[int, float]]]:
+    """Curves beside the policies': exact LRU, the optimum, and what no cache can pass."""
+    counts = sorted({line.pages for line in lines})
+    low, high = max(counts[0] // 2, 1), max(counts[-1] * 2, 2)
+    steps = sorted({max(1, round(low * (high / low) ** (at / 80))) for at in range(81)})
+    found = {"lru, exact": curve.points(steps)}
+    if best:
+        found["oracle"] = best
+    return found | {"unbounded": [(low, curve.bound), (high, curve.bound)]}
 
 
 def _write_html(
-    wish: Wish, settings: Settings, trace: PackedTrace, lines: Sequence[Line], curve: Curve
+    wish: Wish,
+    settings: Settings,
+    trace: PackedTrace,
+    lines: Sequence[Line],
+    references: dict[str, list[tuple[int, float]]],
 ) -> None:
     from hicache.sim.report import Story, render
     from hicache.version import __version__
 
-    counts = sorted({line.pages for line in lines})
-    low, high = max(counts[0] // 2, 1), max(counts[-1] * 2, 2)
-    steps = sorted({max(1, round(low * (high / low) ** (at / 80))) for at in range(81)})
-    references = {
-        "lru, exact": curve.points(steps),
-        "unbounded": [(low, curve.bound), (high, curve.bound)],
-    }
     sources = {
         "model": f"{settings.model.name}, {settings.model.source}",
         "hardware": f"{settings.hardware.name}, {settings.hardware.source}",

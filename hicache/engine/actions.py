@@ -123,6 +123,7 @@ class FetchResult:
     pieces: Sequence[Piece]
     operation: int
     tier_pages: Sequence[int]
+    page_bytes: int = 0
 
 
 @dataclasses.dataclass(slots=True)

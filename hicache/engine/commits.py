@@ -264,12 +264,14 @@ def _add(
 
 def _appear(core: Core, run: Run, places: array[int]) -> list[Run]:
     """The run is in the first tier now, in the pieces in which its policy wants it."""
-    parts = core.cut_at_ghosts(run, FIRST)
+    pool = core.pool(run, FIRST)
+    parts = core.cut_at_ghosts(run, FIRST) if pool.policy.wants_ghosts else [run]
     start = 0
     for part in parts:
         mine = places if len(parts) == 1 else places[start : start + part.pages]
         core.appear(part, FIRST, mine)
-        shares.note_leaving(core, part, core.pool(part, FIRST))
+        if pool.leaving_runs is not None:
+            shares.note_leaving(core, part, pool)
         start += part.pages
     return parts
 

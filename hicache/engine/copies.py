@@ -11,6 +11,7 @@ import itertools
 from array import array
 from collections.abc import Callable, Sequence
 
+from hicache.engine import warming
 from hicache.engine.actions import Copy, OperationDone
 from hicache.engine.core import ABSENT, DRAINING, FILLING, RESIDENT, Core, namespace_of
 from hicache.engine.events import CopyDone
@@ -224,6 +225,8 @@ def finish(core: Core, event: CopyDone) -> None:
             touched.append(part)
     core.counters.copied_bytes[job.src][job.dst] += namespace.page_bytes * moved
     core.counters.copied_pages[job.src][job.dst] += moved
+    if core.warming and any(operation.warm for operation in job.operations):
+        warming.arrived(core, job, touched, moved)
     for run in touched:
         core.let_go(job, run)
     merge_all(core, touched)
@@ -313,6 +316,7 @@ def finish_operation(core: Core, operation: Operation) -> None:
     if operation.done or operation.runs or operation.copies:
         return
     operation.done = True
+    core.warming.discard(operation.id)
     core.emit(OperationDone(operation.id, operation.moved_pages, operation.failed_pages))
     core.finished.append(operation.id)
     while len(core.finished) > FINISHED_OPERATIONS:

@@ -42,6 +42,10 @@ class Counters:
     corrupt_pages: list[int] = dataclasses.field(default_factory=list)  # by tier
     failed_copy_pages: list[int] = dataclasses.field(default_factory=list)  # by destination tier
     recovered_pages: int = 0
+    prefetched_pages: int = 0  # promoted for look-ups
+    used_prefetched_pages: int = 0  # of those: a Fetch came for them
+    unused_prefetched_pages: int = 0  # of those: left the leases' tier before one came
+    skipped_prefetches: int = 0  # look-ups for which there was no bandwidth
     rescued_pages: int = 0
     refused_calls: int = 0
     waited_calls: int = 0

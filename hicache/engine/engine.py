@@ -101,7 +101,9 @@ class Engine:
             if core.savers:
                 for saver in list(core.savers.values()):
                     savers.advance(core, saver)
-            savers.work_backlog(core)
+            core.backlog_grew = False
+            if core.backlog:
+                savers.work_backlog(core)
             if len(core.tiers) > 1:
                 for pool in core.pools.values():
                     room.copy_down_cold(core, pool)

@@ -65,11 +65,12 @@ class NamespaceOpened:
 
 @dataclasses.dataclass(slots=True)
 class Touch:
-    """Count a look-up as a use; answered with nothing."""
+    """Count a look-up as a use; answered with nothing. ``prefetch``: start promoting what it found, within bounds."""
 
     namespace: int
     prompt: bytes
     use: Use = NO_USE
+    prefetch: bool = False
 
 
 @dataclasses.dataclass(slots=True)

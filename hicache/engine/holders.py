@@ -25,11 +25,11 @@ class NamespaceState:
     tree: Tree
     pools: list[Pool]
     recovered: list[ChainEnd] = dataclasses.field(default_factory=list)  # while a recovery goes on
+    page_bytes: int = dataclasses.field(init=False)  # of one page; the spec's, asked for often
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page."""
-        return self.spec.page_bytes
+    def __post_init__(self) -> None:
+        """Copy what is asked for often."""
+        self.page_bytes = self.spec.page_bytes
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -85,6 +85,8 @@ class Operation:
     moved_pages: int = 0
     failed_pages: int = 0
     done: bool = False
+    step: int = 0  # pages of one copy
+    warm: bool = False  # started for a look-up; nobody waits
 
 
 @dataclasses.dataclass(slots=True, eq=False)

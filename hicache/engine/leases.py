@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
-from hicache.engine import copies, room
+from hicache.engine import copies, room, warming
 from hicache.engine.actions import FetchResult, OperationResult, Piece, PinResult, RenewResult
 from hicache.engine.core import ABSENT, DRAINING, FILLING, RESIDENT, Core
 from hicache.engine.events import (
@@ -26,12 +26,20 @@ from hicache.types import WritePolicy
 OPERATOR = 0  # the session that owns pins
 #: How many of the operations that wait for room in a pool are tried each time.
 TRIES = 8
+#: A promotion is not cut into smaller copies than this.
+LEAST_COPY_BYTES = 1 << 20
 
 
 def touch(core: Core, event: Touch) -> None:
     """Count a look-up as a use."""
     namespace = core.namespaces[event.namespace]
-    core.touch(core.cut(namespace, namespace.tree.match(event.prompt)), event.use)
+    runs = core.cut(namespace, namespace.tree.match(event.prompt))
+    core.touch(runs, event.use)
+    if event.prefetch and runs and warming.may_start(core, runs):
+        operation = new_operation(core, namespace, core.lease_tier, runs, OPERATOR)
+        operation.warm = True
+        core.warming.add(operation.id)
+        advance(core, operation)
 
 
 def fetch(core: Core, event: Fetch) -> None:
@@ -51,6 +59,8 @@ def fetch(core: Core, event: Fetch) -> None:
     core.touch(runs, event.use)
     tier = core.lease_tier
     namespace.pools[tier].tick = core.tick
+    if core.warmed:
+        warming.used(core, runs)
     missing = _count_hits(core, runs, tier_pages, namespace.page_bytes)
     if core.options.write_policy is WritePolicy.SELECTIVE:
         _save_hot(core, runs)
@@ -129,7 +139,11 @@ def _promote(core: Core, lease: Lease, session: int) -> int:
 def new_operation(
     core: Core, namespace: NamespaceState, tier: int, runs: Sequence[Run], session: int
 ) -> Operation:
-    """An operation that is to bring these runs to a tier. The last is anchored until it has started."""
+    """An operation that is to bring these runs to a tier. The last is anchored until it has started.
+
+    Its pages go in page order: a prefix is of use only as far as it has no gap. They go in as many copies as it may
+    have under way, so that every reader of the tier they come from has work, but not in crumbs.
+    """
     operation = Operation(next(core.ids), session, namespace, tier)
     core.operations[operation.id] = operation
     core.at(core.now_ms + core.options.default_ttl_ms, "operation", operation.id)
@@ -138,6 +152,10 @@ def new_operation(
             core.hold(operation, run)
     if operation.runs:
         core.anchor(operation.runs[-1], 1)
+    parts = core.options.promotion_copies
+    pages = -(-sum(run.pages for run in operation.runs) // parts)
+    least = -(-LEAST_COPY_BYTES // namespace.page_bytes)
+    operation.step = min(max(pages, least), core.options.max_copy_pages)
     return operation
 
 
@@ -178,12 +196,13 @@ def _start_one(core: Core, operation: Operation, run: Run) -> bool:
         if source < 0 or not core.writable[tier]:
             _give_up(core, operation)
             return False
-        if len(core.copies) >= core.options.max_copies:
+        under_way = len(operation.copies) >= core.options.promotion_copies
+        if under_way or len(core.copies) >= core.options.max_copies:
             return False
         if run.state[source] == DRAINING:
             core.rescue(run)
-        if run.pages > core.options.max_copy_pages:
-            core.split(run, core.options.max_copy_pages)
+        if run.pages > operation.step:
+            core.split(run, operation.step)
         if not _start_copy(core, operation, run, source):
             return False
     _started(core, operation, run)
@@ -283,7 +302,14 @@ def view(core: Core, lease: Lease) -> FetchResult:
     operation = core.operations.get(lease.operation)
     waiting = lease.operation if operation is not None and not operation.done else 0
     return FetchResult(
-        lease.id, lease.matched_pages, granted, lease.expires_ms, pieces, waiting, lease.tier_pages
+        lease.id,
+        lease.matched_pages,
+        granted,
+        lease.expires_ms,
+        pieces,
+        waiting,
+        lease.tier_pages,
+        lease.namespace.page_bytes,
     )
 
 

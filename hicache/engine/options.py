@@ -20,8 +20,10 @@ class EngineOptions:
     written to the tiers below the first. ``selective_hits``: the use at which a run is
     copied down ahead of its eviction. ``expiry_grace_ms``: how long the slots of an expired lease rest before they
     may be used again. ``free_low_fraction``: below this share of free room a tier's coldest unsaved pages are copied
-    down ahead of need. ``max_copy_pages`` bounds one Copy, ``max_copies`` those under way. ``story_events``: how many
-    past events an internal error tells. ``digest``: keep a running digest of all actions (``Engine.action_digest``).
+    down ahead of need. ``max_copy_pages`` bounds one Copy, ``max_copies`` those under way, ``promotion_copies`` those
+    of one promotion, so that small ones do not wait behind large ones and a cancelled one wastes little.
+    ``story_events``: how many past events an internal error tells. ``digest``: keep a running digest of all actions
+    (``Engine.action_digest``).
     """
 
     tiers: tuple[TierSpec, ...]
@@ -37,6 +39,7 @@ class EngineOptions:
     free_low_fraction: float = 0.05
     max_copy_pages: int = 64
     max_copies: int = 32
+    promotion_copies: int = 4
     story_events: int = 64
     digest: bool = False
 
@@ -46,8 +49,11 @@ class EngineOptions:
             raise ConfigError(
                 "no tier is configured", hint="give at least one of device, host and disk a size"
             )
-        if self.selective_hits < 1 or self.max_copy_pages < 1 or self.max_copies < 1:
-            raise ConfigError("selective_hits, max_copy_pages and max_copies must be at least 1")
+        counts = (self.selective_hits, self.max_copy_pages, self.max_copies, self.promotion_copies)
+        if min(counts) < 1:
+            raise ConfigError(
+                "selective_hits, max_copy_pages, max_copies and promotion_copies must be at least 1"
+            )
         self._check_policies()
         if not 0.0 <= self.free_low_fraction < 1.0:
             raise ConfigError("free_low_fraction must be in [0, 1)")

@@ -83,7 +83,8 @@ class Plan:
             if kind is FAMILY:
                 for each in reversed(below(run)):
                     drop(self.core, each, evicted=True)
-            evict(self.core, run, self.tier, pages, unsaved=kind in {LAST, FAMILY})
+            unsaved = kind in {LAST, FAMILY} and bool(self.pool.lower_tiers)
+            evict(self.core, run, self.tier, pages, unsaved=unsaved)
 
     def abandon(self) -> list[tuple[Run, int]]:
         """Forget the plan; returns its dirty victims in policy order."""
@@ -164,11 +165,12 @@ class Plan:
 def evict(core: Core, run: Run, tier: int, pages: int, *, unsaved: bool = False) -> None:
     """Take the last ``pages`` of a run out of a tier at once; drop them if that was their last.
 
-    ``unsaved``: count them as such if a lower tier is configured.
+    ``unsaved``: count them as such, since a lower tier is configured.
     """
     if is_tip(run, tier) and not core.tiers[tier].keyed:
         tips.evict(core, run, tier, pages)
-        _count_dropped(core, run, tier, pages, unsaved=unsaved)
+        core.counters.dropped_pages[tier] += pages
+        core.counters.unsaved_dropped_pages += pages * unsaved
         return
     victim = run if pages == run.pages else core.split(run, run.pages - pages)
     core.leave(victim, tier, evicted=True)
@@ -176,14 +178,9 @@ def evict(core: Core, run: Run, tier: int, pages: int, *, unsaved: bool = False)
         core.counters.evicted_pages[tier] += pages
         copies.merge_all(core, [victim])
         return
-    _count_dropped(core, run, tier, pages, unsaved=unsaved)
-    core.prune(victim)
-
-
-def _count_dropped(core: Core, run: Run, tier: int, pages: int, *, unsaved: bool) -> None:
     core.counters.dropped_pages[tier] += pages
-    if unsaved and core.pool(run, tier).lower_tiers:
-        core.counters.unsaved_dropped_pages += pages
+    core.counters.unsaved_dropped_pages += pages * unsaved
+    core.prune(victim)
 
 
 def drop(core: Core, run: Run, *, evicted: bool = False) -> None:

@@ -145,9 +145,6 @@ def _finish(core: Core, saver: Saver) -> None:
 
 def work_backlog(core: Core) -> None:
     """Start early copies of runs that were written through, have become hot, or mend a gap."""
-    core.backlog_grew = False
-    if not core.backlog:
-        return
     while len(core.backlog) > MAX_BACKLOG:
         core.backlog.popitem(last=False)
     for _ in range(min(len(core.backlog), WINDOW)):

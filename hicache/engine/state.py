@@ -77,6 +77,10 @@ class State:
         # What admission said of a run: its last use then, for which tier, and the verdict.
         self.verdicts: dict[int, tuple[int, int, bool]] = {}
         self.uses: dict[Use, Use] = {}  # one object for equal ones, since every run points to one
+        self.warming: set[int] = set()  # operations that were started for look-ups
+        self.warmed: set[Run] = (
+            set()
+        )  # runs that these have brought to the leases' tier and no Fetch has used
         self.timers: list[tuple[int, int, str, int]] = []
         self.counters = Counters(len(self.tiers))
         self.now_ms = 0
@@ -106,9 +110,10 @@ class State:
     def at(self, deadline_ms: int, kind: str, ident: int) -> None:
         """Have ``timers.fire`` look at this then. Stale timers are recognised there, or go when they are many."""
         heapq.heappush(self.timers, (deadline_ms, next(self.ids), kind, ident))
-        alive = len(self.leases) + len(self.reservations) + len(self.operations)
-        if len(self.timers) > 4 * alive + SLACK_TIMERS:
-            self._forget_timers()
+        if len(self.timers) > SLACK_TIMERS:
+            alive = len(self.leases) + len(self.reservations) + len(self.operations)
+            if len(self.timers) > 4 * alive + SLACK_TIMERS:
+                self._forget_timers()
 
     def _forget_timers(self) -> None:
         """Drop the timers of what is gone: O(timers), paid for by those that go."""

@@ -101,7 +101,7 @@ class Steps(Names):
 
     def _know_alike(self, run: Run, other: Run) -> None:
         """What is known of one run holds for the other, too."""
-        for known in (self.holes, self.gaps):
+        for known in (self.holes, self.gaps, self.warmed):
             if run in known:
                 known.add(other)
         if run.id in self.backlog:
@@ -120,11 +120,14 @@ class Steps(Names):
         self.verdicts.pop(run.id, None)
         self.holes.discard(run)
         self.gaps.discard(run)
+        self.warmed.discard(run)
         if self.condemned:
             self.condemned -= {(run.id, tier) for tier in self.tier_range}
 
     def merge(self, run: Run) -> bool:
         """Join the run with the next one of its node if the two have become alike."""
+        if self.warmed and self._differ_in_use(run):
+            return False
         absorbed = run.tree.try_merge(run)
         if absorbed is None:
             return False
@@ -139,6 +142,10 @@ class Steps(Names):
                 else:
                     policy.expose(run.id)
         return True
+
+    def _differ_in_use(self, run: Run) -> bool:
+        """Whether the run was prefetched and not used, and the next one not, or the other way round."""
+        return any((run in self.warmed) != (after in self.warmed) for after in run.tree.child_runs(run))
 
     def prune(self, run: Run) -> None:
         """Take the run, and what its removal makes useless above, out of the tree if nothing needs it."""
@@ -160,6 +167,9 @@ class Steps(Names):
         policy = pool.policy
         if old == RESIDENT:
             policy.forget(run.id, self.page_ids(run) if evicted and policy.wants_ghosts else ())
+            if tier == self.lease_tier and run in self.warmed:
+                self.warmed.discard(run)
+                self.counters.unused_prefetched_pages += run.pages
         above = run.tree.set_state(run, tier, state)
         if state == RESIDENT:
             self._enter(run, tier, policy)

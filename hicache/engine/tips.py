@@ -19,6 +19,8 @@ def evict(core: Core, run: Run, tier: int, pages: int) -> None:
     """Take the last ``pages`` of a tip out of its tier and the tree."""
     pool: Pool = run.extra.pools[tier]  # type: ignore[attr-defined]  # hot: no cast, no call
     policy = pool.policy
+    if core.warmed and run in core.warmed:
+        core.counters.unused_prefetched_pages += pages
     ghosts = core.page_ids(run)[-pages:] if policy.wants_ghosts else ()
     if pages < run.pages:
         policy.trim(run.id, pages, ghosts)

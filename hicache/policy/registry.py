@@ -39,7 +39,11 @@ class Entry:
 
     def parameters(self) -> dict[str, object]:
         """Names and defaults."""
-        return {name: each.default for name, each in inspect.signature(self.make).parameters.items()}
+        return _parameters(self.make)
+
+
+def _parameters(make: Callable[..., Policy]) -> dict[str, object]:
+    return {name: each.default for name, each in inspect.signature(make).parameters.items()}
 
 
 ZOO: Mapping[str, Entry] = {
@@ -65,7 +69,7 @@ ZOO: Mapping[str, Entry] = {
 }
 
 #: Every eviction policy by the name it has in settings.
-POLICIES: Mapping[str, Callable[..., Policy]] = {name: entry.make for name, entry in ZOO.items()}
+POLICIES: dict[str, Callable[..., Policy]] = {name: entry.make for name, entry in ZOO.items()}
 
 
 def make_policy(name: str) -> Policy:
@@ -82,7 +86,7 @@ def make_policy(name: str) -> Policy:
 
 
 def _arguments(kind: str, settings: str) -> dict[str, object]:
-    defaults = ZOO[kind].parameters()
+    defaults = _parameters(POLICIES[kind]) if settings else {}
     arguments: dict[str, object] = {}
     for setting in settings.split(",") if settings else ():
         key, equals, text = setting.partition("=")

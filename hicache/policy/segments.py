@@ -13,6 +13,7 @@ import heapq
 from collections.abc import Sequence
 from typing import Any
 
+from hicache.errors import ViolationError
 from hicache.policy.base import Plan, RunInfo
 from hicache.policy.ordered import OrderedPlan, OrderedPolicy
 from hicache.policy.records import Queue, Record
@@ -59,7 +60,10 @@ class SegmentedPolicy(OrderedPolicy):
 
     def find(self, run: int) -> Tally:
         """The record of a run. Raises ViolationError for an unknown one."""
-        return super().find(run)  # type: ignore[return-value]  # only Tally records come in
+        record = self.records.get(run)
+        if record is None:
+            raise ViolationError(f"policy: run {run} is not known")
+        return record
 
     def queue_of(self, record: Record) -> Queue:
         """That of its segment."""
@@ -87,18 +91,15 @@ class SegmentedPolicy(OrderedPolicy):
 
     def move(self, record: Tally, segment: int, rank: int) -> None:
         """Another place for a known run. O(1), or O(log n) if its queue must change or its key shrank."""
-        old = record.key
         if segment != record.segment:
             self.sizes[record.segment] -= record.pages
             self.sizes[segment] += record.pages
             record.segment = segment
         elif rank >= record.rank:
-            record.place(rank)
+            record.rank = rank
             return
-        record.place(rank)
-        if record.entry is not None and (record.key < old or record.entry != record.key):
-            record.entry = None  # what stands in the queue is stale now
-        self.requeue(record)
+        record.rank = rank
+        self.requeue(record)  # what stands in a queue is stale now
 
     def requeue(self, record: Tally) -> None:
         """Give an exposed record a fresh entry in the queue it belongs in. O(log n) amortised."""

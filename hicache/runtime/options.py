@@ -13,6 +13,7 @@ GENERATION_BYTES = 8  # width of the counters that clients read beside each host
 SEGMENT_GRAIN_BYTES = 2 << 20  # a huge page
 SMALL_SEGMENT_BYTES = 1 << 20
 SEGMENTS_WANTED = 16
+MIN_PROMOTION_COPIES = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class ServiceOptions:
     digest: bool = False
     record: str = ""
     record_bytes: int = 256 << 20
-    record_files: int = 4
+    record_files: int = 3
     record_salt: bool = False
 
     def __post_init__(self) -> None:
@@ -149,6 +150,7 @@ class ServiceOptions:
             free_low_fraction=self.free_low_fraction,
             max_copy_pages=self.max_copy_pages,
             max_copies=self.max_copies,
+            promotion_copies=max(MIN_PROMOTION_COPIES, 2 * self.disk_readers),
             digest=self.digest,
         )
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from hicache.engine import Engine, MatchView, OperationView, events
 from hicache.engine.actions import FetchResult, OperationResult, RenewResult
+from hicache.runtime.advice import Window
 from hicache.runtime.clock import Clock
 from hicache.runtime.counters import Latencies
 from hicache.runtime.door import Door
@@ -29,6 +30,7 @@ class PageCalls:
         reader: PageReader,
         clock: Clock,
         latencies: Latencies,
+        window: Window,
     ) -> None:
         self._engine = engine
         self._loop = loop
@@ -37,17 +39,35 @@ class PageCalls:
         self._reader = reader
         self._clock = clock
         self._latencies = latencies
+        self._window = window
 
-    def match(self, namespace: int, prompt: bytes, *, touch: bool = False, use: Use = NO_USE) -> MatchView:
-        """How much of a prompt is cached, and where. ``touch`` counts it as a use, of which ``use`` tells more."""
+    def match(
+        self,
+        namespace: int,
+        prompt: bytes,
+        *,
+        touch: bool = False,
+        prefetch: bool = False,
+        use: Use = NO_USE,
+    ) -> MatchView:
+        """How much of a prompt is cached, and where. ``touch`` counts it as a use, of which ``use`` tells more.
+
+        ``prefetch`` also starts to promote what a Fetch would wait for, within bounds; nobody leases or awaits it.
+        """
         began = self._clock.now_ns()
         self._door.alive()
         prompt = self._namespaces.prompt(namespace, prompt)
         view = self._engine.match(namespace, prompt)
-        if touch and view.pages:
-            self._loop.handle(events.Touch(namespace, prompt, use))
+        if touch:
+            self._saw(namespace, prompt, began)
+        if (touch or prefetch) and view.pages:
+            self._loop.handle(events.Touch(namespace, prompt, use, prefetch))
         self._latencies.observe("match", self._clock.now_ns() - began)
         return view
+
+    def _saw(self, namespace: int, prompt: bytes, began_ns: int) -> None:
+        width = self._namespaces.find(namespace)[0].symbol_bytes
+        self._window.saw(namespace, prompt, width, began_ns // 1_000_000)
 
     # --- leases
 
@@ -71,6 +91,7 @@ class PageCalls:
         began = self._clock.now_ns()
         self._door.admit(session)
         whole = self._namespaces.prompt(namespace, prompt)
+        self._saw(namespace, whole, began)
         result = await self._loop.call(
             FetchResult,
             lambda request: events.Fetch(request, session, namespace, whole, max_pages, ttl_ms, promote, use),

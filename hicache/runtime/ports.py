@@ -15,6 +15,7 @@ from typing import Protocol, cast
 
 from hicache.errors import HicacheError
 from hicache.runtime.mapping import Mappable
+from hicache.runtime.pace import Pace
 from hicache.types import (
     SLOTS_PER_SEGMENT,
     AddressableStore,
@@ -94,6 +95,7 @@ class TierPort:
         self.health = Health()
         self.bytes_in = 0
         self.bytes_out = 0
+        self.pace = Pace()  # of promotions out of the tier
         self.on_latched: Callable[[TierPort], None] = lambda _: None
         self.on_opened: Callable[[TierPort, int, str], None] = lambda _port, _segment, _domain: None
         self.on_local: Callable[[], None] = lambda: None  # something for ``poll`` that no store rang for

@@ -9,6 +9,7 @@ One asyncio loop's thread owns it; all methods are called there. Copies run on w
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from hicache.engine import NodeView, events
 from hicache.engine.actions import DrainResult, FetchResult
 from hicache.errors import UnavailableError
+from hicache.runtime.advice import Advice, Window
 from hicache.runtime.clock import Clock
 from hicache.runtime.counters import Latencies
 from hicache.runtime.door import DRAINING, FAILED, SERVING, STOPPED, Door
@@ -64,6 +66,7 @@ class Service:
         self._house: House | None = None
         self._started_ms = 0
         self._switch_interval_s = 0.0
+        self._window = Window(self.specs)
 
     # --- life
 
@@ -79,6 +82,7 @@ class Service:
         self.specs = house.stores.specs
         self._switch_interval_s = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._window = Window(self.specs)
         self._bind(house)
         house.loop.on_failed = self._failed
         self._started_ms = self._clock.now_ms()
@@ -97,6 +101,7 @@ class Service:
             reader=reader,
             clock=self._clock,
             latencies=self.latencies,
+            window=self._window,
         )
         self.match, self.fetch, self.renew, self.release = (
             pages.match,
@@ -205,6 +210,7 @@ class Service:
         house = self._running
         self._door.admit()
         house.namespaces.check(spec)
+        self._window.open(spec.page_bytes)
         return house.open_namespace(spec)
 
     # --- reads
@@ -213,12 +219,35 @@ class Service:
         """Where the granted pages lie; empty columns where the lease's tier cannot be mapped."""
         return extents(self.regions, self._running.lease_port, result)
 
+    def pending(self, result: FetchResult) -> tuple[int, int]:
+        """Pages of a lease that are still on their way, and in how many ms the last may be there.
+
+        By the measured pace of the slowest tier that they come from. 0 ms: nothing is pending, or nothing was
+        promoted from there yet.
+        """
+        if not result.operation:
+            return 0, 0
+        house = self._running
+        pages = result.matched_pages - result.granted_pages
+        sources = [
+            port.pace
+            for port, served in zip(house.ports, result.tier_pages, strict=True)
+            if served and port is not house.lease_port
+        ]
+        size_bytes = pages * result.page_bytes
+        return pages, max((pace.wait_ms(size_bytes) for pace in sources), default=0)
+
     def stats(self) -> ServiceStats:
         """A snapshot of all counts."""
         house = self._running
         return service_stats(
             house, self._door.state, self._clock.now_ms() - self._started_ms, self.latencies.snapshot()
         )
+
+    async def advice(self) -> Advice:
+        """What other sizes and policies would have done with the last look-ups. Worked out on another thread."""
+        policy, now_ms = self.options.policy, self._clock.now_ns() // 1_000_000
+        return await asyncio.to_thread(self._window.advise, policy, now_ms)
 
     def check(self) -> None:
         """Recompute every invariant of the engine; raises ViolationError with its story."""

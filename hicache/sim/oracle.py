@@ -73,6 +73,7 @@ class _Oracle:
             found = next((at for at, block in enumerate(request) if block not in self._place), len(request))
             hits += found
             blocks += len(request)
+            uses = self._uses[now]
             later = []  # what is pinned now is no candidate before the next request
             for depth, block in enumerate(request):
                 place = (-uses[depth] if uses[depth] - now <= self._lookahead else -NEVER, now, -depth, block)

@@ -251,9 +251,11 @@ def test_pages_come_back_from_disk(make_client: Any, idle_sidecar: Any) -> None:
             assert evicted.pages == PAGES
             assert (await cache.match(TOKENS)).run_tiers == ("disk",)
             async with await cache.fetch(TOKENS) as lease:
+                assert lease.pending_pages == PAGES - len(lease)
                 while lease.operation:
                     await lease.wait(5_000)
                 assert len(lease) == PAGES
+                assert (lease.pending_pages, lease.pending_ms) == (0, 0)
                 out = np.zeros_like(data)
                 await lease.copy_into(out)
                 assert (out == data).all()

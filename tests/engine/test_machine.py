@@ -27,7 +27,7 @@ from hicache.engine import events as ev
 from hicache.engine.core import Core
 from hicache.errors import ErrorCode, NotFoundError
 from hicache.keys import chain_keys, fingerprint
-from hicache.types import Ack, Namespace, Outcome, Pressure, TierKind, WritePolicy
+from hicache.types import Ack, Namespace, Outcome, Pressure, TierKind, Use, WritePolicy
 
 T = TypeVar("T")
 DEVICE, HOST, DISK = TierKind.DEVICE, TierKind.HOST, TierKind.DISK
@@ -272,9 +272,10 @@ class EngineMachine(RuleBasedStateMachine):
             self.shell.handle(ev.Abort(session, ident))
 
     @when("touch")
-    @rule(namespace=NAMESPACES, prompt=PROMPTS)
-    def touch(self, namespace: int, prompt: bytes) -> None:
-        self.shell.handle(ev.Touch(namespace, prompt))
+    @rule(namespace=NAMESPACES, prompt=PROMPTS, promote=st.booleans())
+    def touch(self, namespace: int, prompt: bytes, promote: bool) -> None:
+        self.lost = self.lost or (promote and self.setup != "roomy")
+        self.shell.handle(ev.Touch(namespace, prompt, Use("chat", len(prompt)), promote))
 
     @when("prefetch")
     @rule(
@@ -481,6 +482,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def nothing_left(self, core: Core) -> None:
         """No set, queue or table still knows anything."""
+        assert not (core.warming or core.warmed or core.verdicts)
         assert not (core.holes or core.gaps or core.condemned or core.backlog or core.savers or core.ingests)
         assert not any(pool.waiters or pool.wanting or pool.draining for pool in core.pools.values())
 

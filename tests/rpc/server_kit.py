@@ -201,6 +201,9 @@ class FakeService:
             generations=[2, 4],
         )
 
+    def pending(self, result: actions.FetchResult) -> tuple[int, int]:
+        return self.note("pending", result) or (1, 25)
+
     def lease_view(self, session: int, lease: int) -> actions.FetchResult:
         return self.note("lease_view", session, lease) or actions.FetchResult(
             lease, 3, 3, 1500, (), 0, [2, 1]

@@ -78,6 +78,7 @@ def test_match_and_fetch_translate(tmp_path: Path) -> None:
                     namespace_id=namespace,
                     prompt=prompt,
                     touch=True,
+                    prefetch=True,
                     request_class="chat",
                     turn=3,
                     cost_per_page=0.5,
@@ -86,7 +87,7 @@ def test_match_and_fetch_translate(tmp_path: Path) -> None:
             assert (answer.matched_pages, [*answer.run_pages], [*answer.run_tier]) == (3, [2, 1], [0, 1])
             whole = prompt[: 12 * 4]
             ((args, kwargs),) = house.service.called("match")
-            assert (args, kwargs["touch"]) == ((namespace, whole), True)
+            assert (args, kwargs["touch"], kwargs["prefetch"]) == ((namespace, whole), True, True)
             assert kwargs["use"] == Use("chat", 3, 0.5)
             fetched = await house.client.cache.Fetch(
                 cache_pb2.FetchRequest(
@@ -101,6 +102,7 @@ def test_match_and_fetch_translate(tmp_path: Path) -> None:
             assert fetched.expires_in_ms == 500
             assert [*fetched.extents.checksums] == [7, 1 << 63]
             assert (fetched.operation_id, [*fetched.tier_pages]) == (9, [2, 1])
+            assert (fetched.pending_pages, fetched.pending_ms) == (1, 25)
             ((args, kwargs),) = house.service.called("fetch")
             assert args == (1, namespace, whole)
             assert kwargs["ttl_ms"] < 1 << 62

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import subprocess
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -279,3 +281,13 @@ def test_tiers_come_once_and_fastest_first() -> None:
 def test_settings_that_cannot_be_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--"):
         Settings(**bad)
+
+
+def test_the_replay_core_imports_the_standard_library_only() -> None:
+    """It runs on a bare checkout: with everything else blocked, a trace is packed and replayed."""
+    code = (
+        "import sys\n"
+        "for name in ('numpy', 'zstandard', 'lmdb', 'grpc', 'google', 'xxhash', 'rich', 'torch'): sys.modules[name] = None\n"
+        "import hicache.sim.cell, hicache.sim.sweep, hicache.sim.packed, hicache.sim.serving\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

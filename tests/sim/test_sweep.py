@@ -17,6 +17,7 @@ from sim_kit import SETTINGS, capacity, cell, chat, packed
 from hicache.cli.main import main
 from hicache.cli.sim import parse_capacity, parse_mode
 from hicache.errors import ConfigError
+from hicache.sim.bounds import optimum
 from hicache.sim.cell import Cell
 from hicache.sim.options import Arrivals, Size, Unit
 from hicache.sim.packed import PackedTrace
@@ -85,6 +86,20 @@ def test_a_cell_that_fails_is_told_and_not_kept(tmp_path: Path) -> None:
             assert [failed for failed, _ in run.failures] == [bad]
             assert "no-such-policy" in run.failures[0][1]
             assert len(stored_results(tmp_path / str(jobs))) == 1
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_optimum_bounds_every_policy_and_is_kept(tmp_path: Path, jobs: int) -> None:
+    with packed(tmp_path, chat(6, 200)) as trace:
+        found = dict(optimum(trace, [80, 40, 5000, 40], tmp_path, jobs=jobs))
+        assert list(found) == [40, 80, 5000]
+        results, _ = sweep(trace, tmp_path, CELLS)
+        for what, result in zip(CELLS, results, strict=True):
+            assert result["hit_ratio"] < found[int(what.capacity.sizes[0].amount)]
+        assert found[5000] == pytest.approx(trace.facts.bound)
+        (kept,) = tmp_path.glob("*.optimum.json")
+        kept.write_text(json.dumps({"40": 0.125, "80": 0.25}))
+        assert optimum(trace, [40, 80], tmp_path, jobs=jobs) == [(40, 0.125), (80, 0.25)]
 
 
 # --- the command line
@@ -293,7 +308,7 @@ def test_the_report_is_whole_and_needs_nothing_from_elsewhere(
     assert reader.open == []
     assert reader.fetched == []
     assert not re.search(r"https?://|url\(|@import|fetch\(|XMLHttp", text)
-    assert {"lru", "sieve", "lru, exact", "unbounded"} <= reader.series
+    assert {"lru", "sieve", "lru, exact", "oracle", "unbounded"} <= reader.series
     for heading in (
         "In short", "Miss ratio by capacity", "Against the baseline", "Hits by tier", "Bytes moved", "Prefill saved",
         "Time to first token", "Cost of a hit", "Capacity that a policy is worth", "All cells", "How to run it again",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hicache.rpc.client.client import Client, Lease, NamespaceHandle, Reservation
 from hicache.rpc.client.options import ClientOptions, DataPlane, Tls, Verify
 from hicache.rpc.client.results import (
+    Advice,
     CheckResult,
     CommitResult,
     EvictResult,
@@ -18,6 +19,7 @@ from hicache.rpc.client.results import (
 )
 
 __all__ = [
+    "Advice",
     "CheckResult",
     "Client",
     "ClientOptions",

@@ -9,7 +9,7 @@ from hicache.rpc.client.arguments import count_of
 from hicache.rpc.client.driver import Driver
 from hicache.rpc.client.handles import NamespaceBase
 from hicache.rpc.client.prompt import Tokens
-from hicache.rpc.client.results import CheckResult, EvictResult, PinResult, Stats, Tree
+from hicache.rpc.client.results import Advice, CheckResult, EvictResult, PinResult, Stats, Tree
 
 
 class Admin:
@@ -65,6 +65,10 @@ class Admin:
     def check(self) -> CheckResult:
         """The engine's own invariant check; takes time in proportion to what is cached."""
         return self._driver.run(administration.check(self._driver.core))
+
+    def advice(self) -> Advice:
+        """What other sizes and policies would have done with the last look-ups; takes about a second."""
+        return self._driver.run(administration.advice(self._driver.core))
 
     def drain(self, grace_ms: int = 10_000) -> None:
         """Stop the sidecar gracefully."""

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 
 from hicache.rpc.client.calls import Who
 from hicache.rpc.client.results import (
+    Advice,
     CheckResult,
     EvictResult,
     LatencyStats,
     PinResult,
+    PolicyAdvice,
+    SizeAdvice,
     Stats,
     TierStats,
     Tree,
@@ -65,6 +68,20 @@ def parse_evict(message: admin_pb2.EvictResponse | admin_pb2.ClearResponse) -> E
 def parse_check(message: admin_pb2.CheckResponse) -> CheckResult:
     """The answer to Check."""
     return CheckResult(message.ok, message.problem, message.action_digest)
+
+
+def parse_advice(message: admin_pb2.GetAdviceResponse) -> Advice:
+    """The answer to GetAdvice."""
+    return Advice(
+        message.uses,
+        message.rate,
+        message.span_ms,
+        message.unbounded,
+        tuple(
+            SizeAdvice(each.tier, each.factor, each.capacity_bytes, each.hit_ratio) for each in message.sizes
+        ),
+        tuple(PolicyAdvice(each.name, each.hit_ratio, each.current) for each in message.policies),
+    )
 
 
 def parse_stats(message: admin_pb2.GetStatsResponse) -> Stats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hicache.rpc.client import admin_calls, calls
 from hicache.rpc.client.core import Budget, Core, NamespaceState, named, simple, tier_index
-from hicache.rpc.client.results import CheckResult, EvictResult, PinResult, Stats, Tree
+from hicache.rpc.client.results import Advice, CheckResult, EvictResult, PinResult, Stats, Tree
 from hicache.rpc.client.session import Link
 from hicache.rpc.client.steps import Steps
 from hicache.rpc.pb import admin_pb2
@@ -94,6 +94,17 @@ def check(core: Core) -> Steps[CheckResult]:
         core, "Check", lambda link: admin_pb2.CheckRequest(session_id=link.session_id), core.budget(None)
     )
     return admin_calls.parse_check(reply.message)
+
+
+def advice(core: Core) -> Steps[Advice]:
+    """What other sizes and policies would have done."""
+    reply = yield from simple(
+        core,
+        "GetAdvice",
+        lambda link: admin_pb2.GetAdviceRequest(session_id=link.session_id),
+        core.budget(None),
+    )
+    return admin_calls.parse_advice(reply.message)
 
 
 def drain(core: Core, grace_ms: int) -> Steps[None]:

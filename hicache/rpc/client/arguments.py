@@ -114,9 +114,9 @@ def refuse_torch_views(*, copy: bool) -> None:
         )
 
 
-def match_ask(use: Use | None, *, touch: bool) -> MatchAsk:
+def match_ask(use: Use | None, *, touch: bool, prefetch: bool) -> MatchAsk:
     """What a caller asks of Match. Raises InvalidArgumentError."""
-    return MatchAsk(touch, use_of(use))
+    return MatchAsk(touch, prefetch, use_of(use))
 
 
 def fetch_ask(max_pages: int | None, ttl_ms: int, wait_ms: int, use: Use | None) -> FetchAsk:

@@ -42,6 +42,7 @@ class MatchAsk:
     """What a caller asks of Match."""
 
     touch: bool
+    prefetch: bool = False
     use: Use = NO_USE
 
 
@@ -190,6 +191,7 @@ def match(who: Who, prompt: bytes, ask: MatchAsk) -> cache_pb2.MatchRequest:
         namespace_id=who.namespace_id,
         prompt=prompt,
         touch=ask.touch,
+        prefetch=ask.prefetch,
         request_class=ask.use.cls,
         turn=ask.use.turn,
         cost_per_page=ask.use.cost,
@@ -246,6 +248,8 @@ def parse_grant(message: cache_pb2.FetchResponse) -> Grant:
         expires_in_ms=message.expires_in_ms,
         operation=message.operation_id,
         tier_pages=tuple(message.tier_pages),
+        pending_pages=message.pending_pages,
+        pending_ms=message.pending_ms,
         extents=extents,
         checksums=np.fromiter(checksums, np.uint64, len(checksums)),
         generations=np.fromiter(generations, np.uint64, len(generations)),

@@ -168,11 +168,17 @@ class NamespaceHandle(NamespaceBase):
         *,
         extra_keys: Sequence[bytes] | None = None,
         touch: bool = False,
+        prefetch: bool = False,
         use: Use | None = None,
         timeout_s: float | None = None,
     ) -> MatchResult:
-        """How much of a prompt is cached; counts as a use only with ``touch``. ``use``: as in ``fetch``."""
-        return self._driver.run(self._match(tokens, extra_keys, timeout_s, match_ask(use, touch=touch)))
+        """How much of a prompt is cached; counts as a use only with ``touch`` or ``prefetch``.
+
+        ``prefetch`` starts to promote what a ``fetch`` would wait for; nothing is leased. ``use``: as in ``fetch``.
+        """
+        return self._driver.run(
+            self._match(tokens, extra_keys, timeout_s, match_ask(use, touch=touch, prefetch=prefetch))
+        )
 
     def fetch(
         self,

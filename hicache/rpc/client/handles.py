@@ -128,6 +128,16 @@ class LeaseBase:
         return self._state.terms.page_bytes
 
     @property
+    def pending_pages(self) -> int:
+        """Pages that are still on their way: wait for them, or compute them again and release the lease."""
+        return self._state.pending_pages
+
+    @property
+    def pending_ms(self) -> int:
+        """When the last of these may be there, by the pace the server has measured; 0 where it has not yet."""
+        return self._state.pending_ms
+
+    @property
     def tier_pages(self) -> dict[str, int]:
         """By tier, how many matched pages it served."""
         return dict(self._state.tier_pages)

@@ -170,6 +170,40 @@ class CheckResult:
     action_digest: str
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class SizeAdvice:
+    """A tier at ``factor`` of its size: the share of pages that it and the faster tiers would have served."""
+
+    tier: str
+    factor: float
+    capacity_bytes: int
+    hit_ratio: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PolicyAdvice:
+    """A policy's hit ratio on the same sample; comparable with the others' only."""
+
+    name: str
+    hit_ratio: float
+    current: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Advice:
+    """What the last look-ups say of other sizes and policies, from a sample of ``uses`` over ``span_ms``.
+
+    ``rate``: the share of pages that is watched. ``sizes`` and ``policies`` are empty while there are too few uses.
+    """
+
+    uses: int
+    rate: float
+    span_ms: int
+    unbounded: float
+    sizes: tuple[SizeAdvice, ...]
+    policies: tuple[PolicyAdvice, ...]
+
+
 # --- what the client itself works with
 
 
@@ -244,6 +278,8 @@ class Grant:
     expires_in_ms: int
     operation: int
     tier_pages: tuple[int, ...]
+    pending_pages: int
+    pending_ms: int
     extents: tuple[Extent, ...]
     checksums: U64
     generations: U64

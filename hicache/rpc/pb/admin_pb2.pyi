@@ -240,6 +240,50 @@ class CheckResponse(_message.Message):
     action_digest: str
     def __init__(self, ok: bool = ..., problem: _Optional[str] = ..., action_digest: _Optional[str] = ...) -> None: ...
 
+class GetAdviceRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    def __init__(self, session_id: _Optional[bytes] = ...) -> None: ...
+
+class GetAdviceResponse(_message.Message):
+    __slots__ = ("uses", "rate", "span_ms", "unbounded", "sizes", "policies")
+    USES_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    SPAN_MS_FIELD_NUMBER: _ClassVar[int]
+    UNBOUNDED_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    POLICIES_FIELD_NUMBER: _ClassVar[int]
+    uses: int
+    rate: float
+    span_ms: int
+    unbounded: float
+    sizes: _containers.RepeatedCompositeFieldContainer[SizeAdvice]
+    policies: _containers.RepeatedCompositeFieldContainer[PolicyAdvice]
+    def __init__(self, uses: _Optional[int] = ..., rate: _Optional[float] = ..., span_ms: _Optional[int] = ..., unbounded: _Optional[float] = ..., sizes: _Optional[_Iterable[_Union[SizeAdvice, _Mapping]]] = ..., policies: _Optional[_Iterable[_Union[PolicyAdvice, _Mapping]]] = ...) -> None: ...
+
+class SizeAdvice(_message.Message):
+    __slots__ = ("tier", "factor", "capacity_bytes", "hit_ratio")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HIT_RATIO_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    factor: float
+    capacity_bytes: int
+    hit_ratio: float
+    def __init__(self, tier: _Optional[str] = ..., factor: _Optional[float] = ..., capacity_bytes: _Optional[int] = ..., hit_ratio: _Optional[float] = ...) -> None: ...
+
+class PolicyAdvice(_message.Message):
+    __slots__ = ("name", "hit_ratio", "current")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HIT_RATIO_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    hit_ratio: float
+    current: bool
+    def __init__(self, name: _Optional[str] = ..., hit_ratio: _Optional[float] = ..., current: bool = ...) -> None: ...
+
 class DrainRequest(_message.Message):
     __slots__ = ("session_id", "grace_ms")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]

@@ -69,6 +69,11 @@ class AdminServiceStub(object):
                 request_serializer=hicache_dot_v1_dot_admin__pb2.CheckRequest.SerializeToString,
                 response_deserializer=hicache_dot_v1_dot_admin__pb2.CheckResponse.FromString,
                 _registered_method=True)
+        self.GetAdvice = channel.unary_unary(
+                '/hicache.v1.AdminService/GetAdvice',
+                request_serializer=hicache_dot_v1_dot_admin__pb2.GetAdviceRequest.SerializeToString,
+                response_deserializer=hicache_dot_v1_dot_admin__pb2.GetAdviceResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/hicache.v1.AdminService/Drain',
                 request_serializer=hicache_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
@@ -125,6 +130,13 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetAdvice(self, request, context):
+        """What other sizes and policies would have done with the last look-ups.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Stops serving gracefully, as SIGTERM does.
         """
@@ -169,6 +181,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Check,
                     request_deserializer=hicache_dot_v1_dot_admin__pb2.CheckRequest.FromString,
                     response_serializer=hicache_dot_v1_dot_admin__pb2.CheckResponse.SerializeToString,
+            ),
+            'GetAdvice': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAdvice,
+                    request_deserializer=hicache_dot_v1_dot_admin__pb2.GetAdviceRequest.FromString,
+                    response_serializer=hicache_dot_v1_dot_admin__pb2.GetAdviceResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -365,6 +382,33 @@ class AdminService(object):
             '/hicache.v1.AdminService/Check',
             hicache_dot_v1_dot_admin__pb2.CheckRequest.SerializeToString,
             hicache_dot_v1_dot_admin__pb2.CheckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAdvice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hicache.v1.AdminService/GetAdvice',
+            hicache_dot_v1_dot_admin__pb2.GetAdviceRequest.SerializeToString,
+            hicache_dot_v1_dot_admin__pb2.GetAdviceResponse.FromString,
             options,
             channel_credentials,
             insecure,

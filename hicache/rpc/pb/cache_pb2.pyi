@@ -6,7 +6,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class MatchRequest(_message.Message):
-    __slots__ = ("session_id", "namespace_id", "prompt", "touch", "request_class", "turn", "cost_per_page")
+    __slots__ = ("session_id", "namespace_id", "prompt", "touch", "request_class", "turn", "cost_per_page", "prefetch")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -14,6 +14,7 @@ class MatchRequest(_message.Message):
     REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
     TURN_FIELD_NUMBER: _ClassVar[int]
     COST_PER_PAGE_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     namespace_id: int
     prompt: bytes
@@ -21,7 +22,8 @@ class MatchRequest(_message.Message):
     request_class: str
     turn: int
     cost_per_page: float
-    def __init__(self, session_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., touch: bool = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ...) -> None: ...
+    prefetch: bool
+    def __init__(self, session_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., touch: bool = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ..., prefetch: bool = ...) -> None: ...
 
 class MatchResponse(_message.Message):
     __slots__ = ("matched_pages", "run_pages", "run_tier")
@@ -58,7 +60,7 @@ class FetchRequest(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., max_pages: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
-    __slots__ = ("lease_id", "matched_pages", "granted_pages", "expires_in_ms", "extents", "operation_id", "tier_pages")
+    __slots__ = ("lease_id", "matched_pages", "granted_pages", "expires_in_ms", "extents", "operation_id", "tier_pages", "pending_pages", "pending_ms")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     MATCHED_PAGES_FIELD_NUMBER: _ClassVar[int]
     GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +68,8 @@ class FetchResponse(_message.Message):
     EXTENTS_FIELD_NUMBER: _ClassVar[int]
     OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
     TIER_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PENDING_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PENDING_MS_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     matched_pages: int
     granted_pages: int
@@ -73,7 +77,9 @@ class FetchResponse(_message.Message):
     extents: Extents
     operation_id: int
     tier_pages: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, lease_id: _Optional[int] = ..., matched_pages: _Optional[int] = ..., granted_pages: _Optional[int] = ..., expires_in_ms: _Optional[int] = ..., extents: _Optional[_Union[Extents, _Mapping]] = ..., operation_id: _Optional[int] = ..., tier_pages: _Optional[_Iterable[int]] = ...) -> None: ...
+    pending_pages: int
+    pending_ms: int
+    def __init__(self, lease_id: _Optional[int] = ..., matched_pages: _Optional[int] = ..., granted_pages: _Optional[int] = ..., expires_in_ms: _Optional[int] = ..., extents: _Optional[_Union[Extents, _Mapping]] = ..., operation_id: _Optional[int] = ..., tier_pages: _Optional[_Iterable[int]] = ..., pending_pages: _Optional[int] = ..., pending_ms: _Optional[int] = ...) -> None: ...
 
 class Extents(_message.Message):
     __slots__ = ("pages", "region_id", "offset", "first_slot", "checksums", "generations")

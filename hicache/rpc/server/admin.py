@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from hicache.errors import InvalidArgumentError, NotFoundError, ViolationError
@@ -120,6 +121,21 @@ class AdminServicer:
         except ViolationError as violation:
             return admin_pb2.CheckResponse(ok=False, problem=str(violation), action_digest=self._digest())
         return admin_pb2.CheckResponse(ok=True, action_digest=self._digest())
+
+    @admin_call
+    async def GetAdvice(
+        self, _session: Session, _request: admin_pb2.GetAdviceRequest, _: Context
+    ) -> admin_pb2.GetAdviceResponse:
+        """What other sizes and policies would have done."""
+        found = await self._service.advice()
+        return admin_pb2.GetAdviceResponse(
+            uses=found.uses,
+            rate=found.rate,
+            span_ms=found.span_ms,
+            unbounded=found.unbounded,
+            sizes=[admin_pb2.SizeAdvice(**dataclasses.asdict(each)) for each in found.sizes],
+            policies=[admin_pb2.PolicyAdvice(**dataclasses.asdict(each)) for each in found.policies],
+        )
 
     def _digest(self) -> str:
         return str(self._service.action_digest())

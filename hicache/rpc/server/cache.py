@@ -39,7 +39,11 @@ class CacheServicer:
         """How much of a prompt is cached, and where."""
         prompt = self.edge.prompt(session, request.namespace_id, request.prompt)
         view = self._service.match(
-            request.namespace_id, prompt, touch=request.touch, use=convert.use(request)
+            request.namespace_id,
+            prompt,
+            touch=request.touch,
+            prefetch=request.prefetch,
+            use=convert.use(request),
         )
         return convert.match_response(view)
 

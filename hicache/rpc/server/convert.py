@@ -72,6 +72,7 @@ def fetch_response(service: Service, result: actions.FetchResult) -> cache_pb2.F
             checksums=columns.checksums,
             generations=columns.generations,
         )
+    pending_pages, pending_ms = service.pending(result) if result.operation else (0, 0)
     return cache_pb2.FetchResponse(
         lease_id=result.lease,
         matched_pages=result.matched_pages,
@@ -80,6 +81,8 @@ def fetch_response(service: Service, result: actions.FetchResult) -> cache_pb2.F
         extents=extents,
         operation_id=result.operation,
         tier_pages=result.tier_pages,
+        pending_pages=pending_pages,
+        pending_ms=pending_ms,
     )
 
 

@@ -18,7 +18,12 @@ class Looks:
         names = list(dict.fromkeys(policies))
         self.fills = {name: f"f{at % COLOURS}" for at, name in enumerate(names)}
         self.all = {name: f"s{at % COLOURS} d{at // COLOURS % DASHES}" for at, name in enumerate(names)}
-        self.all |= dict.fromkeys(references, "ref")
+        self.all |= {name: reference_look(name) for name in references}
+
+
+def reference_look(name: str) -> str:
+    """Of a curve that is no policy's."""
+    return "best" if name == "oracle" else "ref"
 
 
 def point(line: Line) -> str:
@@ -43,7 +48,8 @@ def findings(lines: Sequence[Line], baseline: str, page_bytes: int) -> list[str]
         if best.against is not None:
             sure = "" if best.against.clear else " (not clear of chance)"
             text += f", {best.against.value * 100:+.1f} points against {html.escape(baseline)}{sure}"
-        if best.equals_pages > 0 and best.policy != "lru":
+        gain = best.against is not None and best.against.clear and best.against.value > 0
+        if gain and best.equals_pages > 0 and best.policy != "lru":
             text += f"; LRU needs {size(best.equals_pages * page_bytes)} for that"
         if best.usd_saved_per_hour:
             text += (
@@ -84,7 +90,7 @@ def curves(
     charts = []
     for mode in dict.fromkeys(line.mode for line in lines):
         series = [
-            Series(name, "ref", [(pages, 1 - ratio) for pages, ratio in points])
+            Series(name, reference_look(name), [(pages, 1 - ratio) for pages, ratio in points])
             for name, points in references.items()
             if points
         ]

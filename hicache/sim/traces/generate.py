@@ -23,7 +23,10 @@ EVERY_SECOND = Arrivals()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mix:
-    """What to generate: kinds with their share of new sessions, how sessions arrive, and how much."""
+    """What to generate: kinds with their share of new sessions, how sessions arrive, and how much.
+
+    ``tick_ms``: the grain of its times, as of a log that is written now and then.
+    """
 
     name: str
     kinds: tuple[tuple[Kind, float], ...]
@@ -31,6 +34,7 @@ class Mix:
     requests: int = 10_000
     seed: int = 1
     block_tokens: int = 512
+    tick_ms: int = 1
 
 
 class Generated:
@@ -69,7 +73,7 @@ class Generated:
                 opened += 1
                 next_start = next(starts)
             at_ms, number, session = heapq.heappop(waiting)
-            request, think_ms = session.ask(at_ms)
+            request, think_ms = session.ask(at_ms - at_ms % mix.tick_ms)
             yield request
             if think_ms is not None:
                 heapq.heappush(waiting, (at_ms + think_ms, number, session))

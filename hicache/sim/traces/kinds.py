@@ -45,9 +45,11 @@ class Kind:
     The head: ``heads`` shared ones of ``head`` tokens (Zipf's law with ``head_skew``), then
     ``documents_each`` of ``documents`` shared documents. The talk: ``first`` tokens asked at first, ``question``
     later, ``answer`` added by the model. ``stay``: chance of another turn, ``stay_more`` of one after the second
-    (sessions that got going go on). ``think``: ms between turns. ``branch``: chance that a turn starts again
+    (sessions that got going go on). ``think``: ms between turns; with ``pause_chance`` it is a ``pause``.
+    ``branch``: chance that a turn starts again
     from an earlier one. ``restart``: chance that a turn keeps the head alone. Beyond ``context_max`` tokens
-    the talk is summed up in ``summary`` tokens.
+    the talk is summed up in ``summary`` tokens. ``rewrites_end``: the last block of a prompt does not come back in the
+    next turn (templates that end prompts otherwise). Kinds of one ``family`` share their heads and documents.
     """
 
     name: str
@@ -64,10 +66,14 @@ class Kind:
     stay: float = 0.5
     stay_more: float = 0.7
     think: Length = Length(30_000, 1.0)
+    pause: Length = NOTHING
+    pause_chance: float = 0.0
     branch: float = 0.0
     restart: float = 0.0
     context_max: int = 128_000
     summary: Length = Length(4_000, 0.5)
+    rewrites_end: bool = False
+    family: str = ""
 
 
 @functools.cache
@@ -92,7 +98,7 @@ class Session:
         self._private = mixed(mixed(seed) ^ number)
         self._said = 0  # private blocks so far
         self._turn = 0
-        self._shared = mixed(mixed(seed) ^ int.from_bytes(kind.name.encode(), "little"))
+        self._shared = mixed(mixed(seed) ^ int.from_bytes((kind.family or kind.name).encode(), "little"))
         self._blocks: array[int] = array("q")
         self._tokens = 0
         self._open_head()
@@ -107,13 +113,18 @@ class Session:
             self._go_back()
         self._say((kind.first if self._turn == 1 else kind.question).draw(rng))
         answer = kind.answer.draw(rng)
+        blocks = self._blocks[:]
+        if kind.rewrites_end and len(blocks) > self._head[1]:
+            blocks[-1] = mixed(~blocks[-1] & _ID_MASK ^ self._turn) & _ID_MASK
         request = Request(
-            at_ms, self._tokens, answer, self._blocks[:], cls=kind.name, turn=self._turn, session=self._name
+            at_ms, self._tokens, answer, blocks, cls=kind.name, turn=self._turn, session=self._name
         )
         self._earlier = [*self._earlier[1 - _REMEMBERED :], self._tokens]
         self._say(answer)
         stay = kind.stay if self._turn == 1 else kind.stay_more
-        return request, kind.think.draw(rng) if rng.random() < stay else None
+        if rng.random() >= stay:
+            return request, None
+        return request, (kind.pause if rng.random() < kind.pause_chance else kind.think).draw(rng)
 
     def _go_back(self) -> None:
         kind, rng = self._kind, self._rng

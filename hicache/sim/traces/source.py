@@ -88,14 +88,14 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     try:
         raw = path.open("rb", buffering=_CHUNK_BYTES)
     except OSError as error:
-        raise InvalidArgumentError(f"cannot read trace {path}: {error.strerror}") from error
+        raise InvalidArgumentError(f"cannot read {path}: {error.strerror}") from error
     with raw:
         try:
             magic = raw.read(6)
             raw.seek(0)
         except OSError as error:
             raise InvalidArgumentError(
-                f"cannot read trace {path}: {error.strerror}", hint="a trace is a file, not a pipe"
+                f"cannot read {path}: {error.strerror}", hint="a trace is a file, not a pipe"
             ) from error
         unpack = next((found for start, found in UNPACK.items() if magic.startswith(start)), None)
         if unpack is None:

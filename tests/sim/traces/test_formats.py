@@ -262,7 +262,7 @@ def test_what_cannot_be_told_or_opened_is_said(tmp_path: Path) -> None:
     (tmp_path / "t").write_text("hello\n")
     with pytest.raises(InvalidArgumentError, match="no trace format that is known"):
         open_trace(tmp_path / "t")
-    with pytest.raises(InvalidArgumentError, match="cannot read trace"):
+    with pytest.raises(InvalidArgumentError, match=r"cannot read .*nowhere"):
         open_trace(tmp_path / "nowhere")
     with pytest.raises(InvalidArgumentError, match="no trace format named 'x'"):
         open_trace(tmp_path / "t", format="x")

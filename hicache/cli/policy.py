@@ -1,0 +1,57 @@
+"""``hicache policy``: the zoo as a table, and a check of anyone's own policy against the contract of the seam."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from hicache.cli.main import EXIT_OK, EXIT_WRONG
+from hicache.policy import ADMISSIONS, ZOO, make_policy
+from hicache.policy.conformance import check_policy
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments."""
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="all policies: name, source, state per run, parameters")
+    listing.set_defaults(act=_list)
+    check = actions.add_parser("check", help="does a policy keep the contract?")
+    check.add_argument("name", help="py:module:Class, or a name of the list; the current folder is searched")
+    check.set_defaults(act=_check)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do it. Returns the exit code."""
+    code: int = arguments.act(arguments)
+    return code
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    rows = [("policy", "source", "state per run", "parameters")]
+    for name, entry in ZOO.items():
+        parameters = ",".join(f"{key}={value}" for key, value in entry.parameters().items())
+        rows.append((name, entry.source, entry.state, parameters or "-"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        sys.stdout.write("  ".join([*cells, row[3]]) + "\n")
+    sys.stdout.write(
+        f"\nparameters go into the name (slru:protected=0.5); one's own: py:module:Class"
+        f"\nadmissions: {', '.join(sorted(ADMISSIONS))}\n"
+    )
+    return EXIT_OK
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    sys.path.insert(0, str(Path.cwd()))
+    make_policy(arguments.name)  # a name that cannot be loaded is an error of usage
+    broken = 0
+    for promise, problem in check_policy(lambda: make_policy(arguments.name)):
+        sys.stdout.write(f"{'BROKEN' if problem else 'ok    '}  {promise}\n")
+        if problem:
+            broken += 1
+            sys.stdout.write(f"        {problem}\n")
+    verdict = f"{broken} broken" if broken else "keeps the contract"
+    sys.stdout.write(f"{arguments.name}: {verdict}\n")
+    return EXIT_WRONG if broken else EXIT_OK
