@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,12 +37,14 @@ from hicache.engine import Engine, EngineOptions  # noqa: E402
 from hicache.engine import actions as act  # noqa: E402
 from hicache.engine import events as ev  # noqa: E402
 from hicache.keys import fingerprint  # noqa: E402
-from hicache.types import Namespace, SymbolKind, TierKind, TierSpec  # noqa: E402
+from hicache.types import Namespace, Residency, SymbolKind, TierKind, TierSpec  # noqa: E402
 
 SHARED = HERE.parent.parent / "shared" / "traces"
 #: Microseconds a request: what must be reached, and what is aimed at.
 BARS_US = {"mooncake_conversation": (60.0, 20.0), "claudecode_v6_512": (100.0, 30.0)}
 PAGE_BYTES, WIDTH = 64, 16
+BAR_BYTES_PER_PAGE = 200
+_CODE = (type, types.ModuleType, types.FunctionType, types.MethodType)
 
 
 def load(path: Path, limit: int) -> list[tuple[int, bytes, array[int]]]:
@@ -117,6 +120,7 @@ def replay(
     gc.unfreeze()
     ordered = sorted(taken)
     blocks = sum(len(ids) for _, _, ids in requests)
+    own, symbols = memory(shell)
     return {
         "policy": policy,
         "us_per_request": statistics.median(means),
@@ -124,12 +128,36 @@ def replay(
         "p50_us": ordered[len(ordered) // 2],
         "p99_us": ordered[len(ordered) * 99 // 100],
         "hit_ratio": hits / blocks,
+        "bytes_per_page": own,
+        "symbol_bytes_per_page": symbols,
         "blocks": blocks,
         "requests": len(requests),
         "capacity_pages": pages,
         "us_first_tenth": statistics.mean(taken[: max(len(taken) // 10, 1)]),
         "us_last_tenth": statistics.mean(taken[-max(len(taken) // 10, 1) :]),
     }
+
+
+def memory(shell: Shell) -> tuple[float, float]:
+    """Bytes that the engine's own structures take for each resident page at the end, and bytes of symbols beside."""
+    core = shell.engine._core
+    seen: set[int] = set()
+    own = symbols = 0
+    todo: list[object] = [core.runs, core.pools, core.namespaces, core.timers, core.leases, core.reservations]
+    while todo:
+        found = todo.pop()
+        if id(found) in seen or isinstance(found, _CODE):
+            continue
+        seen.add(id(found))
+        own += sys.getsizeof(found)
+        if isinstance(found, bytes | bytearray):
+            if len(found) >= WIDTH:
+                own -= len(found)
+                symbols += len(found)
+        elif not isinstance(found, array):
+            todo.extend(gc.get_referents(found))
+    pages = core.counters.pages[0][int(Residency.RESIDENT)]
+    return own / max(pages, 1), symbols / max(pages, 1)
 
 
 PEER = """
@@ -191,6 +219,7 @@ def run_trace(path: Path, options: argparse.Namespace) -> Iterator[dict[str, Any
         bar, goal = BARS_US.get(row["trace"], (0.0, 0.0))
         text = f"{row['trace']:<24} {policy:<12} {row['us_per_request']:7.1f} us a request"
         text += f" (bar {bar:.0f}, goal {goal:.0f})  p99 {row['p99_us']:.0f}  hits {row['hit_ratio']:.4f}"
+        text += f"  {row['bytes_per_page']:.0f} bytes a page (bar {BAR_BYTES_PER_PAGE})"
         if beside:
             row["peer"] = beside
             row["peer_python_over_ours"] = beside["python_us_per_request"] / row["us_per_request"]
