@@ -93,7 +93,7 @@ def _plot(title: str, x_name: str, lines: Sequence[tuple[str, Points]], y_name: 
     """One chart, x on a logarithmic scale, y from 0 to 1."""
     largest = max((_log(x) for _, points in lines for x, _ in points), default=1.0)
     decades = max(1, math.ceil(largest))
-    right, bottom = _WIDTH - 12, _HEIGHT - _BOTTOM
+    right, bottom = _WIDTH - 22, _HEIGHT - _BOTTOM
 
     def at(x: float, y: float) -> str:
         across = _LEFT + _log(x) / decades * (right - _LEFT)
@@ -110,21 +110,19 @@ def _plot(title: str, x_name: str, lines: Sequence[tuple[str, Points]], y_name: 
         parts.append(
             f'<text x="{across:.1f}" y="{bottom + 17}" text-anchor="middle">{_short(10**decade)}</text>'
         )
+    legend = []
     for number, (name, points) in enumerate(lines):
         color = _COLORS[number % len(_COLORS)]
         path = " ".join(at(x, y) for x, y in points)
+        legend.append(f'<span style="color:{color}">{html.escape(name)}</span>')
         parts.append(f'<polyline points="{path}" stroke="{color}" class="l"/>')
-        if len(lines) > 1:
-            parts.append(
-                f'<text x="{_LEFT + 12}" y="{_TOP + 18 + 17 * number}" fill="{color}">{html.escape(name)}</text>'
-            )
     middle = (_LEFT + right) / 2
     parts.append(f'<text x="{middle}" y="{_HEIGHT - 6}" text-anchor="middle">{html.escape(x_name)}</text>')
     upright = f'transform="translate(14 {(_TOP + bottom) / 2}) rotate(-90)" text-anchor="middle"'
     parts.append(f"<text {upright}>{html.escape(y_name)}</text>")
     return (
-        f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        f'role="img">{"".join(parts)}</svg></figure>'
+        f"<figure><figcaption>{html.escape(title)} {' '.join(legend)}</figcaption>"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg></figure>'
     )
 
 
@@ -191,7 +189,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1180px;
 h1 {{ font-size: 22px; margin: 0 }} figure {{ margin: 0 }} figcaption {{ font-weight: 600; margin: 12px 0 4px }}
 main {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 8px 28px }}
 svg {{ width: 100%; font-size: 12px; fill: #4b5563 }}
-.n {{ paint-order: stroke; stroke: #fff; stroke-width: 4px }} .g {{ stroke: #e5e7eb }}
+figcaption span {{ font-weight: 400; font-size: 13px; margin-left: 14px }} .g {{ stroke: #e5e7eb }}
 .l {{ fill: none; stroke-width: 2 }}
 footer {{ color: #6b7280; font-size: 13px; margin-top: 20px }}
 </style></head><body><h1>{title}</h1><p>{head}</p><main>{figures}</main>

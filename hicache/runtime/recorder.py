@@ -189,7 +189,6 @@ class Recorder:
             page_tokens,
             seen.ids,
             input_tokens=0 if store else tokens,
-            session=f"{session}" if session else "",
             cls=str(use.cls or ""),
             turn=min(max(use.turn, 0), TURN_MAX),
             of=self._entries - partner.number if partner is not None else 0,
@@ -201,7 +200,7 @@ class Recorder:
         if partner is not None and partner.ids and len(seen.prompt) >= len(partner.prompt):
             seen.ids, link = partner.ids[:], partner.link
             done = len(partner.prompt)
-        seen.link = chain(seen.ids, memoryview(seen.prompt)[done:], width, link, key=self._salt)
+        seen.link = chain(seen.ids, memoryview(seen.prompt)[done:], width, link)
 
     def _space(self, number: int) -> tuple[str, int, int, bytes]:
         """A namespace's label, page size in tokens, symbol width, and the link that its chains begin with."""
@@ -213,14 +212,19 @@ class Recorder:
         return found
 
 
-def chain(ids: array[int], symbols: memoryview, width: int, link: bytes, *, key: bytes) -> bytes:
-    """Append the id of each page to ``ids``; returns the last link, from which a longer prompt goes on."""
+def chain(ids: array[int], symbols: memoryview, width: int, link: bytes) -> bytes:
+    """Append the id of each page to ``ids``; returns the last link, from which a longer prompt goes on.
+
+    A page's hash has 24 bytes: 8 are its id, and 16, which no file ever sees, are the salt of the next page's hash.
+    So the secret of the first link keeps all of them, without the cost of a key at every page.
+    """
     blake2b = hashlib.blake2b
-    links = [link]
+    hashes = []
     for start in range(0, len(symbols) - width + 1, width):
-        link = blake2b(symbols[start : start + width], key=key, salt=link, digest_size=16).digest()
-        links.append(link)
+        found = blake2b(symbols[start : start + width], salt=link, digest_size=24).digest()
+        hashes.append(found)
+        link = found[8:]
     flat = array("q")
-    flat.frombytes(b"".join(links[1:]))
-    ids.extend(flat[::2])
+    flat.frombytes(b"".join(hashes))
+    ids.extend(flat[::3])
     return link

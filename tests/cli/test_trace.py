@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from hicache.cli import sidecar
 from hicache.cli.main import main
 from hicache.sim.traces import generated, open_trace
+from hicache.sim.traces.facts import facts
 
 
 def test_generate_convert_and_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,3 +67,18 @@ def test_wrong_usage_is_named(
     assert main(["trace", *filled]) == 2
     assert message in capsys.readouterr().err
     assert path.read_text() == '{"hash_ids": [1]}\n'
+
+
+def test_a_replay_recorded_by_the_sidecar_is_the_trace_again(tmp_path: Path) -> None:
+    """The whole path: trace, replay, sidecar, recording, trace; and the sidecar's hits are the trace's own."""
+    sent, kept, result = tmp_path / "t.jsonl", tmp_path / "r.hcrec", tmp_path / "result.json"
+    assert main(["trace", "generate", "--requests", "80", "--seed", "4", str(sent)]) == 0
+    with sidecar.temporary(["--host-bytes", "64MiB", "--record", str(kept)], disk_bytes="") as started:
+        words = ["replay", "--trace", str(sent), "--target", started.target, "--json", str(result)]
+        assert main(words) == 0
+    one, two = open_trace(sent), open_trace(kept, strict=True)
+    # a request without a whole block asks for nothing, and leaves nothing
+    assert [len(r.blocks) for r in two] == [len(r.blocks) for r in one if r.blocks]
+    assert facts(two).hit_blocks == facts(one).hit_blocks > 0
+    hits = json.loads(result.read_text())["hit_ratio"] * facts(one).blocks
+    assert round(hits) == facts(two).hit_blocks

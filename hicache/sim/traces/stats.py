@@ -170,7 +170,7 @@ class _Columns:
 
 
 def trace_stats(requests: Iterable[Request]) -> TraceStats:
-    """All statistics. Memory grows with the different blocks, and by a few numbers a request."""
+    """All statistics. Memory grows with the trace, by some 150 bytes a block."""
     tree, columns, distances = _Tree(), _Columns(), ReuseDistances()
     for request in requests:
         known = known_depth(request.blocks, tree.depth.keys())

@@ -41,7 +41,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "zstd": zstandard.compress,
     "zstd in frames": lambda raw: zstandard.compress(raw[:40]) + zstandard.compress(raw[40:]),
     "gzip": gzip.compress,
-    "xz": lzma.compress,
+    "xz": lambda raw: lzma.compress(raw, preset=0),
     "bzip2": bz2.compress,
 }
 
@@ -61,12 +61,12 @@ def test_every_packing_reads_the_same_and_again(trace: Path, packing: str) -> No
 @pytest.mark.parametrize("packing", ["zstd", "gzip", "xz", "bzip2"])
 def test_a_cut_file_is_read_to_its_cut_and_that_is_noted(tmp_path: Path, packing: str) -> None:
     rng = random.Random(5)
-    lines = [json.dumps({"hash_ids": [rng.getrandbits(60) for _ in range(50)]}) for _ in range(3000)]
+    lines = [json.dumps({"hash_ids": [rng.getrandbits(60) for _ in range(50)]}) for _ in range(2000)]
     whole = PACKERS[packing]("\n".join(lines).encode())
     path = tmp_path / "cut"
     path.write_bytes(whole[: len(whole) * 2 // 3])
     opened = open_trace(path, format="mooncake")
-    assert 0 < sum(1 for _ in opened) < 3000
+    assert 0 < sum(1 for _ in opened) < 2000
     assert "cannot be read on" in opened.problems[-1].text
     with pytest.raises(InvalidArgumentError, match="cannot be read on"):
         list(open_trace(path, format="mooncake", strict=True))
