@@ -24,6 +24,7 @@ class Counters:
     corrupt_pages: list[int] = dataclasses.field(default_factory=list)  # by tier
     failed_copy_pages: list[int] = dataclasses.field(default_factory=list)  # by destination tier
     recovered_pages: int = 0
+    revived_pages: int = 0  # were stranded, and hang in the tree again
     rescued_pages: int = 0
     refused_calls: int = 0
     waited_calls: int = 0

@@ -77,17 +77,21 @@ class Steps(State):
                 if not tail.pins[tier] and not tail.below[tier]:
                     policy.expose(tail.id)
         self._know_alike(run, tail)
+        if self.chain_ends and run.id in self.chain_ends:
+            _end_chain_in(self, tail, self.chain_ends.pop(run.id))
         return tail
 
     def _know_alike(self, run: Run, other: Run) -> None:
         """What is known of one run holds for the other, too."""
-        for known in (self.holes, self.gaps):
+        for known in (self.holes, self.gaps, self.returned):
             if run in known:
                 known.add(other)
         if run.id in self.backlog:
             self.backlog[other.id] = self.backlog[run.id]
         if run.id in self.ahead:
             self.ahead[other.id] = self.ahead[run.id]
+        if run.id in self.hot:
+            self.hot.add(other.id)
         if self.condemned:
             self.condemned |= {(other.id, tier) for ident, tier in self.condemned if ident == run.id}
 
@@ -95,17 +99,25 @@ class Steps(State):
         """The run is no more."""
         del self.runs[run.id]
         self.ahead.pop(run.id, None)
+        self.hot.discard(run.id)
         self.holes.discard(run)
         self.gaps.discard(run)
+        self.returned.discard(run)
+        if self.chain_ends and run.id in self.chain_ends:
+            namespace_of(run).recovered[self.chain_ends.pop(run.id)] = None
         if self.condemned:
             self.condemned -= {(run.id, tier) for tier in self.tier_range}
 
     def merge(self, run: Run) -> bool:
         """Join the run with the next one of its node if the two have become alike."""
+        if self.chain_ends and run.id in self.chain_ends:
+            return False  # chains are still to come that hang below its end
         absorbed = run.tree.try_merge(run)
         if absorbed is None:
             return False
         self._know_alike(absorbed, run)
+        if self.chain_ends and absorbed.id in self.chain_ends:
+            _end_chain_in(self, run, self.chain_ends.pop(absorbed.id))
         self._forget(absorbed)
         for tier, state in enumerate(run.state):
             if state == RESIDENT:
@@ -160,11 +172,13 @@ class Steps(State):
     def _enter(self, run: Run, tier: int) -> None:
         """The run has become RESIDENT: its pool's policy hears of it."""
         policy = self.pool(run, tier).policy
-        key = run.keys[-1] if run.keys else None
+        key = run.last_key
         policy.insert(run.id, RunInfo(run.pages, run.tree.depth_pages(run), key, "", 0, 1.0), run.tick)
         if not run.pins[tier] and not run.below[tier]:
             policy.expose(run.id)
         self.holes.discard(run)
+        if self.stranded.pages:
+            self.returned.add(run)
 
     def place(self, run: Run, tier: int, places: array[int] | None) -> None:
         """Write down where the run's pages lie in a tier; None: nowhere any more."""
@@ -230,3 +244,9 @@ def namespace_of(run: Run) -> NamespaceState:
     namespace = run.extra
     assert isinstance(namespace, NamespaceState)
     return namespace
+
+
+def _end_chain_in(state: State, run: Run, number: int) -> None:
+    """The recovered chain of this number ends in the run from now on."""
+    state.chain_ends[run.id] = number
+    namespace_of(run).recovered[number] = run
