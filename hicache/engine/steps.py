@@ -157,6 +157,8 @@ class Steps(State):
                 policy.expose(above.id)
         if state != ABSENT and tier == self.durable_tier and self.gaps:
             self.gaps.discard(run)
+        if self.stranded.pages and state == RESIDENT and old != DRAINING:
+            self.returned.add(run)
         counts = self.counters.pages[tier]
         counts[old] -= run.pages
         counts[state] += run.pages
@@ -177,8 +179,6 @@ class Steps(State):
         if not run.pins[tier] and not run.below[tier]:
             policy.expose(run.id)
         self.holes.discard(run)
-        if self.stranded.pages:
-            self.returned.add(run)
 
     def place(self, run: Run, tier: int, places: array[int] | None) -> None:
         """Write down where the run's pages lie in a tier; None: nowhere any more."""
