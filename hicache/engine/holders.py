@@ -26,6 +26,9 @@ class NamespaceState:
     pools: list[Pool]
     # While a recovery goes on, by number of the chain: the run in which it ends, None if it has none;
     recovered: list[Run | None] = dataclasses.field(default_factory=list)
+    recovered_depths: array[int] = dataclasses.field(
+        default_factory=lambda: array("q")
+    )  # its pages and those above
     recovered_keys: dict[int, bytes] = dataclasses.field(
         default_factory=dict
     )  # and the last key of a stranded one.

@@ -46,7 +46,7 @@ def _end_recovery(core: Core, namespace: NamespaceState, tier: int) -> None:
                 del core.chain_ends[run.id]
     else:
         core.chain_ends = {}
-    namespace.recovered, namespace.recovered_keys = [], {}
+    namespace.recovered, namespace.recovered_keys, namespace.recovered_depths = [], {}, array("q")
     core.room_changed = True
     find_parents(core, namespace, tier)
     pool = namespace.pools[tier]
@@ -76,6 +76,7 @@ class _Part:
         ends = self.namespace.recovered
         above = ends[parent] if parent >= 0 else None
         run: Run | None = None
+        depth = 0
         if not keys or not core.readable[self.tier]:
             core.free_keys(self.tier, list(keys))  # the tier has been lost meanwhile
         elif parent == STRANDED or parent in self.namespace.recovered_keys:
@@ -83,9 +84,12 @@ class _Part:
         elif parent >= 0 and above is None:
             core.free_keys(self.tier, list(keys))  # the page above has been dropped meanwhile
         else:
-            run = self._hang(above, number) or self._lay(above, number)
+            depth = self.namespace.recovered_depths[parent] if parent >= 0 else 0
+            run = self._hang(above, depth, number) or self._lay(above, number)
             core.chain_ends[run.id] = len(ends)
+            depth += len(keys)
         ends.append(run)
+        self.namespace.recovered_depths.append(depth)
 
     def _history(self, number: int) -> tuple[int, int]:
         """The tick of a chain's last use, never later than now, and its hits."""
@@ -107,7 +111,7 @@ class _Part:
         self.core.stranded.add(parent_key, chain)
         self.charged += sum(charges)
 
-    def _hang(self, above: Run | None, number: int) -> Run | None:
+    def _hang(self, above: Run | None, depth: int, number: int) -> Run | None:
         """Hang a chain in a node of its own; None where that is not all there is to do. O(pages)."""
         core, event, tier = self.core, self.event, self.tier
         if self.pool.draining or (above is not None and above.state[tier] != RESIDENT):
@@ -126,7 +130,6 @@ class _Part:
         policy = self.policy
         if leaf is not None and not leaf.pins[tier]:
             policy.hide(leaf.id)
-        depth = self.tree.depth_pages(run)
         policy.insert(run.id, RunInfo(run.pages, depth, keys[-1]), tick)
         for _ in range(min(hits, TOLD_HITS)):
             policy.hit(run.id, tick)
@@ -235,6 +238,7 @@ def _revive_below(core: Core, namespace: NamespaceState, run: Run) -> None:
             last = lay(core, prompt[:end], core.durable_tier, chain)
             if namespace.id in core.recovering:  # those that hang below it are still to come
                 namespace.recovered[chain.number] = last
+                namespace.recovered_depths[chain.number] = end // tree.symbol_bytes + chain.pages
                 core.chain_ends[last.id] = chain.number
                 del namespace.recovered_keys[chain.number]
             core.counters.revived_pages += chain.pages
