@@ -10,6 +10,7 @@ from hicache.engine.actions import Action
 from hicache.errors import ConfigError
 from hicache.runtime.clock import Clock
 from hicache.runtime.copier import Copier
+from hicache.runtime.heat import HeatTeller
 from hicache.runtime.loop import EngineLoop
 from hicache.runtime.namespaces import NamespaceBook
 from hicache.runtime.options import ServiceOptions
@@ -18,6 +19,7 @@ from hicache.runtime.ports import TierPort
 from hicache.runtime.recovery import Recoverer
 from hicache.runtime.regions import RegionRegistry
 from hicache.runtime.stores import Stores, open_stores
+from hicache.runtime.watch import Watch
 from hicache.runtime.workers import Wake, Workers, resolve
 from hicache.types import Completion, Namespace, Op
 
@@ -49,6 +51,10 @@ class House:
         self.performer = Performer(self.ports, self.copier, regions, self.loop.handle)
         for port in self.ports:
             port.on_local = wake.ring
+            port.now_ms = clock.now_ms
+        self._clock = clock
+        self._watches = [Watch(port, clock) for port in self.ports if port.spec.durable]
+        self.heat = HeatTeller(self.engine, stores.disk, clock)
         self.recoverer: Recoverer | None = None
         self._recovering: asyncio.Task[None] | None = None
 
@@ -85,11 +91,15 @@ class House:
         port = next(port for port in self.ports if port.store is disk)
         port.hold_writes()
         stored = disk.namespaces()
+        start_ms = self._clock.now_ms()
+        offset_ms = start_ms - int(self._clock.wall_s() * 1000)
+        self.heat.start()
         self.recoverer = Recoverer(
             disk.recover,
             port,
             namespace=lambda digest: self.open_namespace(stored[digest])[0],
             handle=self.loop.handle,
+            clock_ms=lambda wall_ms: min(wall_ms + offset_ms, start_ms - 1),
         )
         self._recovering = asyncio.get_running_loop().create_task(self.recoverer.run())
 
@@ -119,6 +129,9 @@ class House:
         if self.recoverer is not None:
             self.recoverer.stop()
         await self.recovered()
+        for watch in self._watches:
+            watch.close()
+        self.heat.stop()
         self.loop.close()
         self._wake.close()
         await asyncio.to_thread(self._workers.close)

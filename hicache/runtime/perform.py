@@ -38,6 +38,7 @@ class Performer:
         }
         for port in ports:
             port.on_latched = self._latched
+            port.on_restored = self._restored
             port.on_opened = self._opened
 
     def perform(self, action: Action) -> None:
@@ -84,3 +85,6 @@ class Performer:
 
     def _latched(self, port: TierPort) -> None:
         self._handle(events.TierLatched(port.index, port.health.readable))
+
+    def _restored(self, port: TierPort) -> None:
+        self._handle(events.TierRestored(port.index))
