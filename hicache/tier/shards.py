@@ -87,8 +87,10 @@ def create_shard(home: Path, number: int, *, size_class_bytes: int, map_bytes: i
 def remove_shard(folder: Path) -> None:
     """Remove a shard that is not open. Raises OSError."""
     old = folder.with_name(folder.name + _OLD)
-    folder.rename(old)
-    shutil.rmtree(old)
+    if folder.exists():
+        folder.rename(old)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def adopt_version_1(home: Path) -> None:
