@@ -136,11 +136,11 @@ def delete_order(
                 children[parents[key]] = children.get(parents[key], 0) + 1
     steps = []
     while any(waiting.values()):
-        for number, doomed in waiting.items():
-            taken = _take_free(doomed, parents, children)
-            if taken:
-                break
-        else:  # only rows that lie about their parents get here
+        number, taken = next(
+            ((n, taken) for n, doomed in waiting.items() if (taken := _take_free(doomed, parents, children))),
+            (-1, []),
+        )
+        if not taken:  # only rows that lie about their parents get here
             number = next(n for n in waiting if waiting[n])
             taken = list(waiting[number])
             waiting[number].clear()

@@ -8,6 +8,7 @@ removed; ``moves`` says that a page may have gone from one snapshot and not yet 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 from collections.abc import Iterator
@@ -167,16 +168,19 @@ class Shelf:
         self._readers = readers
         self._medium = medium
         self._changed = threading.Condition()
-        self._leftovers: dict[
-            Path, int
-        ] = {}  # closed shards whose files could not be removed, and their bytes
+        self._leftovers: dict[Path, int] = {}  # bytes of closed shards whose files could not be removed
         self.shards: tuple[Shard, ...] = ()
         with contextlib.ExitStack() as unfinished:
             unfinished.callback(self.close)
-            for info in list_shards(home):
+            infos = list_shards(home)
+            for info in infos:
                 self._adopt(info)
             unfinished.pop_all()
-        self._number = max((shard.info.number for shard in self.shards), default=-1)
+        if self.free_bytes < 0 <= self.free_bytes + geometry.quarantine_bytes:
+            # One file of version 1 may fill what was to be the quarantine.
+            spared = geometry.data_bytes + geometry.quarantine_bytes
+            self.geometry = dataclasses.replace(geometry, data_bytes=spared, quarantine_bytes=0)
+        self._number = max((info.number for info in infos), default=-1)
 
     # -- readers
 
