@@ -72,10 +72,14 @@ def drive() -> Any:
 
 def disk_use(folder: Path) -> int:
     """What ``du`` shows: allocated bytes of the folder and its files."""
-    total = folder.stat().st_blocks * 512
-    for entry in folder.iterdir():
+    total = 0
+    waiting = [folder]
+    while waiting:
+        entry = waiting.pop()
         try:
             total += entry.stat().st_blocks * 512
+            if entry.is_dir():
+                waiting += entry.iterdir()
         except FileNotFoundError:
             continue
     return total
