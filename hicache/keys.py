@@ -13,12 +13,15 @@ import enum
 import hashlib
 
 from hicache.errors import InvalidArgumentError
-from hicache.types import Namespace, SymbolKind
+from hicache.types import Namespace, SymbolKind, Use
 
 KEY_BYTES = 32
 MAX_PAGE_TOKENS = 4096
 MAX_PAGE_BYTES = 1 << 30
 MAX_NAME_BYTES = 1024
+MAX_CLASS_BYTES = 64
+MAX_TURN = (1 << 32) - 1
+MAX_COST = 1e18
 _DOMAIN = b"hicache.v1.namespace\0"
 
 
@@ -80,6 +83,17 @@ def validate(namespace: Namespace) -> None:
         raise InvalidArgumentError("namespace: symbol_hash_bytes go with hash symbols only")
     if namespace.extra_key_bytes not in range(0, 65):
         raise InvalidArgumentError("namespace: extra_key_bytes must be 0..64")
+
+
+def validate_use(use: Use) -> Use:
+    """The use itself. Raises InvalidArgumentError naming the field that cannot be taken."""
+    if len(use.cls.encode(errors="replace")) > MAX_CLASS_BYTES or not use.cls.isprintable():
+        raise InvalidArgumentError(f"the request class must be at most {MAX_CLASS_BYTES} printable bytes")
+    if not 0 <= use.turn <= MAX_TURN:
+        raise InvalidArgumentError(f"the turn must be 0..{MAX_TURN}")
+    if not 0.0 <= use.cost <= MAX_COST:  # also false for nan
+        raise InvalidArgumentError("the cost of a page must be a finite number of 0 or more")
+    return use
 
 
 def whole_pages(namespace: Namespace, prompt: bytes) -> bytes:

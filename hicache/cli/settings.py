@@ -15,7 +15,8 @@ from typing import Any
 
 from hicache.cli import units
 from hicache.errors import ConfigError
-from hicache.policy import POLICIES
+from hicache.policy import ADMISSIONS, POLICIES
+from hicache.policy.admission import NO_ADMISSION
 from hicache.types import WritePolicy
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -130,7 +131,22 @@ class ServeConfig:
         "tiers", Kind.SWITCH, default=True, help_text="fault host memory in ahead of need, in the background"
     )
 
-    policy: str = setting("policy", Kind.TEXT, "lru", "which pages leave first", tuple(sorted(POLICIES)))
+    policy: str = setting(
+        "policy", Kind.TEXT, "lru", f"which pages leave first: {', '.join(sorted(POLICIES))}"
+    )
+    device_policy: str = setting("policy", Kind.TEXT, "", "the same in the device tier; empty: as policy")
+    host_policy: str = setting("policy", Kind.TEXT, "", "the same in the host tier; empty: as policy")
+    disk_policy: str = setting("policy", Kind.TEXT, "", "the same in the disk tier; empty: as policy")
+    admission: str = setting(
+        "policy",
+        Kind.TEXT,
+        NO_ADMISSION,
+        f"which pages are worth writing to a lower tier: {', '.join(sorted(ADMISSIONS))}",
+    )
+    host_admission: str = setting(
+        "policy", Kind.TEXT, "", "the same for the host tier below a device tier; empty: as admission"
+    )
+    disk_admission: str = setting("policy", Kind.TEXT, "", "the same for the disk tier; empty: as admission")
     write_policy: str = setting(
         "policy",
         Kind.TEXT,

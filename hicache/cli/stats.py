@@ -94,7 +94,7 @@ def render(stats: Stats, before: Stats | None) -> RenderableType:
 
 
 def tiers_table(stats: Stats, before: Stats | None = None) -> Table:
-    """One row a tier."""
+    """One row a tier. "written/hit": bytes written to it for each byte served from it."""
     table = _table(
         "tier",
         "state",
@@ -108,6 +108,8 @@ def tiers_table(stats: Stats, before: Stats | None = None) -> Table:
         "evicted",
         "dropped",
         "corrupt",
+        "refused",
+        "written/hit",
     )
     earlier = {tier.name: tier for tier in before.tiers} if before else {}
     seconds = (stats.uptime_ms - before.uptime_ms) / 1000 if before else 0.0
@@ -139,6 +141,8 @@ def _tier_cells(tier: TierStats, before: TierStats | None, seconds: float) -> li
         f"{tier.evicted_pages:,}",
         f"{tier.dropped_pages:,}",
         f"{tier.corrupt_pages:,}",
+        f"{tier.refused_pages:,}",
+        f"{tier.written_per_hit:.2f}" if tier.hit_bytes else "-",
     ]
 
 

@@ -1,4 +1,7 @@
-"""What the engine asks of its shell, in the order in which it is to be started, and the answers it gives."""
+"""What the engine asks of its shell, in the order in which it is to be started, and the answers it gives.
+
+Nobody changes them once they are made; the frequent ones are not ``frozen``, as in ``events``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from hicache.errors import ErrorCode
 from hicache.types import PageRecord
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Copy:
     """Copy pages from one tier to another; finish with ``events.CopyDone``.
 
@@ -28,7 +31,7 @@ class Copy:
     records: Sequence[PageRecord] = ()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class CopyIn:
     """Copy a session's pages into slots of the first tier; finish with ``events.CopyDone``.
 
@@ -46,7 +49,7 @@ class CopyIn:
     source: object = dataclasses.field(repr=False)  # no part of what was decided: the digest leaves it out
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Free:
     """These pages are no longer held by the tier: bump generations, or delete keys."""
 
@@ -98,7 +101,7 @@ class OperationDone:
 # --- answers
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Piece:
     """Consecutive leased pages in one tier."""
 
@@ -106,7 +109,7 @@ class Piece:
     slots: Sequence[int]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class FetchResult:
     """``lease`` 0: nothing granted and nothing coming. ``operation`` 0: nothing more is coming.
 
@@ -120,9 +123,10 @@ class FetchResult:
     pieces: Sequence[Piece]
     operation: int
     tier_pages: Sequence[int]
+    page_bytes: int = 0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class ReserveResult:
     """``reservation`` 0: nothing is missing."""
 
@@ -132,7 +136,7 @@ class ReserveResult:
     expires_ms: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class CommitResult:
     """``failed_pages``: could not be copied in (source short, checksum differs)."""
 
@@ -205,7 +209,7 @@ Result = (
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Reply:
     """The answer to the event with this request number."""
 

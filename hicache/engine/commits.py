@@ -14,10 +14,11 @@ from hicache.engine.actions import CommitResult, Compare, CopyIn
 from hicache.engine.copies import merge_all
 from hicache.engine.core import ABSENT, RESIDENT, Core, namespace_of
 from hicache.engine.events import Abort, Commit, CopyDone
-from hicache.engine.holders import Ingest, NamespaceState, Reservation, ReserveWaiter
+from hicache.engine.holders import Ingest, Reservation, ReserveWaiter
 from hicache.errors import ErrorCode
 from hicache.keys import chain_keys
 from hicache.tree import Run
+from hicache.tree.tips import is_new
 from hicache.types import Ack, Outcome, PageRecord, WritePolicy
 
 FIRST = 0  # commits land in the first tier
@@ -113,12 +114,13 @@ def _identify(
 def finish(core: Core, event: CopyDone) -> None:
     """A commit's bytes are there (or not)."""
     reservation, ingest = core.ingests.pop(event.copy)
-    ingest.outcomes = list(event.outcomes or [Outcome.OK] * ingest.pages)
+    ingest.outcomes = list(event.outcomes or ())
     if not core.readable[FIRST]:
         ingest.outcomes = [Outcome.FAULT] * ingest.pages
-    for page, key in enumerate(ingest.keys):
-        if key in ingest.deleted:
-            ingest.outcomes[page] = Outcome.MISS
+    if ingest.deleted:
+        outcomes = ingest.outcomes or [Outcome.OK] * ingest.pages
+        rows = zip(ingest.keys, outcomes, strict=True)
+        ingest.outcomes = [Outcome.MISS if key in ingest.deleted else found for key, found in rows]
     ingest.charges = list(event.charges)
     settle(core, reservation)
 
@@ -131,10 +133,10 @@ def settle(core: Core, reservation: Reservation) -> None:
             _discard(core, reservation, ingest, ingest.first)
             _answer(core, reservation, ingest, ([], 0), ingest.pages)
             continue
-        outcomes = ingest.outcomes or []
-        good = next(
-            (index for index, outcome in enumerate(outcomes) if outcome is not Outcome.OK), len(outcomes)
-        )
+        good = ingest.pages
+        if ingest.outcomes:
+            bad = (index for index, outcome in enumerate(ingest.outcomes) if outcome is not Outcome.OK)
+            good = next(bad, good)
         runs, present = _graft(core, reservation, good, ingest.charges)
         _discard(core, reservation, ingest, ingest.first + good if present >= 0 else ingest.first)
         if good < ingest.pages:
@@ -151,7 +153,7 @@ def _discard(core: Core, reservation: Reservation, ingest: Ingest, first: int) -
     end = ingest.first + ingest.pages
     if not core.tiers[FIRST].keyed or first >= end:
         return
-    outcomes = (ingest.outcomes or [])[first - ingest.first :]
+    outcomes = (ingest.outcomes or [Outcome.OK] * ingest.pages)[first - ingest.first :]
     keys = ingest.keys[first - ingest.first :]
     tree = reservation.namespace.tree
     found = tree.trace(reservation.prompt[: end * tree.symbol_bytes])
@@ -209,15 +211,19 @@ def _graft(core: Core, reservation: Reservation, count: int, charges: list[int])
         return [], 0
     width = namespace.tree.symbol_bytes
     prompt = reservation.prompt[: (first + count) * width]
+    after = reservation.runs[-1] if reservation.runs else None
+    if not core.holes and reservation.present_pages == first and is_new(namespace.tree, prompt, after, first):
+        core.next_tick()
+        return _add(core, reservation, prompt, after, places), 0
     if namespace.tree.match(prompt).pages < first:
         core.release_places(namespace, FIRST, places)
         return [], -1
     core.next_tick()
-    return lay(core, namespace, prompt, first, places)
+    return _lay(core, reservation, prompt, first, places)
 
 
-def lay(
-    core: Core, namespace: NamespaceState, prompt: bytes, first: int, places: array[int]
+def _lay(
+    core: Core, reservation: Reservation, prompt: bytes, first: int, places: array[int]
 ) -> tuple[list[Run], int]:
     """Give pages [first, end of prompt) their places in the first tier: in new runs, or in holes that stood there.
 
@@ -225,6 +231,7 @@ def lay(
 
     Returns the runs that are resident now through this call, and how many pages were there already.
     """
+    namespace = reservation.namespace
     tree = namespace.tree
     page, present = first, 0
     stored: list[Run] = []
@@ -236,20 +243,37 @@ def lay(
             present += run.pages
             _keep(core, run, mine)
         else:
-            _appear(core, run, mine)
-            stored.append(run)
+            stored += _appear(core, run, mine)
     total = len(prompt) // tree.symbol_bytes
     if page < total:
-        run = tree.insert(prompt, path[-1] if path else None, page, total - page)
-        core.adopt(run, namespace)
-        _appear(core, run, places[page - first :])
-        stored.append(run)
+        after = path[-1] if path else None
+        stored += _add(core, reservation, prompt, after, places[page - first :])
     return stored, present
 
 
-def _appear(core: Core, run: Run, places: array[int]) -> None:
-    core.appear(run, FIRST, places)
-    shares.note_leaving(core, run, core.pool(run, FIRST))
+def _add(
+    core: Core, reservation: Reservation, prompt: bytes, after: Run | None, places: array[int]
+) -> list[Run]:
+    """Give the last pages of a prompt, which have no place in the tree yet, one after ``after``."""
+    tree = reservation.namespace.tree
+    total, count = len(prompt) // tree.symbol_bytes, len(places)
+    run = tree.insert(prompt, after, total - count, count)
+    core.adopt(run, reservation.namespace, reservation.use)
+    return _appear(core, run, places)
+
+
+def _appear(core: Core, run: Run, places: array[int]) -> list[Run]:
+    """The run is in the first tier now, in the pieces in which its policy wants it."""
+    pool = core.pool(run, FIRST)
+    parts = core.cut_at_ghosts(run, FIRST) if pool.policy.wants_ghosts else [run]
+    start = 0
+    for part in parts:
+        mine = places if len(parts) == 1 else places[start : start + part.pages]
+        core.appear(part, FIRST, mine)
+        if pool.leaving_runs is not None:
+            shares.note_leaving(core, part, pool)
+        start += part.pages
+    return parts
 
 
 def _keep(core: Core, run: Run, places: array[int]) -> None:
@@ -306,10 +330,11 @@ def close(core: Core, reservation: Reservation) -> None:
 
 def let_go_anchor(core: Core, holder: ReserveWaiter | Reservation) -> None:
     """Undo a hold on runs of which the last is anchored."""
-    held = list(holder.runs)
+    held = holder.runs
+    if not held:
+        return
     for run in held:
         run.holders.remove(holder)
     holder.runs = []
-    if held:
-        core.anchor(held[-1], -1)
-        merge_all(core, held)
+    core.anchor(held[-1], -1)
+    merge_all(core, held)

@@ -11,6 +11,7 @@ import itertools
 from array import array
 from collections.abc import Callable, Sequence
 
+from hicache.engine import warming
 from hicache.engine.actions import Copy, OperationDone
 from hicache.engine.core import ABSENT, DRAINING, FILLING, RESIDENT, Core, namespace_of
 from hicache.engine.events import CopyDone
@@ -70,7 +71,7 @@ def _launch(core: Core, runs: list[Run], src: int, dst: int, draining: set[int])
         core.place(run, dst, places)
         core.set_state(run, dst, FILLING)
         if run.id in draining:
-            core.set_state(run, src, DRAINING)
+            core.set_state(run, src, DRAINING, evicted=True)
             namespace.pools[src].draining += core.run_units(run, src)
         if not src_keyed:
             sources.extend(run.slots[src] or ())
@@ -224,13 +225,16 @@ def finish(core: Core, event: CopyDone) -> None:
             same = next((at for at, other in enumerate(mine) if other is not outcome), run.pages)
             if same < run.pages:
                 todo.append(core.split(run, same))
-        charges = event.charges[pages : pages + run.pages]
-        pages += run.pages
-        _settle(core, job, run, outcome, charges, source_fault=event.source_fault)
-        moved += run.pages if outcome is Outcome.OK else 0
-        touched.append(run)
+        for part in core.cut_at_ghosts(run, job.dst) if outcome is Outcome.OK else [run]:
+            charges = event.charges[pages : pages + part.pages]
+            pages += part.pages
+            _settle(core, job, part, outcome, charges, source_fault=event.source_fault)
+            moved += part.pages if outcome is Outcome.OK else 0
+            touched.append(part)
     core.counters.copied_bytes[job.src][job.dst] += namespace.page_bytes * moved
     core.counters.copied_pages[job.src][job.dst] += moved
+    if core.warming and any(operation.warm for operation in job.operations):
+        warming.arrived(core, job, touched, moved)
     for run in touched:
         core.let_go(job, run)
     merge_all(core, touched)
@@ -320,6 +324,7 @@ def finish_operation(core: Core, operation: Operation) -> None:
     if operation.done or operation.runs or operation.copies:
         return
     operation.done = True
+    core.warming.discard(operation.id)
     core.emit(OperationDone(operation.id, operation.moved_pages, operation.failed_pages))
     core.finished.append(operation.id)
     while len(core.finished) > FINISHED_OPERATIONS:

@@ -10,9 +10,11 @@ import itertools
 from typing import TYPE_CHECKING
 
 from hicache.engine.holders import Guard
+from hicache.engine.names import namespace_of
 from hicache.engine.state import TICKS_PER_MS
-from hicache.engine.steps import ABSENT, DRAINING, FILLING, RESIDENT, Steps, namespace_of
+from hicache.engine.steps import ABSENT, DRAINING, FILLING, RESIDENT, Steps
 from hicache.tree import Run
+from hicache.types import NO_USE, Use
 
 if TYPE_CHECKING:
     from hicache.tree.node import Holder
@@ -32,8 +34,36 @@ class Core(Steps):
     def pin(self, run: Run, tier: int) -> None:
         """Keep the run from leaving a tier."""
         run.pins[tier] += 1
-        if run.pins[tier] == 1 and run.state[tier] == RESIDENT:
+        if run.pins[tier] == 1 and run.state[tier] == RESIDENT and not run.below[tier]:
             run.extra.pools[tier].policy.hide(run.id)  # type: ignore[attr-defined]  # hot: no cast, no call
+
+    def pin_all(self, holder: Holder, runs: list[Run], tier: int) -> None:
+        """``pin`` and ``hold`` for many runs of one namespace at once: hot."""
+        policy = runs[0].extra.pools[tier].policy  # type: ignore[attr-defined]
+        for run in runs:
+            pins = run.pins
+            pins[tier] += 1
+            if pins[tier] == 1 and not run.below[tier] and run.state[tier] == RESIDENT:
+                policy.hide(run.id)
+            run.holders.append(holder)
+        holder.runs = runs
+
+    def unpin_all(self, holder: Holder, tier: int) -> None:
+        """Undo ``pin_all``; the holder still lists them, so that the caller can look what is left of them."""
+        if not holder.runs:
+            return
+        self.room_changed = True
+        policy = holder.runs[0].extra.pools[tier].policy  # type: ignore[attr-defined]
+        for run in holder.runs:
+            pins = run.pins
+            assert pins[tier] > 0, "unpinned a run that had no pin"
+            pins[tier] -= 1
+            if not pins[tier] and run.state[tier] == RESIDENT:
+                if not run.below[tier]:
+                    policy.expose(run.id)
+                if self.condemned and (run.id, tier) in self.condemned:
+                    self.void(run, tier)
+            run.holders.remove(holder)
 
     def unpin(self, run: Run, tier: int) -> None:
         """Undo one ``pin``."""
@@ -101,16 +131,19 @@ class Core(Steps):
 
     # --- use
 
-    def touch(self, runs: list[Run]) -> None:
-        """Count a use of these runs (a path from the root)."""
+    def touch(self, runs: list[Run], use: Use = NO_USE) -> None:
+        """Count a use of these runs (a path from the root). What is said of the use holds from now on."""
         tick = self.next_tick()
+        if use is not NO_USE:
+            use = self.same_use(use)
+            for run in runs:
+                run.use = use
         for run in runs:
             run.tick = tick
             run.hits += 1
-            pools = run.extra.pools  # type: ignore[attr-defined]  # hot: no cast, no call
             for tier, state in enumerate(run.state):
                 if state == RESIDENT:
-                    pools[tier].policy.hit(run.id, tick)
+                    run.extra.pools[tier].policy.hit(run.id, tick)  # type: ignore[attr-defined]  # hot
                 elif state == DRAINING:
                     self.rescue(run)
         if self.durable_tier >= 0 and runs and len(self.hot) < MAX_HOT:

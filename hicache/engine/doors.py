@@ -42,7 +42,7 @@ def _call(core: Core, event: ev.Fetch | ev.Reserve | ev.Prefetch) -> bool:
             "attach again",
         )
         return False
-    return _namespace(core, event)
+    return event.namespace in core.namespaces or _namespace(core, event)
 
 
 def _tier(core: Core, event: ev.Prefetch | ev.Pin | ev.Evict, lowest: int = 0) -> bool:

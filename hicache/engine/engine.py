@@ -98,16 +98,19 @@ class Engine:
             if not (core.room_changed or core.backlog_grew):
                 break
             core.room_changed = False
-            reclaim.advance(core)
             for pool in core.pools.values():
-                while pool.waiters and reservations.try_grant(core, pool.waiters[0], last_try=False):
-                    pool.waiters.popleft()
-            leases.advance_some(core)
-            for saver in list(core.savers.values()):
-                savers.advance(core, saver)
-            savers.work_backlog(core)
-            for pool in core.pools.values():
-                room.copy_down_cold(core, pool)
+                if pool.leaving >= 0 or pool.waiters or pool.wanting:
+                    _retry(core)
+                    break
+            if core.savers:
+                for saver in list(core.savers.values()):
+                    savers.advance(core, saver)
+            core.backlog_grew = False
+            if core.backlog:
+                savers.work_backlog(core)
+            if len(core.tiers) > 1:
+                for pool in core.pools.values():
+                    room.copy_down_cold(core, pool)
 
     # --- reads
 
@@ -173,6 +176,20 @@ class Engine:
     def story(self) -> tuple[str, ...]:
         """The last events, oldest first, without content."""
         return tuple(story.tell(memory) for memory in self._story)
+
+
+def _retry(core: Core) -> None:
+    """Segments that are given up, reservations that wait for room, and promotions, in this order."""
+    pools = core.pools.values()
+    for pool in pools:
+        if pool.leaving >= 0:
+            reclaim.advance(core, pool)
+    for pool in pools:
+        while pool.waiters and reservations.try_grant(core, pool.waiters[0], last_try=False):
+            pool.waiters.popleft()
+    for pool in pools:
+        if pool.wanting:
+            leases.advance_some(core, pool)
 
 
 def _copy_done(core: Core, event: ev.CopyDone) -> None:

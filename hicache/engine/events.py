@@ -2,6 +2,9 @@
 
 Events that ask for an answer carry ``request``, a number chosen by the shell; the answer comes back as an
 ``actions.Reply`` with the same number, at once or after later events. Times are milliseconds of the shell's clock.
+
+Nobody changes an event once it is made. The frequent ones are not ``frozen``, which would make them twice as slow to
+make.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from hicache.types import Ack, Namespace, Outcome, Pressure
+from hicache.types import NO_USE, Ack, Namespace, Outcome, Pressure, Use
 
 # --- sessions and namespaces
 
@@ -60,15 +63,17 @@ class NamespaceOpened:
 # --- calls
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Touch:
-    """Count a look-up as a use; answered with nothing."""
+    """Count a look-up as a use; answered with nothing. ``prefetch``: start promoting what it found, within bounds."""
 
     namespace: int
     prompt: bytes
+    use: Use = NO_USE
+    prefetch: bool = False
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Fetch:
     """Match, lease what is readable, promote the rest. Answered at once with a FetchResult."""
 
@@ -79,6 +84,7 @@ class Fetch:
     max_pages: int = 0
     ttl_ms: int = 0
     promote: bool = True
+    use: Use = NO_USE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,7 +106,7 @@ class CancelOperation:
     operation: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Reserve:
     """Room for the missing pages. Answered with a ReserveResult or a Failure, perhaps after a drain."""
 
@@ -111,9 +117,10 @@ class Reserve:
     ttl_ms: int = 0
     wait_ms: int = 0
     pressure: Pressure = Pressure.WAIT
+    use: Use = NO_USE
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Commit:
     """The session has written pages [first, first + count) for each piece; copy them in.
 
@@ -148,7 +155,7 @@ class RenewLeases:
     ttl_ms: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class ReleaseLeases:
     """Not answered; unknown leases are fine."""
 
@@ -195,7 +202,7 @@ class Clear:
 # --- completions
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class CopyDone:
     """A Copy or CopyIn finished. ``outcomes`` None: every page is OK. ``charges``: keyed destinations only.
 

@@ -8,7 +8,7 @@ from array import array
 from collections import deque
 from typing import TYPE_CHECKING
 
-from hicache.types import Ack, Namespace, Outcome, Pressure
+from hicache.types import NO_USE, Ack, Namespace, Outcome, Pressure, Use
 
 if TYPE_CHECKING:
     from hicache.engine.pools import Pool
@@ -32,11 +32,11 @@ class NamespaceState:
     recovered_keys: dict[int, bytes] = dataclasses.field(
         default_factory=dict
     )  # and the last key of a stranded one.
+    page_bytes: int = dataclasses.field(init=False)  # of one page; the spec's, asked for often
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page."""
-        return self.spec.page_bytes
+    def __post_init__(self) -> None:
+        """Copy what is asked for often."""
+        self.page_bytes = self.spec.page_bytes
 
 
 class LeaseStage(enum.Enum):
@@ -79,6 +79,8 @@ class Operation:
     moved_pages: int = 0
     failed_pages: int = 0
     done: bool = False
+    step: int = 0  # pages of one copy
+    warm: bool = False  # started for a look-up; nobody waits
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -143,6 +145,7 @@ class Reservation:
     runs: list[Run] = dataclasses.field(default_factory=list)  # the anchor, if there is one
     ingests: deque[Ingest] = dataclasses.field(default_factory=deque)
     closing: bool = False
+    use: Use = NO_USE
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -156,6 +159,7 @@ class ReserveWaiter:
     ttl_ms: int
     deadline_ms: int
     pressure: Pressure
+    use: Use = NO_USE
     runs: list[Run] = dataclasses.field(default_factory=list)  # the anchor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
-from hicache.engine import copies, room
+from hicache.engine import copies, room, warming
 from hicache.engine.actions import FetchResult, OperationResult, Piece, PinResult, RenewResult
 from hicache.engine.core import ABSENT, DRAINING, FILLING, RESIDENT, Core
 from hicache.engine.events import (
@@ -19,18 +19,27 @@ from hicache.engine.events import (
     Unpin,
 )
 from hicache.engine.holders import CopyJob, Lease, LeaseStage, NamespaceState, Operation
+from hicache.engine.pools import Pool
 from hicache.tree import Run
 from hicache.types import WritePolicy
 
 OPERATOR = 0  # the session that owns pins
 #: How many of the operations that wait for room in a pool are tried each time.
 TRIES = 8
+#: A promotion is not cut into smaller copies than this.
+LEAST_COPY_BYTES = 1 << 20
 
 
 def touch(core: Core, event: Touch) -> None:
     """Count a look-up as a use."""
     namespace = core.namespaces[event.namespace]
-    core.touch(core.cut(namespace, namespace.tree.match(event.prompt)))
+    runs = core.cut(namespace, namespace.tree.match(event.prompt))
+    core.touch(runs, event.use)
+    if event.prefetch and runs and warming.may_start(core, runs):
+        operation = new_operation(core, namespace, core.lease_tier, runs, OPERATOR)
+        operation.warm = True
+        core.warming.add(operation.id)
+        advance(core, operation)
 
 
 def fetch(core: Core, event: Fetch) -> None:
@@ -47,10 +56,12 @@ def fetch(core: Core, event: Fetch) -> None:
         core.reply(event.request, FetchResult(0, 0, 0, 0, (), 0, tier_pages))
         return
     runs = core.cut(namespace, match)
-    core.touch(runs)
+    core.touch(runs, event.use)
     tier = core.lease_tier
     namespace.pools[tier].tick = core.tick
-    missing = _count_hits(core, runs, tier_pages)
+    if core.warmed:
+        warming.used(core, runs)
+    missing = _count_hits(core, runs, tier_pages, namespace.page_bytes)
     if core.options.write_policy is WritePolicy.SELECTIVE:
         _save_hot(core, runs)
     if missing and not event.promote:
@@ -65,7 +76,7 @@ def fetch(core: Core, event: Fetch) -> None:
     core.reply(event.request, view(core, lease) if lease.runs else _empty(lease))
 
 
-def _count_hits(core: Core, runs: list[Run], tier_pages: list[int]) -> bool:
+def _count_hits(core: Core, runs: list[Run], tier_pages: list[int], page_bytes: int) -> bool:
     """Count from where each page is served; whether some are not in the leases' tier. No run is DRAINING any more."""
     tier = core.lease_tier
     missing = False
@@ -75,9 +86,10 @@ def _count_hits(core: Core, runs: list[Run], tier_pages: list[int]) -> bool:
         else:
             missing = True
             tier_pages[run.state.index(RESIDENT)] += run.pages
-    hits = core.counters.hit_pages
+    hits, hit_bytes = core.counters.hit_pages, core.counters.hit_bytes
     for index, pages in enumerate(tier_pages):
         hits[index] += pages
+        hit_bytes[index] += pages * page_bytes
     return missing
 
 
@@ -110,11 +122,7 @@ def _lease(core: Core, lease: Lease, runs: list[Run], ttl_ms: int) -> None:
     if ttl_ms:
         lease.expires_ms = core.now_ms + ttl_ms
         core.at(lease.expires_ms, "lease", lease.id)
-    tier = lease.tier
-    for run in runs:
-        core.pin(run, tier)
-        run.holders.append(lease)
-    lease.runs = runs
+    core.pin_all(lease, runs, lease.tier)
 
 
 def _promote(core: Core, lease: Lease, session: int) -> int:
@@ -131,7 +139,11 @@ def _promote(core: Core, lease: Lease, session: int) -> int:
 def new_operation(
     core: Core, namespace: NamespaceState, tier: int, runs: Sequence[Run], session: int
 ) -> Operation:
-    """An operation that is to bring these runs to a tier. The last is anchored until it has started."""
+    """An operation that is to bring these runs to a tier. The last is anchored until it has started.
+
+    Its pages go in page order: a prefix is of use only as far as it has no gap. They go in as many copies as it may
+    have under way, so that every reader of the tier they come from has work, but not in crumbs.
+    """
     operation = Operation(next(core.ids), session, namespace, tier)
     core.operations[operation.id] = operation
     core.at(core.now_ms + core.options.default_ttl_ms, "operation", operation.id)
@@ -140,6 +152,10 @@ def new_operation(
             core.hold(operation, run)
     if operation.runs:
         core.anchor(operation.runs[-1], 1)
+    parts = core.options.promotion_copies
+    pages = -(-sum(run.pages for run in operation.runs) // parts)
+    least = -(-LEAST_COPY_BYTES // namespace.page_bytes)
+    operation.step = min(max(pages, least), core.options.max_copy_pages)
     return operation
 
 
@@ -158,14 +174,13 @@ def advance(core: Core, operation: Operation) -> None:
     copies.finish_operation(core, operation)
 
 
-def advance_some(core: Core) -> None:
-    """Let operations that wait for room try again: in each pool those whose turn it is."""
+def advance_some(core: Core, pool: Pool) -> None:
+    """Let operations that wait for room in a pool try again: those whose turn it is."""
     if len(core.copies) >= core.options.max_copies:
         return
-    for pool in core.pools.values():
-        for operation in list(itertools.islice(pool.wanting.values(), TRIES)) if pool.wanting else ():
-            if operation.runs:
-                advance(core, operation)
+    for operation in list(itertools.islice(pool.wanting.values(), TRIES)):
+        if operation.runs:
+            advance(core, operation)
 
 
 def _start_one(core: Core, operation: Operation, run: Run) -> bool:
@@ -181,12 +196,13 @@ def _start_one(core: Core, operation: Operation, run: Run) -> bool:
         if source < 0 or not core.writable[tier]:
             _give_up(core, operation)
             return False
-        if len(core.copies) >= core.options.max_copies:
+        under_way = len(operation.copies) >= core.options.promotion_copies
+        if under_way or len(core.copies) >= core.options.max_copies:
             return False
         if run.state[source] == DRAINING:
             core.rescue(run)
-        if run.pages > core.options.max_copy_pages:
-            core.split(run, core.options.max_copy_pages)
+        if run.pages > operation.step:
+            core.split(run, operation.step)
         if not _start_copy(core, operation, run, source):
             return False
     _started(core, operation, run)
@@ -278,14 +294,22 @@ def view(core: Core, lease: Lease) -> FetchResult:
     pieces: list[Piece] = []
     granted = 0
     for run in lease.runs:
-        if run.state[tier] != RESIDENT or (core.condemned and (run.id, tier) in core.condemned):
+        slots = run.slots[tier]
+        if run.state[tier] != RESIDENT or not slots or (core.condemned and (run.id, tier) in core.condemned):
             break
-        pieces.append(Piece(tier, run.slots[tier] or ()))
+        pieces.append(Piece(tier, slots))
         granted += run.pages
     operation = core.operations.get(lease.operation)
     waiting = lease.operation if operation is not None and not operation.done else 0
     return FetchResult(
-        lease.id, lease.matched_pages, granted, lease.expires_ms, pieces, waiting, lease.tier_pages
+        lease.id,
+        lease.matched_pages,
+        granted,
+        lease.expires_ms,
+        pieces,
+        waiting,
+        lease.tier_pages,
+        lease.namespace.page_bytes,
     )
 
 
@@ -318,10 +342,7 @@ def end(core: Core, lease: Lease) -> None:
     operation = core.operations.get(lease.operation)
     if operation is not None and not operation.done:
         drop_operation(core, operation)
-    tier = lease.tier
-    for run in lease.runs:
-        core.unpin(run, tier)
-        run.holders.remove(lease)
+    core.unpin_all(lease, lease.tier)
     later: Run | None = None
     for run in reversed(lease.runs):
         if not run.live:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from hicache.policy import Policy
+from hicache.policy import Admission, Policy
 from hicache.types import SLOTS_PER_SEGMENT, TierSpec
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Pool:
     policy: Policy
     free: list[int] = dataclasses.field(default_factory=list)  # slotted: free slots, next one last
     segments: set[int] = dataclasses.field(default_factory=set)
+    admission: Admission | None = None  # what is let in from the tiers above; None: all
     leaving: int = -1  # slotted: the segment being given up; its freed slots do not come back
     leaving_slots: int = 0  # how many of its slots are free by now
     leaving_runs: Leaving | None = None  # who has pages there
@@ -66,6 +67,12 @@ class Pool:
     def available(self) -> int:
         """Units that can be taken now."""
         return self.spec.capacity_bytes - self.used if self.spec.keyed else len(self.free)
+
+    def tell_capacity(self) -> None:
+        """Tell a policy that asks for it how large the pool is."""
+        resize = getattr(self.policy, "resize", None)
+        if resize is not None and self.capacity:
+            resize(self.capacity)
 
     def units(self, pages: int, page_bytes: int) -> int:
         """Units that ``pages`` new pages are taken to need."""
@@ -112,6 +119,7 @@ class Pool:
     def add_segment(self, segment: int) -> None:
         """All slots of a fresh segment become free, lowest first."""
         self.segments.add(segment)
+        self.tell_capacity()
         base = segment * SLOTS_PER_SEGMENT
         self.free[:0] = range(base + self.slots_per_segment - 1, base - 1, -1)
 
@@ -132,6 +140,7 @@ class Pool:
         assert self.leaving_slots == self.slots_per_segment
         segment, self.leaving, self.leaving_slots = self.leaving, -1, 0
         self.segments.discard(segment)
+        self.tell_capacity()
         return segment
 
     def fits(self, pages: int, page_bytes: int) -> bool:

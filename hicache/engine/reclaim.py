@@ -7,7 +7,7 @@ more, it goes to the pool for which it was given up.
 
 from __future__ import annotations
 
-from hicache.engine import copies, plan, room
+from hicache.engine import copies, gate, plan, room
 from hicache.engine.actions import CloseSegment
 from hicache.engine.core import ABSENT, RESIDENT, Core
 from hicache.engine.events import SegmentClosed
@@ -18,15 +18,12 @@ from hicache.tree import Run
 WINDOW = 64
 
 
-def advance(core: Core) -> None:
-    """Go on emptying the segments that are being given up."""
-    for pool in core.pools.values():
-        if pool.leaving < 0:
-            continue
-        if pool.leaving_slots < pool.slots_per_segment:
-            _empty(core, pool)
-        if pool.leaving_slots == pool.slots_per_segment:
-            _close(core, pool)
+def advance(core: Core, pool: Pool) -> None:
+    """Go on emptying the segment that the pool gives up."""
+    if pool.leaving_slots < pool.slots_per_segment:
+        _empty(core, pool)
+    if pool.leaving_slots == pool.slots_per_segment:
+        _close(core, pool)
 
 
 def _close(core: Core, pool: Pool) -> None:
@@ -77,7 +74,9 @@ def _move_out(core: Core, pool: Pool, run: Run) -> None:
         plan.evict(core, run, pool.tier, run.pages)
         return
     lower = room.lower_tier(core, pool)
-    if lower >= 0 and run.state[lower] == ABSENT:
+    if gate.refuses(core, run, lower):
+        plan.drop(core, run, evicted=True)
+    elif lower >= 0 and run.state[lower] == ABSENT:
         copies.copy_down(
             core, run, lower, room.make_room_below
         )  # when that has arrived it leaves as a clean page
@@ -85,7 +84,7 @@ def _move_out(core: Core, pool: Pool, run: Run) -> None:
         family = [run, *plan.below(run)]
         if not any(each.anchors or any(each.pins) for each in family):
             for each in reversed(family):
-                plan.drop(core, each)
+                plan.drop(core, each, evicted=True)
 
 
 def segment_closed(core: Core, event: SegmentClosed) -> None:

@@ -74,7 +74,7 @@ class _Part:
         core, event = self.core, self.event
         keys, parent = event.keys[number], event.parents[number]
         ends = self.namespace.recovered
-        above = ends[parent] if parent >= 0 else None
+        above = self._above(parent) if parent >= 0 else None
         run: Run | None = None
         depth = 0
         if not keys or not core.readable[self.tier]:
@@ -90,6 +90,14 @@ class _Part:
             depth += len(keys)
         ends.append(run)
         self.namespace.recovered_depths.append(depth)
+
+    def _above(self, parent: int) -> Run | None:
+        """The run in which a chain ends; None if its end has gone meanwhile."""
+        run = self.namespace.recovered[parent]
+        if run is None or run.state[self.tier] == RESIDENT:
+            return run
+        end = self.tree.depth_pages(run) + run.pages
+        return run if end == self.namespace.recovered_depths[parent] else None
 
     def _history(self, number: int) -> tuple[int, int]:
         """The tick of a chain's last use, never later than now, and its hits."""

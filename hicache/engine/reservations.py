@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from hicache.engine import room, shares
 from hicache.engine.actions import ReserveResult
 from hicache.engine.commits import FIRST, let_go_anchor
+from hicache.engine.copies import merge_all
 from hicache.engine.core import Core
 from hicache.engine.events import Reserve
 from hicache.engine.holders import NamespaceState, Reservation, ReserveWaiter
 from hicache.engine.pools import Pool
 from hicache.errors import ErrorCode
-from hicache.types import Pressure
+from hicache.types import NO_USE, Pressure
 
 RETRY_MS = 200
 
@@ -32,6 +33,7 @@ def reserve(core: Core, event: Reserve) -> None:
         event.ttl_ms,
         core.now_ms + event.wait_ms,
         event.pressure,
+        core.same_use(event.use) if event.use is not NO_USE else NO_USE,
     )
     pool = namespace.pools[FIRST]
     if _refuse_for_good(core, waiter, pool):
@@ -79,27 +81,29 @@ def try_grant(core: Core, waiter: ReserveWaiter, *, last_try: bool) -> bool:
     if match.pages == total:
         core.reply(waiter.request, ReserveResult(0, total, 0, 0))
         return True
-    runs = core.cut(namespace, match)
-    if runs:
+    last = core.cut_end(namespace, match)
+    if last is not None:
         # What makes room may split the run: the waiter follows, as the anchor does.
-        core.hold(waiter, runs[-1])
-        core.anchor(runs[-1], 1)
+        core.hold(waiter, last)
+        core.anchor(last, 1)
     most = _most_pages(core, namespace)
     asked = min(total - match.pages, most)
     drop = waiter.pressure is Pressure.DROP or last_try
     # A prompt that would take more than half of the tier gets at least that much: the head of a prompt is worth
     # keeping, and waiting for the tier to be idle helps nobody. The last try takes what there is.
-    sizes = _sizes(asked, 1 if last_try else max(most // 2, 1))
-    granted = next((pages for pages in sizes if _room(core, namespace, pages, drop=drop)), 0)
+    granted = asked
+    if not _room(core, namespace, asked, drop=drop):
+        smaller = _halves(asked, 1 if last_try else max(most // 2, 1))
+        granted = next((pages for pages in smaller if _room(core, namespace, pages, drop=drop)), 0)
     if granted:
         _grant(core, waiter, match.pages, granted)
     let_go_anchor(core, waiter)
     return granted > 0
 
 
-def _sizes(asked: int, least: int) -> Iterator[int]:
-    """What is asked for, then halves of it, not below ``least``."""
-    pages = asked
+def _halves(asked: int, least: int) -> Iterator[int]:
+    """The half of what is asked for, the half of that, and so on, not below ``least``."""
+    pages = asked // 2
     while pages >= min(least, asked) and pages > 0:
         yield pages
         pages //= 2
@@ -125,8 +129,11 @@ def _most_pages(core: Core, namespace: NamespaceState) -> int:
     pool = namespace.pools[FIRST]
     if pool.spec.keyed:
         return pool.spec.capacity_bytes // pool.units(1, namespace.page_bytes)
-    mine = len(pool.segments) + len(core.segments[FIRST].spare)
-    return max(mine, shares.fair_segments(core, pool)) * pool.slots_per_segment
+    segments = core.segments[FIRST]
+    mine = len(pool.segments) + len(segments.spare)
+    if mine < segments.total:
+        mine = max(mine, shares.fair_segments(core, pool))
+    return mine * pool.slots_per_segment
 
 
 def _grant(core: Core, waiter: ReserveWaiter, present: int, pages: int) -> None:
@@ -145,13 +152,24 @@ def _grant(core: Core, waiter: ReserveWaiter, present: int, pages: int) -> None:
         present + pages,
         places,
         core.now_ms + ttl,
+        use=waiter.use,
     )
     core.reservations[reservation.id] = reservation
     if waiter.runs:
-        core.hold(reservation, waiter.runs[-1])
-        core.anchor(waiter.runs[-1], 1)
+        _pass_on(core, waiter, reservation)
     core.at(reservation.expires_ms, "reservation", reservation.id)
     core.reply(waiter.request, ReserveResult(reservation.id, present, pages, reservation.expires_ms))
+
+
+def _pass_on(core: Core, waiter: ReserveWaiter, reservation: Reservation) -> None:
+    """The hold on the last run, and its anchor, become the reservation's; the others are let go."""
+    *others, last = waiter.runs
+    waiter.runs = []
+    last.holders[last.holders.index(waiter)] = reservation
+    reservation.runs.append(last)
+    for run in others:
+        run.holders.remove(waiter)
+    merge_all(core, others)
 
 
 def refuse(core: Core, waiter: ReserveWaiter) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from hicache.engine import copies, shares
+from hicache.engine import copies, gate, shares
 from hicache.engine.core import ABSENT, RESIDENT, Core, namespace_of
 from hicache.engine.plan import LOOK_AHEAD, Plan, evict
 from hicache.engine.pools import Pool
@@ -48,7 +48,8 @@ def make_room(core: Core, pool: Pool, pages: int, page_bytes: int, *, drop: bool
         if units <= pool.available:
             return True
     need = units - pool.available
-    plan = Plan(core, pool, need, may_drop=lower_tier(core, pool) < 0)
+    lower = lower_tier(core, pool)
+    plan = Plan(core, pool, need, lower, may_drop=lower < 0)
     if plan.build():
         plan.carry_out()
         return units <= pool.available
@@ -56,7 +57,7 @@ def make_room(core: Core, pool: Pool, pages: int, page_bytes: int, *, drop: bool
     if not drop:
         _start_draining(core, pool, dirty, need)
         return False
-    plan = Plan(core, pool, need, may_drop=True)
+    plan = Plan(core, pool, need, lower, may_drop=True)
     if plan.build():
         plan.carry_out()
     else:
@@ -154,7 +155,7 @@ def copy_down_cold(core: Core, pool: Pool) -> None:
     short = int(pool.capacity * core.options.free_low_fraction) - pool.available - pool.draining
     if short <= 0 or len(core.copies) >= core.options.max_copies:
         return
-    dirty, short = _coldest(core, pool, short)
+    dirty, short = _coldest(core, pool, short, lower)
     for run in dirty:
         if short <= 0:
             return
@@ -171,13 +172,16 @@ def copy_down_cold(core: Core, pool: Pool) -> None:
         short -= core.run_units(victim, pool.tier)
 
 
-def _coldest(core: Core, pool: Pool, short: int) -> tuple[list[Run], int]:
-    """The unsaved ones of the runs that would leave next, and how many units they must give: clean ones count."""
+def _coldest(core: Core, pool: Pool, short: int, lower: int) -> tuple[list[Run], int]:
+    """The unsaved ones of the runs that would leave next, and how many units they must give.
+
+    Clean ones count, and those that leave without a copy, since admission refuses them.
+    """
     plan = pool.policy.begin()
     dirty: list[Run] = []
     for ident in itertools.islice(iter(plan.next, None), LOOK_AHEAD):
         run = core.runs[ident]
-        if run.live > 1:
+        if run.live > 1 or gate.refuses(core, run, lower):
             short -= core.run_units(run, pool.tier)
         else:
             dirty.append(run)

@@ -5,7 +5,7 @@ A page is durable when it and every page above it are in the durable tier: only 
 
 from __future__ import annotations
 
-from hicache.engine import copies, room
+from hicache.engine import copies, gate, room
 from hicache.engine.actions import CommitResult, DrainResult
 from hicache.engine.core import ABSENT, DRAINING, FILLING, Core
 from hicache.engine.events import Drain
@@ -145,7 +145,6 @@ def _finish(core: Core, saver: Saver) -> None:
 
 def work_backlog(core: Core) -> None:
     """Start early copies of runs that were written through, have become hot, or mend a gap."""
-    core.backlog_grew = False
     while len(core.backlog) > MAX_BACKLOG:
         core.backlog.popitem(last=False)
     for _ in range(min(len(core.backlog), WINDOW)):
@@ -154,7 +153,7 @@ def work_backlog(core: Core) -> None:
         ident, tier = core.backlog.popitem(last=False)
         run = core.runs.get(ident)
         lower = _next_tier_for(core, run, tier) if run is not None and run.live else -1
-        if run is None or lower < 0:
+        if run is None or lower < 0 or not gate.admits(core, run, lower):
             continue
         if not copies.copy_down(core, run, lower, room.make_room_below) and _follows(core, run, lower):
             core.backlog[ident] = tier

@@ -35,6 +35,8 @@ def wanted(core: Core, pool: Pool) -> None:
     segments = core.segments[pool.tier]
     if pool.spec.keyed or not pool.slots_per_segment or segments.spare or segments.claimant is not None:
         return
+    if len(pool.segments) == segments.total:
+        return
     fair = fair_segments(core, pool)
     if len(pool.segments) >= fair:
         return

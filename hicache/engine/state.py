@@ -1,7 +1,8 @@
 """The ground storey of the engine's core: its state, its answers, and the pools.
 
-``Core`` is built in three storeys, each of which uses only what stands below it: state (here), steps (residency and
-structure), holds (pins, anchors, holders). The rooms above see ``core.Core`` and nothing of the storeys.
+``Core`` is built in four storeys, each of which uses only what stands below it: state (here), names (a run's pool, keys
+and ids), steps (residency and structure), holds (pins, anchors, holders). The rooms above see ``core.Core`` and nothing
+of the storeys.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ from hicache.engine.options import EngineOptions
 from hicache.engine.pools import Pool, Segments
 from hicache.engine.stranded import Stranded
 from hicache.errors import ErrorCode
-from hicache.policy import make_policy
+from hicache.policy import make_admission, make_policy
+from hicache.policy.admission import NO_ADMISSION
 from hicache.tree import Run
-from hicache.types import segment_slots
+from hicache.types import Use, segment_slots
 
 #: A tick is the shell's millisecond times this, plus a counter: it orders uses and still tells their time.
 TICKS_PER_MS = 1024
 #: Fewer timers than this are not worth cleaning.
 SLACK_TIMERS = 1024
+#: Uses that are known by value; runs keep what they have.
+MAX_USES = 4096
 
 
 class State:
@@ -76,6 +80,13 @@ class State:
         self.hot: set[int] = set()  # runs in which used paths end, since the durable tier was told
         # (run, tier) whose bytes are known to be wrong while pins keep them.
         self.condemned: set[tuple[int, int]] = set()
+        # What admission said of a run: its last use then, for which tier, and the verdict.
+        self.verdicts: dict[int, tuple[int, int, bool]] = {}
+        self.uses: dict[Use, Use] = {}  # one object for equal ones, since every run points to one
+        self.warming: set[int] = set()  # operations that were started for look-ups
+        self.warmed: set[Run] = (
+            set()
+        )  # runs that these have brought to the leases' tier and no Fetch has used
         self.timers: list[tuple[int, int, str, int]] = []
         self.counters = Counters(len(self.tiers))
         self.now_ms = 0
@@ -105,9 +116,10 @@ class State:
     def at(self, deadline_ms: int, kind: str, ident: int) -> None:
         """Have ``timers.fire`` look at this then. Stale timers are recognised there, or go when they are many."""
         heapq.heappush(self.timers, (deadline_ms, next(self.ids), kind, ident))
-        alive = len(self.leases) + len(self.reservations) + len(self.operations)
-        if len(self.timers) > 4 * alive + SLACK_TIMERS:
-            self._forget_timers()
+        if len(self.timers) > SLACK_TIMERS:
+            alive = len(self.leases) + len(self.reservations) + len(self.operations)
+            if len(self.timers) > 4 * alive + SLACK_TIMERS:
+                self._forget_timers()
 
     def _forget_timers(self) -> None:
         """Drop the timers of what is gone: O(timers), paid for by those that go."""
@@ -128,6 +140,12 @@ class State:
         self.tick = max(self.tick + 1, self.now_ms * TICKS_PER_MS)
         return self.tick
 
+    def same_use(self, use: Use) -> Use:
+        """The one object that stands for equal uses. Callers choose them: what is kept is bounded."""
+        if len(self.uses) >= MAX_USES:
+            self.uses.clear()
+        return self.uses.setdefault(use, use)
+
     # --- pools
 
     def pool_for(self, tier: int, domain: str, page_bytes: int) -> Pool:
@@ -137,7 +155,10 @@ class State:
         pool = self.pools.get(key)
         if pool is None:
             slots = 0 if spec.keyed else segment_slots(spec, page_bytes)
-            pool = Pool(tier, spec, key[1], key[2], slots, make_policy(self.options.policy))
+            pool = Pool(tier, spec, key[1], key[2], slots, make_policy(self.options.policy_of(spec.name)))
+            admission = self.options.admission_of(spec.name) if tier else NO_ADMISSION
+            pool.admission = make_admission(admission) if admission != NO_ADMISSION else None
+            pool.tell_capacity()
             pool.lower_tiers = tuple(
                 index
                 for index in self.tier_range[tier + 1 :]

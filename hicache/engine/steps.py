@@ -1,4 +1,4 @@
-"""The middle storey of the engine's core: residency and structure change here and nowhere else.
+"""The third storey of the engine's core: residency and structure change here and nowhere else.
 
 Everything above (leases, stores, copies, eviction) works through these steps only, so that tree, policies and ledger
 cannot disagree:
@@ -15,12 +15,13 @@ from array import array
 
 from hicache.engine.actions import Free
 from hicache.engine.holders import NamespaceState
+from hicache.engine.names import Names, namespace_of
 from hicache.engine.pools import Pool
 from hicache.engine.residency import check_step
-from hicache.engine.state import State
-from hicache.policy import RunInfo
+from hicache.policy import Policy
 from hicache.tree import Match, Run
-from hicache.types import Residency
+from hicache.tree.tips import last_run
+from hicache.types import NO_USE, Residency, Use
 
 ABSENT = int(Residency.ABSENT)
 FILLING = int(Residency.FILLING)
@@ -28,32 +29,26 @@ RESIDENT = int(Residency.RESIDENT)
 DRAINING = int(Residency.DRAINING)
 
 
-class Steps(State):
+class Steps(Names):
     """Steps of residency and structure."""
-
-    def pool(self, run: Run, tier: int) -> Pool:
-        """The run's pool in a tier."""
-        return namespace_of(run).pools[tier]
-
-    def run_units(self, run: Run, tier: int) -> int:
-        """Units of the pool that the run holds in a tier."""
-        places = run.slots[tier]
-        if places is None:
-            return 0
-        return sum(places) if self.tiers[tier].keyed else run.pages
-
-    def keys(self, run: Run) -> list[bytes]:
-        """The page keys of a run, computed if they were not yet."""
-        namespace = namespace_of(run)
-        return namespace.tree.page_keys(run, namespace.fingerprint)
 
     # --- structure
 
-    def adopt(self, run: Run, namespace: NamespaceState) -> None:
+    def adopt(self, run: Run, namespace: NamespaceState, use: Use = NO_USE) -> None:
         """Take charge of a run that the tree has just made."""
         run.extra = namespace
+        run.use = use
         run.tick = self.tick
         self.runs[run.id] = run
+
+    def cut_end(self, namespace: NamespaceState, match: Match) -> Run | None:
+        """The run that ends where a match does, split if need be; None for an empty match."""
+        if not match.nodes:
+            return None
+        run, pages = last_run(namespace.tree, match)
+        if pages < run.pages:
+            self.split(run, pages)
+        return run
 
     def cut(self, namespace: NamespaceState, match: Match) -> list[Run]:
         """The runs that cover exactly a match; splits the last one if need be."""
@@ -62,9 +57,34 @@ class Steps(State):
             self.split(runs[-1], pages)
         return runs
 
-    def split(self, run: Run, pages: int) -> Run:
-        """Split a run, policies included; returns the tail. Pages that are leaving stay: somebody has an interest."""
-        if DRAINING in run.state:
+    def cut_at_ghosts(self, run: Run, tier: int) -> list[Run]:
+        """Cut a run that is about to be RESIDENT in a tier where the tier's policy ceases to know its pages.
+
+        What it knows has been used before: that counts as a use, so that the pieces stay apart.
+        """
+        policy = self.pool(run, tier).policy
+        if not policy.wants_ghosts:
+            return [run]
+        ids = self.page_ids(run)
+        parts, start = [run], 0
+        while start < len(ids):
+            known = policy.known(ids[start:])
+            end = start + known
+            while not known and end < len(ids) and not policy.known(ids[end : end + 1]):
+                end += 1
+            part = parts[-1]
+            if end < len(ids):
+                parts.append(self.split(part, end - start, rescue=False))
+            part.hits += known > 0
+            start = end
+        return parts
+
+    def split(self, run: Run, pages: int, *, rescue: bool = True) -> Run:
+        """Split a run, policies included; returns the tail. Pages that are leaving stay: somebody has an interest.
+
+        Unless ``rescue`` is false: then both parts go on leaving.
+        """
+        if rescue and DRAINING in run.state:
             self.rescue(run)
         tail = run.tree.split_run(run, pages)
         self.runs[tail.id] = tail
@@ -83,7 +103,7 @@ class Steps(State):
 
     def _know_alike(self, run: Run, other: Run) -> None:
         """What is known of one run holds for the other, too."""
-        for known in (self.holes, self.gaps, self.returned):
+        for known in (self.holes, self.gaps, self.warmed, self.returned):
             if run in known:
                 known.add(other)
         if run.id in self.backlog:
@@ -92,13 +112,17 @@ class Steps(State):
             self.ahead[other.id] = self.ahead[run.id]
         if run.id in self.hot:
             self.hot.add(other.id)
+        if run.id in self.verdicts:
+            self.verdicts[other.id] = self.verdicts[run.id]
         if self.condemned:
             self.condemned |= {(other.id, tier) for ident, tier in self.condemned if ident == run.id}
 
-    def _forget(self, run: Run) -> None:
+    def forget_run(self, run: Run) -> None:
         """The run is no more."""
         del self.runs[run.id]
         self.ahead.pop(run.id, None)
+        self.verdicts.pop(run.id, None)
+        self.warmed.discard(run)
         self.hot.discard(run.id)
         self.holes.discard(run)
         self.gaps.discard(run)
@@ -112,13 +136,15 @@ class Steps(State):
         """Join the run with the next one of its node if the two have become alike."""
         if self.chain_ends and run.id in self.chain_ends:
             return False  # chains are still to come that hang below its end
+        if self.warmed and self._differ_in_use(run):
+            return False
         absorbed = run.tree.try_merge(run)
         if absorbed is None:
             return False
         self._know_alike(absorbed, run)
         if self.chain_ends and absorbed.id in self.chain_ends:
             _end_chain_in(self, run, self.chain_ends.pop(absorbed.id))
-        self._forget(absorbed)
+        self.forget_run(absorbed)
         for tier, state in enumerate(run.state):
             if state == RESIDENT:
                 policy = namespace_of(run).pools[tier].policy
@@ -129,28 +155,39 @@ class Steps(State):
                     policy.expose(run.id)
         return True
 
+    def _differ_in_use(self, run: Run) -> bool:
+        """Whether the run was prefetched and not used, and the next one not, or the other way round."""
+        return any((run in self.warmed) != (after in self.warmed) for after in run.tree.child_runs(run))
+
     def prune(self, run: Run) -> None:
         """Take the run, and what its removal makes useless above, out of the tree if nothing needs it."""
         if run.live or run.id not in self.runs:
             return
         for gone in run.tree.prune(run):
-            self._forget(gone)
+            self.forget_run(gone)
 
     # --- residency
 
-    def set_state(self, run: Run, tier: int, state: int) -> None:
-        """One step of the residency table, with all that follows for policies and counts."""
+    def set_state(self, run: Run, tier: int, state: int, *, evicted: bool = False) -> None:
+        """One step of the residency table, with all that follows for policies and counts.
+
+        ``evicted``: the pages leave to make room, so that a policy may remember them.
+        """
         old = run.state[tier]
         check_step(old, state)
+        pool: Pool = run.extra.pools[tier]  # type: ignore[attr-defined]  # hot: no cast, no call
+        policy = pool.policy
         if old == RESIDENT:
-            self.pool(run, tier).policy.forget(run.id)
+            policy.forget(run.id, self.page_ids(run) if evicted and policy.wants_ghosts else ())
+            if tier == self.lease_tier and run in self.warmed:
+                self.warmed.discard(run)
+                self.counters.unused_prefetched_pages += run.pages
         above = run.tree.set_state(run, tier, state)
         if state == RESIDENT:
-            self._enter(run, tier)
-        if old == ABSENT and self.pool(run, tier).draining:
+            self._enter(run, tier, policy)
+        if old == ABSENT and pool.draining:
             self._keep_above(run, tier)
         if above is not None and above.state[tier] == RESIDENT and not above.pins[tier]:
-            policy = self.pool(above, tier).policy
             if above.below[tier]:
                 policy.hide(above.id)
             else:
@@ -171,11 +208,14 @@ class Steps(State):
         if above is not None and above.state[tier] == DRAINING:
             self.rescue(above)
 
-    def _enter(self, run: Run, tier: int) -> None:
+    def _enter(self, run: Run, tier: int, policy: Policy) -> None:
         """The run has become RESIDENT: its pool's policy hears of it."""
-        policy = self.pool(run, tier).policy
-        key = run.last_key
-        policy.insert(run.id, RunInfo(run.pages, run.tree.depth_pages(run), key, "", 0, 1.0), run.tick)
+        ghosts: list[int] = []
+        if policy.wants_ghosts:
+            ghosts = self.page_ids(run)
+            if policy.known(ghosts) < len(ghosts):
+                ghosts = []
+        policy.insert(run.id, self.info(run), run.tick, ghosts)
         if not run.pins[tier] and not run.below[tier]:
             policy.expose(run.id)
         self.holes.discard(run)
@@ -192,13 +232,16 @@ class Steps(State):
         if run in self.gaps:
             self.save_early(run, tier)
 
-    def leave(self, run: Run, tier: int) -> None:
-        """The run's pages are no longer in the tier: state, places, ledger, and the shell is told."""
+    def leave(self, run: Run, tier: int, *, evicted: bool = False) -> None:
+        """The run's pages are no longer in the tier: state, places, ledger, and the shell is told.
+
+        ``evicted``: as in ``set_state``.
+        """
         places = run.slots[tier]
         assert places is not None, "a page without a place left a tier"
-        pool = namespace_of(run).pools[tier]
-        self.set_state(run, tier, ABSENT)
-        self.place(run, tier, None)
+        pool: Pool = run.extra.pools[tier]  # type: ignore[attr-defined]  # hot
+        self.set_state(run, tier, ABSENT, evicted=evicted)
+        run.slots[tier] = None
         pool.give_back(places)
         if pool.spec.keyed:
             self.free_keys(tier, self.keys(run))
@@ -239,14 +282,7 @@ class Steps(State):
         self.backlog_grew = True
 
 
-def namespace_of(run: Run) -> NamespaceState:
-    """The namespace of a run that the engine has adopted."""
-    namespace = run.extra
-    assert isinstance(namespace, NamespaceState)
-    return namespace
-
-
-def _end_chain_in(state: State, run: Run, number: int) -> None:
+def _end_chain_in(state: Names, run: Run, number: int) -> None:
     """The recovered chain of this number ends in the run from now on."""
     state.chain_ends[run.id] = number
     namespace_of(run).recovered[number] = run

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hicache.errors import ConfigError
+from hicache.policy.admission import ADMISSIONS, Admission, make_admission
 from hicache.policy.base import Plan, Policy, RunInfo
 from hicache.policy.lru import LruPolicy
 from hicache.policy.sieve import SievePolicy
 
-__all__ = ["POLICIES", "Plan", "Policy", "RunInfo", "make_policy"]
+__all__ = [
+    "ADMISSIONS",
+    "POLICIES",
+    "Admission",
+    "Plan",
+    "Policy",
+    "RunInfo",
+    "make_admission",
+    "make_policy",
+]
 
 #: Every eviction policy by the name it has in settings.
 POLICIES: Mapping[str, Callable[[], Policy]] = {"lru": LruPolicy, "sieve": SievePolicy}

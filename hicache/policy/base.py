@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class RunInfo:
-    """What a policy may know of a run when it arrives."""
+    """What a policy may know of a run when it arrives. Nobody changes it (not ``frozen``: that is slower to make)."""
 
     pages: int
     depth: int  # pages before it

@@ -29,8 +29,9 @@ class LruPolicy(OrderedPolicy):
 
     def hit(self, run: int, now: int) -> None:
         """A run was used. O(1): a queued entry moves when it is met."""
-        record = self.find(run)
-        record.place(max(now, record.rank))
+        record = self.records.get(run) or self.find(run)
+        if now > record.rank:
+            record.rank = now
 
     def merge(self, run: int, absorbed: int, pages: int) -> None:
         """The merged run was last used when the later used of the two was. O(1) amortised."""

@@ -77,13 +77,15 @@ class OrderedPolicy(abc.ABC):
 
     def hide(self, run: int) -> None:
         """The run is no candidate; idempotent. O(1): its entry goes when it is met."""
-        self.find(run).exposed = False
+        record = self.records.get(run) or self.find(run)
+        record.exposed = False
 
     def expose(self, run: int) -> None:
         """The run is a candidate; idempotent. O(log n) amortised."""
-        record = self.find(run)
+        record = self.records.get(run) or self.find(run)
         record.exposed = True
-        self.give_back(record)
+        if record.entry is None:
+            self.queue_of(record).push(record)
 
     def known(self, ghosts: Sequence[int]) -> int:
         """None: no ghosts here."""
@@ -138,7 +140,8 @@ class OrderedPlan(abc.ABC):
 
     def next(self) -> int | None:
         """The next victim, each run at most once; None when no candidate is left. O(log n) amortised."""
-        self._require_open()
+        if self.over:
+            self._require_open()
         record = self.choose()
         if record is None:
             return None
@@ -147,8 +150,9 @@ class OrderedPlan(abc.ABC):
 
     def expose(self, run: int) -> None:
         """Make a hidden run a candidate for the rest of this plan; idempotent. O(log n)."""
-        self._require_open()
-        record = self.policy.find(run)
+        if self.over:
+            self._require_open()
+        record = self.policy.records.get(run) or self.policy.find(run)
         if not record.exposed and run not in self.shown:
             self.shown.add(run)
             self.show(record)
@@ -156,10 +160,11 @@ class OrderedPlan(abc.ABC):
     def commit(self, evicted: Sequence[int] = ()) -> None:
         """End the plan. Raises ViolationError if a run leaves that the plan did not give. O(given log n)."""
         self._require_open()
-        leaving = frozenset(evicted)
-        if not leaving <= self.given:
-            raise ViolationError(f"policy: runs {sorted(leaving - self.given)} leave, which no plan gave")
-        for run in leaving:
+        if not self.given.issuperset(evicted):
+            raise ViolationError(
+                f"policy: runs {sorted(set(evicted) - self.given)} leave, which no plan gave"
+            )
+        for run in evicted:
             self.policy.find(run).exposed = False
         self.settle()
         self._end()
@@ -177,4 +182,5 @@ class OrderedPlan(abc.ABC):
         self.over = True
         self.policy.open_plan = None
         for record in self.taken:
-            self.policy.give_back(record)
+            if record.exposed and record.entry is None:
+                self.policy.queue_of(record).push(record)

@@ -16,6 +16,7 @@ _RUN_BITS = 64
 _DEPTH_BITS = 40
 _RUN_MASK = (1 << _RUN_BITS) - 1
 _DEPTH_MASK = (1 << _DEPTH_BITS) - 1
+_RANK_SHIFT = _RUN_BITS + _DEPTH_BITS
 
 #: Below this many entries a queue is not worth cleaning.
 SLACK_ENTRIES = 64
@@ -29,13 +30,13 @@ def run_of(key: Key) -> int:
 class Record:
     """One run as a policy knows it."""
 
-    __slots__ = ("depth", "entry", "exposed", "key", "newer", "older", "pages", "rank", "run", "visited")
+    __slots__ = ("depth", "entry", "exposed", "newer", "older", "pages", "rank", "run", "visited")
 
     def __init__(self, run: int, pages: int, depth: int, rank: int) -> None:
         self.run = run
         self.pages = pages
         self.depth = depth
-        self.place(rank)
+        self.rank = rank
         self.exposed = False
         self.entry: Key | None = None  # the one object in a queue that stands for this record
         self.visited = False
@@ -43,9 +44,13 @@ class Record:
         self.older: Record | None = None
 
     def place(self, rank: int) -> None:
-        """Give the run its rank, and the key that follows from it."""
+        """Give the run its rank."""
         self.rank = rank
-        self.key: Key = ((rank << _DEPTH_BITS | _DEPTH_MASK - self.depth) << _RUN_BITS) | self.run
+
+    @property
+    def key(self) -> Key:
+        """Its place. Made when it is looked at: most hits are of runs that no queue looks at before the next."""
+        return ((self.rank << _DEPTH_BITS | _DEPTH_MASK - self.depth) << _RUN_BITS) | self.run
 
 
 class Queue:
@@ -67,8 +72,8 @@ class Queue:
 
     def push(self, record: Record) -> None:
         """Queue a record that has no entry."""
-        record.entry = record.key
-        heapq.heappush(self._entries, record.key)
+        record.entry = key = record.key
+        heapq.heappush(self._entries, key)
 
     def peek(self) -> Record | None:
         """The first exposed record."""
@@ -81,9 +86,9 @@ class Queue:
             elif not record.exposed:
                 record.entry = None
                 heapq.heappop(entries)
-            elif record.key != entry:
-                record.entry = record.key
-                heapq.heapreplace(entries, record.key)
+            elif record.rank != entry >> _RANK_SHIFT:
+                record.entry = key = record.key
+                heapq.heapreplace(entries, key)
             else:
                 return record
         return None

@@ -95,10 +95,12 @@ class Copier:
         chunk_bytes: int,
         bounce_bytes: int,
         lanes: int,
+        now_ns: Callable[[], int],
     ) -> None:
         self._ports = ports
         self._workers = workers
         self._done = done
+        self._now_ns = now_ns
         self._chunk_bytes = chunk_bytes
         self._bounce = BouncePool(max(1, bounce_bytes // chunk_bytes), chunk_bytes)
         self._lane = Lane(lanes)
@@ -137,6 +139,7 @@ class Copier:
         memory = target.addressable
         assert memory is not None, "no memory to copy into"
         everything = range(len(action.dst_slots))
+        size_bytes = len(everything) * action.page_bytes
         try:
             views = memory.views(action.dst_slots)
         except HicacheError as error:
@@ -146,11 +149,13 @@ class Copier:
 
         def arrived(completion: Completion) -> None:
             good = [at for at, outcome in enumerate(completion.outcomes) if outcome is Outcome.OK]
+            source.pace.end(size_bytes, len(good) * action.page_bytes, self._now_ns())
             memory.seal([action.dst_slots[at] for at in good], [completion.checksums[at] for at in good])
             target.bytes_in += len(good) * action.page_bytes
             job.settle(everything, completion.outcomes, source=True)
 
         keys = action.keys if source.spec.keyed else ()
+        source.pace.begin(size_bytes, self._now_ns())
         source.submit(
             Op.GET, arrived, page_bytes=action.page_bytes, slots=action.src_slots, keys=keys, buffers=views
         )

@@ -47,6 +47,7 @@ class House:
             chunk_bytes=options.copy_chunk_bytes,
             bounce_bytes=options.bounce_bytes,
             lanes=2 * options.workers,
+            now_ns=clock.now_ns,
         )
         self.performer = Performer(self.ports, self.copier, regions, self.loop.handle)
         for port in self.ports:
@@ -136,8 +137,11 @@ class House:
         self._wake.close()
         await asyncio.to_thread(self._workers.close)
         self.poll()  # a chunk that was read in may still go to its store; those that wait for a worker fail
-        for port in self.ports:
+        for port in reversed(
+            self.ports
+        ):  # what a lower tier has read goes to slots above it, which must be there
             await asyncio.to_thread(port.finish)
+            self.poll()
         while self.poll():
             pass  # each chunk that fails lets the next one in, to fail as well
         assert not self.copier.in_flight, "a copy was lost"

@@ -33,6 +33,10 @@ _TIER_GAUGES = (
 )
 _TIER_TOTALS = (
     ("hit_pages", "pages served from the tier"),
+    ("hit_bytes", "bytes of these pages"),
+    ("written_bytes", "raw bytes stored in it; over hit_bytes: what a hit costs in writes"),
+    ("admitted_pages", "pages that admission let in, where it was asked"),
+    ("refused_pages", "pages that admission found not worth writing"),
     ("bytes_in", "bytes copied into it"),
     ("bytes_out", "bytes copied out of it"),
     ("evicted_pages", "pages that left it and stayed in another"),

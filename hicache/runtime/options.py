@@ -6,12 +6,14 @@ import dataclasses
 
 from hicache.engine import EngineOptions
 from hicache.errors import ConfigError
+from hicache.policy.admission import NO_ADMISSION
 from hicache.types import LARGE_ALIGN_BYTES, TierKind, TierSpec, WritePolicy
 
 GENERATION_BYTES = 8  # width of the counters that clients read beside each host slot
 SEGMENT_GRAIN_BYTES = 2 << 20  # a huge page
 SMALL_SEGMENT_BYTES = 1 << 20
 SEGMENTS_WANTED = 16
+MIN_PROMOTION_COPIES = 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,7 +24,8 @@ class ServiceOptions:
     derived from the tier's capacity (``segment_bytes_for``). ``workers``: threads that copy clients' pages in.
     ``bounce_bytes``: buffers for copies between tiers of which neither can be addressed. ``copy_chunk_bytes``: how
     much of a copy one worker does at a time. ``disk_sync``: fsync each commit, for power cuts. ``digest``: keep a
-    running digest of the engine's actions.
+    running digest of the engine's actions. ``device_policy``, ``disk_admission`` and the like: "" as ``policy``,
+    ``admission``.
     """
 
     device: str = ""
@@ -36,6 +39,12 @@ class ServiceOptions:
     disk_readers: int = 2
     disk_compress_workers: int = 2
     policy: str = "lru"
+    device_policy: str = ""
+    host_policy: str = ""
+    disk_policy: str = ""
+    admission: str = NO_ADMISSION
+    host_admission: str = ""
+    disk_admission: str = ""
     write_policy: WritePolicy = WritePolicy.SELECTIVE
     selective_hits: int = 2
     default_ttl_ms: int = 30_000
@@ -117,6 +126,9 @@ class ServiceOptions:
         return EngineOptions(
             tiers=specs,
             policy=self.policy,
+            tier_policies=self._by_tier(specs, "policy"),
+            admission=self.admission,
+            tier_admissions=self._by_tier(specs[1:], "admission"),
             write_policy=self.write_policy,
             selective_hits=self.selective_hits,
             default_ttl_ms=self.default_ttl_ms,
@@ -125,8 +137,14 @@ class ServiceOptions:
             free_low_fraction=self.free_low_fraction,
             max_copy_pages=self.max_copy_pages,
             max_copies=self.max_copies,
+            promotion_copies=max(MIN_PROMOTION_COPIES, 2 * self.disk_readers),
             digest=self.digest,
         )
+
+    def _by_tier(self, specs: tuple[TierSpec, ...], what: str) -> dict[str, str]:
+        """The tiers for which a setting of their own is given. One for a tier that is left out means nothing."""
+        given = {spec.name: str(getattr(self, f"{spec.name}_{what}", "")) for spec in specs}
+        return {name: value for name, value in given.items() if value}
 
 
 def flag(name: str) -> str:

@@ -13,6 +13,7 @@ from hicache.runtime.door import Door
 from hicache.runtime.loop import EngineLoop
 from hicache.runtime.namespaces import NamespaceBook
 from hicache.runtime.reader import PageReader
+from hicache.types import NO_USE, Use
 
 
 class PageCalls:
@@ -37,14 +38,25 @@ class PageCalls:
         self._clock = clock
         self._latencies = latencies
 
-    def match(self, namespace: int, prompt: bytes, *, touch: bool = False) -> MatchView:
-        """How much of a prompt is cached, and where. ``touch`` counts it as a use."""
+    def match(
+        self,
+        namespace: int,
+        prompt: bytes,
+        *,
+        touch: bool = False,
+        prefetch: bool = False,
+        use: Use = NO_USE,
+    ) -> MatchView:
+        """How much of a prompt is cached, and where. ``touch`` counts it as a use, of which ``use`` tells more.
+
+        ``prefetch`` also starts to promote what a Fetch would wait for, within bounds; nobody leases or awaits it.
+        """
         began = self._clock.now_ns()
         self._door.alive()
         prompt = self._namespaces.prompt(namespace, prompt)
         view = self._engine.match(namespace, prompt)
-        if touch and view.pages:
-            self._loop.handle(events.Touch(namespace, prompt))
+        if (touch or prefetch) and view.pages:
+            self._loop.handle(events.Touch(namespace, prompt, use, prefetch))
         self._latencies.observe("match", self._clock.now_ns() - began)
         return view
 
@@ -60,6 +72,7 @@ class PageCalls:
         ttl_ms: int = 0,
         wait_ms: int = 0,
         promote: bool = True,
+        use: Use = NO_USE,
     ) -> FetchResult:
         """Lease what is readable and promote the rest; wait for that up to ``wait_ms``.
 
@@ -71,7 +84,7 @@ class PageCalls:
         whole = self._namespaces.prompt(namespace, prompt)
         result = await self._loop.call(
             FetchResult,
-            lambda request: events.Fetch(request, session, namespace, whole, max_pages, ttl_ms, promote),
+            lambda request: events.Fetch(request, session, namespace, whole, max_pages, ttl_ms, promote, use),
             session,
         )
         if result.lease and result.operation and wait_ms > 0:

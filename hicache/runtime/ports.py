@@ -16,6 +16,7 @@ from typing import Protocol, cast
 
 from hicache.errors import HicacheError
 from hicache.runtime.mapping import Mappable
+from hicache.runtime.pace import Pace
 from hicache.types import (
     SLOTS_PER_SEGMENT,
     AddressableStore,
@@ -103,6 +104,7 @@ class TierPort:
         self.health = Health()
         self.bytes_in = 0
         self.bytes_out = 0
+        self.pace = Pace()  # of promotions out of the tier
         self.on_latched: Callable[[TierPort], None] = lambda _: None
         self.on_ill: Callable[[], None] = lambda: None  # it has just latched, and everybody knows
         self.on_restored: Callable[[TierPort], None] = lambda _: None

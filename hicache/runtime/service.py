@@ -220,6 +220,24 @@ class Service:
         """Where the granted pages lie; empty columns where the lease's tier cannot be mapped."""
         return extents(self.regions, self._running.lease_port, result)
 
+    def pending(self, result: FetchResult) -> tuple[int, int]:
+        """Pages of a lease that are still on their way, and in how many ms the last may be there.
+
+        By the measured pace of the slowest tier that they come from. 0 ms: nothing is pending, or nothing was
+        promoted from there yet.
+        """
+        if not result.operation:
+            return 0, 0
+        house = self._running
+        pages = result.matched_pages - result.granted_pages
+        sources = [
+            port.pace
+            for port, served in zip(house.ports, result.tier_pages, strict=True)
+            if served and port is not house.lease_port
+        ]
+        size_bytes = pages * result.page_bytes
+        return pages, max((pace.wait_ms(size_bytes) for pace in sources), default=0)
+
     def stats(self) -> ServiceStats:
         """A snapshot of all counts."""
         house = self._running

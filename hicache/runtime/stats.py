@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TierStats:
-    """One tier. ``state``: ok, read-only, off. Bytes in and out are those that moved, raw."""
+    """One tier. ``state``: ok, read-only, off. Bytes in and out are those that moved, raw.
+
+    ``written_bytes`` over ``hit_bytes`` is what a hit costs in writes.
+    """
 
     name: str
     kind: str
@@ -30,6 +33,10 @@ class TierStats:
     evicted_pages: int
     dropped_pages: int
     corrupt_pages: int
+    hit_bytes: int
+    written_bytes: int
+    admitted_pages: int
+    refused_pages: int
     queued_batches: int
     oldest_batch_ms: int = 0
     degraded_ms: int = 0
@@ -69,6 +76,10 @@ def tier_stats(engine: EngineStats, ports: Sequence[TierPort]) -> tuple[TierStat
             evicted_pages=counts.evicted_pages[port.index],
             dropped_pages=counts.dropped_pages[port.index],
             corrupt_pages=counts.corrupt_pages[port.index],
+            hit_bytes=counts.hit_bytes[port.index],
+            written_bytes=counts.written_bytes(port.index),
+            admitted_pages=counts.admitted_pages[port.index],
+            refused_pages=counts.refused_pages[port.index],
             queued_batches=port.in_flight,
             oldest_batch_ms=port.oldest_batch_ms,
             degraded_ms=port.degraded_ms,

@@ -16,7 +16,7 @@ from hicache.runtime.namespaces import NamespaceBook
 from hicache.runtime.regions import RegionRegistry
 from hicache.runtime.sources import PageSource, RegionSource
 from hicache.runtime.writer import Writer
-from hicache.types import Ack, Pressure
+from hicache.types import NO_USE, Ack, Pressure, Use
 
 #: Reservations whose page size is remembered for ``begin_write``; older ones have ended long ago.
 MAX_REMEMBERED = 1 << 16
@@ -52,8 +52,11 @@ class StoreCalls:
         ttl_ms: int = 0,
         wait_ms: int = 0,
         pressure: Pressure = Pressure.WAIT,
+        use: Use = NO_USE,
     ) -> ReserveResult:
         """Room for the pages of a prompt that are missing; waits for it up to ``wait_ms``.
+
+        ``use`` is kept with the pages that are stored, for policies and admission.
 
         A call that is cancelled gives its reservation back. Raises ExhaustedError without room, UnavailableError,
         StaleError, NotFoundError, InvalidArgumentError.
@@ -63,7 +66,9 @@ class StoreCalls:
         whole = self._namespaces.prompt(namespace, prompt)
         result = await self._loop.call(
             ReserveResult,
-            lambda request: events.Reserve(request, session, namespace, whole, ttl_ms, wait_ms, pressure),
+            lambda request: events.Reserve(
+                request, session, namespace, whole, ttl_ms, wait_ms, pressure, use
+            ),
             session,
         )
         if result.reservation:

@@ -105,7 +105,11 @@ def drop_last_run(run: Run, width: int) -> None:
         del parent.children[bytes(node.edge[:width])]
     node.runs.pop()
     node.holes -= not run.live
-    keep = run.start * width
+    shorten(node, run.start * width)
+
+
+def shorten(node: Node, keep: int) -> None:
+    """Let a node's edge end after ``keep`` bytes."""
     if isinstance(node.edge, bytearray):
         del node.edge[keep:]
     elif len(node.edge) < LONG_EDGE_BYTES:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 #: Plain ints: an enum member costs a lookup wherever it is named, and these stand in the hottest lines.
 ABSENT = int(Residency.ABSENT)
+RESIDENT = int(Residency.RESIDENT)
 LIVE = frozenset((int(Residency.RESIDENT), int(Residency.DRAINING)))
 
 _START = attrgetter("start")
@@ -75,6 +76,7 @@ class Run:
         "state",
         "tick",
         "tree",
+        "use",
     )
 
     def __init__(self, tree: Tree, node: Node, start: int, pages: int) -> None:
@@ -97,6 +99,7 @@ class Run:
         )
         self.holders: list[Holder] = []
         self.extra: object | None = None  # the engine's
+        self.use: object | None = None  # the engine's, too: one object for many runs
 
     @property
     def keys(self) -> list[bytes] | None:
@@ -157,3 +160,20 @@ def next_runs(run: Run) -> list[Run]:
     if node.runs[-1] is not run:
         return [node.runs[index_at(node, run.start) + 1]]
     return [child.runs[0] for child in node.children.values()]
+
+
+def count_above(above: Run | None, tier: int, step: int) -> Run | None:
+    """Tell the runs from ``above`` up that the one below has appeared (1) in a tier or vanished (-1) from it.
+
+    Returns the present run whose count went from or to zero by that, if there is one.
+    """
+    while above is not None:
+        before = above.below[tier]
+        above.below[tier] = before + step
+        flipped = before + min(step, 0) == 0
+        if above.state[tier] != ABSENT:
+            return above if flipped else None
+        if not flipped:
+            return None  # it was and stays present there: nothing changes further up
+        above = parent_run(above)
+    return None

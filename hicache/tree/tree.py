@@ -13,7 +13,18 @@ from hicache.errors import ViolationError
 from hicache.keys import KEY_BYTES, chain_keys
 from hicache.tree.audit import audit
 from hicache.tree.edit import add_pages, drop_last_run, hang_node, removable
-from hicache.tree.node import ABSENT, LIVE, Match, Node, Run, index_at, next_runs, parent_run, present
+from hicache.tree.node import (
+    ABSENT,
+    LIVE,
+    Match,
+    Node,
+    Run,
+    count_above,
+    index_at,
+    next_runs,
+    parent_run,
+    present,
+)
 from hicache.tree.walk import walk_all, walk_live
 
 
@@ -179,6 +190,7 @@ class Tree:
         tail.state = run.state.copy()
         tail.pins = run.pins.copy()
         tail.live, tail.tick, tail.hits, tail.extra = run.live, run.tick, run.hits, run.extra
+        tail.use = run.use
         tail.anchors, run.anchors = run.anchors, 0
         tail.below = run.below
         run.below = [int(present(tail, tier)) for tier in range(self.tiers)]
@@ -214,7 +226,7 @@ class Tree:
             elif not run.live:
                 run.node.holes += 1
         if (old == ABSENT or state == ABSENT) and not run.below[tier]:
-            return _count_above(run, tier, 1 if old == ABSENT else -1)
+            return count_above(parent_run(run), tier, 1 if old == ABSENT else -1)
         return None
 
     def set_slots(self, run: Run, tier: int, slots: array[int] | None) -> None:
@@ -266,29 +278,11 @@ class Tree:
         return removed
 
 
-def _count_above(run: Run, tier: int, step: int) -> Run | None:
-    """Tell the runs above that ``run`` has appeared (1) in a tier or vanished (-1) from it.
-
-    Returns the present run whose count went from or to zero by that, if there is one.
-    """
-    above = parent_run(run)
-    while above is not None:
-        before = above.below[tier]
-        above.below[tier] = before + step
-        flipped = before + min(step, 0) == 0
-        if above.state[tier] != ABSENT:
-            return above if flipped else None
-        if not flipped:
-            return None  # it was and stays present there: nothing changes further up
-        above = parent_run(above)
-    return None
-
-
 def _alike(run: Run, after: Run) -> bool:
     """Whether two neighbours could be one run."""
     return (
         run.state == after.state
-        and (run.tick, run.hits, run.extra) == (after.tick, after.hits, after.extra)
+        and (run.tick, run.hits, run.extra, run.use) == (after.tick, after.hits, after.extra, after.use)
         and not (run.holders or after.holders or run.anchors or after.anchors)
         and not (any(run.pins) or any(after.pins))
     )

@@ -55,7 +55,7 @@ def test_the_variable_names_a_file_and_the_flag_another(tmp_path: Path) -> None:
         ("[tiers]\nhost_bytes = true\n", "tiers.host_bytes: True does not fit"),
         ("[tiers]\nhost_bytes = -1\n", "tiers.host_bytes: '-1' is not a whole number"),
         ("[server]\ngrace = 30\n", 'server.grace: 30 does not fit.*in quotes, such as "30s"'),
-        ("[policy]\npolicy = 'fifo'\n", "policy.policy: 'fifo' is not one of lru, sieve"),
+        ("[policy]\nwrite_policy = 'never'\n", "policy.write_policy: 'never' is not one of write-through"),
         (
             "[server]\nallow_plain_tcp = 'perhaps'\n",
             "server.allow_plain_tcp: 'perhaps' is neither true nor false",

@@ -21,6 +21,7 @@ from hicache.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from hicache.types import Use
 
 PAGE = 64 << 10
 PAGES = 12
@@ -47,7 +48,7 @@ def test_what_is_stored_is_read_back(make_client: Any, sidecar: Any, plane: str)
                 assert await miss.views() == []
             stored = await cache.store(TOKENS, data)
             assert (stored.present_pages, stored.committed.stored_pages) == (0, PAGES)
-            found = await cache.match(TOKENS.tolist())
+            found = await cache.match(TOKENS.tolist(), touch=True, use=Use("chat"))
             assert (found.matched_pages, found.matched_tokens) == (PAGES, 64 * PAGES)
             assert found.run_tiers == ("host",)
             async with await cache.fetch(TOKENS, wait_ms=1000) as lease:
@@ -58,7 +59,7 @@ def test_what_is_stored_is_read_back(make_client: Any, sidecar: Any, plane: str)
             assert not lease.still_valid()
             with pytest.raises(NotFoundError, match="released"):
                 await lease.views()
-            again = await cache.store(TOKENS, data)
+            again = await cache.store(TOKENS, data, use=Use("chat", 2, 0.5))
             assert (again.present_pages, again.committed.stored_pages) == (PAGES, 0)
 
     asyncio.run(scenario())
@@ -250,9 +251,11 @@ def test_pages_come_back_from_disk(make_client: Any, idle_sidecar: Any) -> None:
             assert evicted.pages == PAGES
             assert (await cache.match(TOKENS)).run_tiers == ("disk",)
             async with await cache.fetch(TOKENS) as lease:
+                assert lease.pending_pages == PAGES - len(lease)
                 while lease.operation:
                     await lease.wait(5_000)
                 assert len(lease) == PAGES
+                assert (lease.pending_pages, lease.pending_ms) == (0, 0)
                 out = np.zeros_like(data)
                 await lease.copy_into(out)
                 assert (out == data).all()
@@ -262,6 +265,9 @@ def test_pages_come_back_from_disk(make_client: Any, idle_sidecar: Any) -> None:
             done = await client.wait_operation(moving.operation, 5_000)
             assert done.done and not done.failed_pages
             assert (await cache.match(TOKENS)).run_tiers == ("host",)
+            host, disk = (await client.admin.stats()).tiers
+            assert (disk.hit_bytes, disk.written_bytes) == (data.nbytes, data.nbytes)
+            assert (disk.written_per_hit, host.written_bytes) == (1.0, 3 * data.nbytes)
 
     asyncio.run(scenario())
 
@@ -515,6 +521,8 @@ def test_bad_arguments_are_named(make_client: Any, sidecar: Any) -> None:
                     await cache.match(bad)
             with pytest.raises(InvalidArgumentError, match="wait_ms"):
                 await cache.fetch(TOKENS, wait_ms=-1)
+            with pytest.raises(InvalidArgumentError, match="turn"):
+                await cache.fetch(TOKENS, use=Use(turn=-1))
             with pytest.raises(InvalidArgumentError, match="max_pages"):
                 await cache.fetch(TOKENS, max_pages=0)
         with pytest.raises(ConfigError, match="data_plane"):

@@ -141,7 +141,7 @@ class World:
 
     def match(self, timeout_s: float = 10) -> Any:
         budget = self.core.budget(timeout_s)
-        return self.run(flows.match(self.core, self.cache, PROMPT, touch=False, budget=budget))
+        return self.run(flows.match(self.core, self.cache, PROMPT, calls.MatchAsk(touch=False), budget))
 
     def fetch(self, wait_ms: int = 0) -> Any:
         ask = calls.FetchAsk(0, 0, wait_ms)

@@ -28,7 +28,7 @@ from hicache.engine import events as ev
 from hicache.engine.core import Core
 from hicache.errors import ErrorCode, NotFoundError
 from hicache.keys import chain_keys, fingerprint
-from hicache.types import Ack, Namespace, Outcome, Pressure, TierKind, WritePolicy
+from hicache.types import Ack, Namespace, Outcome, Pressure, TierKind, Use, WritePolicy
 
 T = TypeVar("T")
 DEVICE, HOST, DISK = TierKind.DEVICE, TierKind.HOST, TierKind.DISK
@@ -42,6 +42,8 @@ SETUPS = {
     "roomy": (tier(HOST, 400, 2), tier(DISK, 800)),
 }
 WIDTH = 4
+POLICY_NAMES = ("lru", "sieve", "remembering")
+ADMISSION_NAMES = ("always", "always", "twice", "never")
 
 
 def pack(tokens: list[int]) -> bytes:
@@ -85,7 +87,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize(
         setup=st.sampled_from(sorted(SETUPS)),
-        policy=st.sampled_from(["lru", "sieve"]),
+        policy=st.sampled_from(POLICY_NAMES),
+        admission=st.sampled_from(ADMISSION_NAMES),
         write=st.sampled_from(list(WritePolicy)),
         bounds=st.sampled_from([(1, 4), (3, 4), (64, 1), (64, 32)]),
         low=st.sampled_from([0.0, 0.3]),
@@ -97,6 +100,7 @@ class EngineMachine(RuleBasedStateMachine):
         self,
         setup: str,
         policy: str,
+        admission: str,
         write: WritePolicy,
         bounds: tuple[int, int],
         low: float,
@@ -108,6 +112,7 @@ class EngineMachine(RuleBasedStateMachine):
         options = EngineOptions(
             SETUPS[setup],
             policy=policy,
+            admission=admission,
             write_policy=write,
             max_copy_pages=bounds[0],
             max_copies=bounds[1],
@@ -124,7 +129,7 @@ class EngineMachine(RuleBasedStateMachine):
         for session in (1, 2):
             self.shell.handle(ev.SessionOpened(session, "default"))
         self.stored: dict[tuple[int, bytes], None] = {}
-        self.lost = False  # whether anything may have left the cache
+        self.lost = admission != "always"  # whether anything may have left the cache
         self.damaged = False  # whether a tier has lost anything
         self.reservations: dict[int, tuple[int, int, bytes, int, int]] = {}
         self.waiting: dict[int, tuple[int, int, bytes]] = {}
@@ -134,7 +139,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.leases: dict[int, tuple[int, int, bytes]] = {}
         self.pins: list[int] = []
         if options.tiers[-1].keyed:
-            self.lost = bool(found) and setup != "roomy"
+            self.lost = self.lost or (bool(found) and setup != "roomy")
             self.fill_disk(found, torn)
 
     def fill_disk(self, found: list[tuple[int, bytes]], torn: int) -> None:
@@ -279,9 +284,10 @@ class EngineMachine(RuleBasedStateMachine):
             self.shell.handle(ev.Abort(session, ident))
 
     @when("touch")
-    @rule(namespace=NAMESPACES, prompt=PROMPTS)
-    def touch(self, namespace: int, prompt: bytes) -> None:
-        self.shell.handle(ev.Touch(namespace, prompt))
+    @rule(namespace=NAMESPACES, prompt=PROMPTS, promote=st.booleans())
+    def touch(self, namespace: int, prompt: bytes, promote: bool) -> None:
+        self.lost = self.lost or (promote and self.setup != "roomy")
+        self.shell.handle(ev.Touch(namespace, prompt, Use("chat", len(prompt)), promote))
 
     @when("prefetch")
     @rule(
@@ -503,6 +509,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def nothing_left(self, core: Core) -> None:
         """No set, queue or table still knows anything."""
+        assert not (core.warming or core.warmed or core.verdicts)
         assert not (core.holes or core.gaps or core.condemned or core.backlog or core.savers or core.ingests)
         assert not (core.stranded.pages or core.stranded.units or core.returned or core.hot)
         assert not (core.recovering or core.chain_ends)

@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_machine import BASES, OPTIONAL, SETUPS, EngineMachine, pack
+from test_machine import ADMISSION_NAMES, BASES, OPTIONAL, POLICY_NAMES, SETUPS, EngineMachine, pack
 
 from hicache.types import Ack, WritePolicy
 
@@ -65,7 +65,8 @@ class Walker:
         self.call(
             "start",
             setup=draw.choice(sorted(SETUPS)),
-            policy=draw.choice(["lru", "sieve"]),
+            policy=draw.choice(POLICY_NAMES),
+            admission=draw.choice(ADMISSION_NAMES),
             write=draw.choice(list(WritePolicy)),
             bounds=draw.choice([(1, 4), (3, 4), (64, 1), (64, 32)]),
             low=draw.choice([0.0, 0.3]),

@@ -10,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hicache.errors import InvalidArgumentError
-from hicache.keys import KEY_BYTES, MAX_NAME_BYTES, chain_keys, fingerprint, validate, whole_pages
-from hicache.types import Namespace, SymbolKind
+from hicache.keys import (
+    KEY_BYTES,
+    MAX_NAME_BYTES,
+    chain_keys,
+    fingerprint,
+    validate,
+    validate_use,
+    whole_pages,
+)
+from hicache.types import NO_USE, Namespace, SymbolKind, Use
 
 BASE = Namespace("llama", 16, 65536)
 HASHES = dataclasses.replace(BASE, symbol_kind=SymbolKind.HASHES, symbol_hash_bytes=32)
@@ -151,3 +159,27 @@ def test_namespaces_within_the_limits_are_served() -> None:
         {"symbol_kind": SymbolKind.HASHES, "symbol_hash_bytes": 16},
     ):
         validate(dataclasses.replace(BASE, **change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("use", "word"),
+    [
+        (Use("x" * 65), "class"),
+        (Use("a\nb"), "class"),
+        (Use("", -1), "turn"),
+        (Use("", 1 << 32), "turn"),
+        (Use("", 0, -1.0), "cost"),
+        (Use("", 0, float("nan")), "cost"),
+        (Use("", 0, float("inf")), "cost"),
+    ],
+)
+def test_what_is_said_of_a_use_is_checked(use: Use, word: str) -> None:
+    """Each refusal names its field."""
+    with pytest.raises(InvalidArgumentError, match=word):
+        validate_use(use)
+
+
+def test_a_use_within_the_limits_is_taken() -> None:
+    """Also the one that says nothing."""
+    for use in (NO_USE, Use("ü" * 32, (1 << 32) - 1, 1e18)):
+        assert validate_use(use) is use

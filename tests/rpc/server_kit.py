@@ -182,8 +182,8 @@ class FakeService:
 
     # calls
 
-    def match(self, namespace: int, prompt: bytes, *, touch: bool) -> MatchView:
-        return self.note("match", namespace, prompt, touch=touch) or MatchView(3, [2, 1], [0, 1])
+    def match(self, namespace: int, prompt: bytes, **kwargs: Any) -> MatchView:
+        return self.note("match", namespace, prompt, **kwargs) or MatchView(3, [2, 1], [0, 1])
 
     async def fetch(self, *args: Any, **kwargs: Any) -> actions.FetchResult:
         self.count += 1
@@ -201,6 +201,9 @@ class FakeService:
             checksums=[7, 1 << 63],
             generations=[2, 4],
         )
+
+    def pending(self, result: actions.FetchResult) -> tuple[int, int]:
+        return self.note("pending", result) or (1, 25)
 
     def lease_view(self, session: int, lease: int) -> actions.FetchResult:
         return self.note("lease_view", session, lease) or actions.FetchResult(
@@ -260,7 +263,7 @@ class FakeService:
         views = [TierView("host", "host", True, 100, 10, 3), TierView("disk", "disk", False, 200, 20, 4)]
         engine = EngineStats(views, Counters(2), len(self.sessions), 1, 2, 3, 4, 5, 6, 7, 8, 9)
         tiers = tuple(
-            TierStats(view.name, view.kind, state, 100, 10, 3, 1, 2, 3, 4, 5, 6, 7)
+            TierStats(view.name, view.kind, state, 100, 10, 3, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
             for view, state in zip(views, ("ok", "read-only"), strict=True)
         )
         return ServiceStats(

@@ -16,7 +16,7 @@ from hicache.engine import actions
 from hicache.errors import ErrorCode, ExhaustedError, HicacheError, NotFoundError, ViolationError
 from hicache.rpc.common import status
 from hicache.rpc.pb import admin_pb2, cache_pb2, session_pb2
-from hicache.types import Ack, Pressure
+from hicache.types import NO_USE, Ack, Pressure, Use
 
 
 @pytest.mark.parametrize("code", list(ErrorCode))
@@ -74,12 +74,21 @@ def test_match_and_fetch_translate(tmp_path: Path) -> None:
             prompt = tokens(14)
             answer = await house.client.cache.Match(
                 cache_pb2.MatchRequest(
-                    session_id=attached.id, namespace_id=namespace, prompt=prompt, touch=True
+                    session_id=attached.id,
+                    namespace_id=namespace,
+                    prompt=prompt,
+                    touch=True,
+                    prefetch=True,
+                    request_class="chat",
+                    turn=3,
+                    cost_per_page=0.5,
                 )
             )
             assert (answer.matched_pages, [*answer.run_pages], [*answer.run_tier]) == (3, [2, 1], [0, 1])
             whole = prompt[: 12 * 4]
-            assert house.service.called("match") == [((namespace, whole), {"touch": True})]
+            ((args, kwargs),) = house.service.called("match")
+            assert (args, kwargs["touch"], kwargs["prefetch"]) == ((namespace, whole), True, True)
+            assert kwargs["use"] == Use("chat", 3, 0.5)
             fetched = await house.client.cache.Fetch(
                 cache_pb2.FetchRequest(
                     session_id=attached.id,
@@ -93,9 +102,11 @@ def test_match_and_fetch_translate(tmp_path: Path) -> None:
             assert fetched.expires_in_ms == 500
             assert [*fetched.extents.checksums] == [7, 1 << 63]
             assert (fetched.operation_id, [*fetched.tier_pages]) == (9, [2, 1])
+            assert (fetched.pending_pages, fetched.pending_ms) == (1, 25)
             ((args, kwargs),) = house.service.called("fetch")
             assert args == (1, namespace, whole)
             assert kwargs["ttl_ms"] < 1 << 62
+            assert kwargs["use"] is NO_USE
             assert 0 < kwargs["wait_ms"] < 1_000, "the call's deadline caps the wait"
 
     run(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -53,6 +54,7 @@ class Rig:
             chunk_bytes=chunk_bytes,
             bounce_bytes=bounce_bytes,
             lanes=2,
+            now_ns=time.monotonic_ns,
         )
         self._copies = 0
         wake.call = self.poll

@@ -105,6 +105,11 @@ def _tier(tier: admin_pb2.TierStats) -> TierStats:
         evicted_pages=tier.evicted_pages,
         dropped_pages=tier.dropped_pages,
         corrupt_pages=tier.corrupt_pages,
+        hit_bytes=tier.hit_bytes,
+        written_bytes=tier.written_bytes,
+        admitted_pages=tier.admitted_pages,
+        refused_pages=tier.refused_pages,
+        written_per_hit=tier.written_bytes / tier.hit_bytes if tier.hit_bytes else 0.0,
     )
 
 

@@ -24,6 +24,7 @@ from hicache.rpc.client.arguments import (
     OptionFields,
     fetch_ask,
     make_options,
+    match_ask,
     refuse_torch_views,
     reserve_ask,
 )
@@ -42,6 +43,7 @@ from hicache.rpc.client.results import (
     StoreResult,
 )
 from hicache.rpc.client.storing import Pages
+from hicache.types import Use
 
 #: How long calls that move pages wait for room, or for pages from lower tiers, unless they say otherwise.
 WAIT_MS = 5_000
@@ -166,10 +168,17 @@ class NamespaceHandle(NamespaceBase):
         *,
         extra_keys: Sequence[bytes] | None = None,
         touch: bool = False,
+        prefetch: bool = False,
+        use: Use | None = None,
         timeout_s: float | None = None,
     ) -> MatchResult:
-        """How much of a prompt is cached; counts as a use only with ``touch``."""
-        return await self._driver.run(self._match(tokens, extra_keys, timeout_s, touch=touch))
+        """How much of a prompt is cached; counts as a use only with ``touch`` or ``prefetch``.
+
+        ``prefetch`` starts to promote what a ``fetch`` would wait for; nothing is leased. ``use``: as in ``fetch``.
+        """
+        return await self._driver.run(
+            self._match(tokens, extra_keys, timeout_s, match_ask(use, touch=touch, prefetch=prefetch))
+        )
 
     async def fetch(
         self,
@@ -178,6 +187,7 @@ class NamespaceHandle(NamespaceBase):
         max_pages: int | None = None,
         ttl_ms: int = 0,
         wait_ms: int = 0,
+        use: Use | None = None,
         extra_keys: Sequence[bytes] | None = None,
         timeout_s: float | None = None,
     ) -> Lease:
@@ -185,8 +195,9 @@ class NamespaceHandle(NamespaceBase):
 
         What is readable is granted at once; pages that must first be promoted are waited for up to ``wait_ms``, and
         may be waited for further with ``Lease.wait``. ``ttl_ms`` 0: the server's default.
+        ``use`` says what kind of request this is, which eviction and admission may weigh.
         """
-        ask = fetch_ask(max_pages, ttl_ms, wait_ms)
+        ask = fetch_ask(max_pages, ttl_ms, wait_ms, use)
         return Lease(self._driver, await self._driver.run(self._fetch(tokens, extra_keys, timeout_s, ask)))
 
     async def load(
@@ -195,6 +206,7 @@ class NamespaceHandle(NamespaceBase):
         into: Any,
         *,
         wait_ms: int = WAIT_MS,
+        use: Use | None = None,
         extra_keys: Sequence[bytes] | None = None,
         timeout_s: float | None = None,
     ) -> int:
@@ -202,7 +214,7 @@ class NamespaceHandle(NamespaceBase):
         room = buffers.capacity_pages(into, self.page_bytes)
         if not room:
             return 0
-        ask = fetch_ask(room, 0, wait_ms)
+        ask = fetch_ask(room, 0, wait_ms, use)
         state = await self._driver.run(self._fetch(tokens, extra_keys, timeout_s, ask))
         async with Lease(self._driver, state) as lease:
             return await lease.copy_into(into)
@@ -214,14 +226,16 @@ class NamespaceHandle(NamespaceBase):
         ttl_ms: int = 0,
         wait_ms: int = WAIT_MS,
         drop_pressure: bool = False,
+        use: Use | None = None,
         extra_keys: Sequence[bytes] | None = None,
         timeout_s: float | None = None,
     ) -> Reservation:
         """Room for a prompt's missing pages, waited for up to ``wait_ms`` while others are moved out.
 
-        ``drop_pressure``: drop unsaved victims instead of waiting. Raises ExhaustedError where there is no room.
+        ``drop_pressure``: drop unsaved victims instead of waiting. ``use``: as in ``fetch``; kept with the
+        pages. Raises ExhaustedError where there is no room.
         """
-        ask = reserve_ask(ttl_ms, wait_ms, drop_pressure=drop_pressure)
+        ask = reserve_ask(ttl_ms, wait_ms, use, drop_pressure=drop_pressure)
         state = await self._driver.run(self._reserve(tokens, extra_keys, timeout_s, ask))
         return Reservation(self._driver, state)
 
@@ -233,13 +247,14 @@ class NamespaceHandle(NamespaceBase):
         durable: bool = False,
         wait_ms: int = WAIT_MS,
         drop_pressure: bool = False,
+        use: Use | None = None,
         extra_keys: Sequence[bytes] | None = None,
     ) -> StoreResult:
         """``reserve``, then ``Reservation.store``.
 
         ``durable`` holds for pages that were there already, too: they are brought to the durable tier.
         """
-        ask = reserve_ask(0, wait_ms, drop_pressure=drop_pressure)
+        ask = reserve_ask(0, wait_ms, use, drop_pressure=drop_pressure)
         state = await self._driver.run(self._reserve(tokens, extra_keys, None, ask))
         async with Reservation(self._driver, state) as reservation:
             if durable and not reservation.missing_pages:

@@ -9,10 +9,10 @@ from typing import Any, Required, SupportsIndex, TypedDict, Unpack
 from hicache import keys
 from hicache.errors import InvalidArgumentError, UnsupportedError
 from hicache.rpc.client import options as settings
-from hicache.rpc.client.calls import FetchAsk, ReserveAsk
+from hicache.rpc.client.calls import FetchAsk, MatchAsk, ReserveAsk
 from hicache.rpc.client.core import NamespaceState
 from hicache.rpc.client.options import ClientOptions, DataPlane, Tls, Verify
-from hicache.types import Namespace, SymbolKind
+from hicache.types import NO_USE, Namespace, SymbolKind, Use
 
 
 class OptionFields(TypedDict, total=False):
@@ -114,11 +114,22 @@ def refuse_torch_views(*, copy: bool) -> None:
         )
 
 
-def fetch_ask(max_pages: int | None, ttl_ms: int, wait_ms: int) -> FetchAsk:
+def match_ask(use: Use | None, *, touch: bool, prefetch: bool) -> MatchAsk:
+    """What a caller asks of Match. Raises InvalidArgumentError."""
+    return MatchAsk(touch, prefetch, use_of(use))
+
+
+def fetch_ask(max_pages: int | None, ttl_ms: int, wait_ms: int, use: Use | None) -> FetchAsk:
     """What a caller asks of Fetch. Raises InvalidArgumentError."""
-    return FetchAsk(pages_of(max_pages), count_of("ttl_ms", ttl_ms), count_of("wait_ms", wait_ms))
+    pages = pages_of(max_pages)
+    return FetchAsk(pages, count_of("ttl_ms", ttl_ms), count_of("wait_ms", wait_ms), use_of(use))
 
 
-def reserve_ask(ttl_ms: int, wait_ms: int, *, drop_pressure: bool) -> ReserveAsk:
+def use_of(use: Use | None) -> Use:
+    """What a caller says of its request. Raises InvalidArgumentError."""
+    return NO_USE if use is None else keys.validate_use(use)
+
+
+def reserve_ask(ttl_ms: int, wait_ms: int, use: Use | None, *, drop_pressure: bool) -> ReserveAsk:
     """What a caller asks of Reserve. Raises InvalidArgumentError."""
-    return ReserveAsk(count_of("ttl_ms", ttl_ms), count_of("wait_ms", wait_ms), drop_pressure)
+    return ReserveAsk(count_of("ttl_ms", ttl_ms), count_of("wait_ms", wait_ms), drop_pressure, use_of(use))

@@ -23,7 +23,7 @@ from hicache.rpc.client.results import (
     Welcome,
 )
 from hicache.rpc.pb import cache_pb2, region_pb2, session_pb2
-from hicache.types import Namespace
+from hicache.types import NO_USE, Namespace, Use
 
 CHUNK_BYTES = 1 << 20
 
@@ -38,12 +38,22 @@ class Who:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class MatchAsk:
+    """What a caller asks of Match."""
+
+    touch: bool
+    prefetch: bool = False
+    use: Use = NO_USE
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class FetchAsk:
     """What a caller asks of Fetch; 0 as in FetchRequest."""
 
     max_pages: int
     ttl_ms: int
     wait_ms: int
+    use: Use = NO_USE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +63,7 @@ class ReserveAsk:
     ttl_ms: int
     wait_ms: int
     drop_pressure: bool
+    use: Use = NO_USE
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -173,10 +184,17 @@ def parse_arena_regions(message: region_pb2.ListRegionsResponse) -> list[RegionI
 # --- look-up and leases
 
 
-def match(who: Who, prompt: bytes, *, touch: bool) -> cache_pb2.MatchRequest:
+def match(who: Who, prompt: bytes, ask: MatchAsk) -> cache_pb2.MatchRequest:
     """How much of a prompt is cached."""
     return cache_pb2.MatchRequest(
-        session_id=who.session_id, namespace_id=who.namespace_id, prompt=prompt, touch=touch
+        session_id=who.session_id,
+        namespace_id=who.namespace_id,
+        prompt=prompt,
+        touch=ask.touch,
+        prefetch=ask.prefetch,
+        request_class=ask.use.cls,
+        turn=ask.use.turn,
+        cost_per_page=ask.use.cost,
     )
 
 
@@ -202,6 +220,9 @@ def fetch(who: Who, prompt: bytes, ask: FetchAsk) -> cache_pb2.FetchRequest:
         max_pages=ask.max_pages,
         ttl_ms=ask.ttl_ms,
         wait_ms=ask.wait_ms,
+        request_class=ask.use.cls,
+        turn=ask.use.turn,
+        cost_per_page=ask.use.cost,
     )
 
 
@@ -227,6 +248,8 @@ def parse_grant(message: cache_pb2.FetchResponse) -> Grant:
         expires_in_ms=message.expires_in_ms,
         operation=message.operation_id,
         tier_pages=tuple(message.tier_pages),
+        pending_pages=message.pending_pages,
+        pending_ms=message.pending_ms,
         extents=extents,
         checksums=np.fromiter(checksums, np.uint64, len(checksums)),
         generations=np.fromiter(generations, np.uint64, len(generations)),
@@ -251,6 +274,9 @@ def reserve(who: Who, prompt: bytes, ask: ReserveAsk) -> cache_pb2.ReserveReques
         ttl_ms=ask.ttl_ms,
         wait_ms=ask.wait_ms,
         drop_pressure=ask.drop_pressure,
+        request_class=ask.use.cls,
+        turn=ask.use.turn,
+        cost_per_page=ask.use.cost,
     )
 
 

@@ -47,12 +47,10 @@ STREAM_BYTES_PER_S = 20 << 20
 
 
 def match(
-    core: Core, namespace: NamespaceState, prompt: bytes, *, touch: bool, budget: Budget
+    core: Core, namespace: NamespaceState, prompt: bytes, ask: calls.MatchAsk, budget: Budget
 ) -> Steps[MatchResult]:
     """How much of a prompt is cached."""
-    reply = yield from named(
-        core, "Match", namespace, lambda who, _: calls.match(who, prompt, touch=touch), budget
-    )
+    reply = yield from named(core, "Match", namespace, lambda who, _: calls.match(who, prompt, ask), budget)
     return calls.parse_match(reply.message, reply.link.capabilities, namespace.spec.page_tokens)
 
 

@@ -64,10 +64,10 @@ class NamespaceBase:
         return prompt.pack(self._state.spec, tokens, extra_keys)
 
     def _match(
-        self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, *, touch: bool
+        self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, ask: calls.MatchAsk
     ) -> Steps[MatchResult]:
         prompt, budget = self._pack(tokens, extra_keys), self._core.budget(timeout_s)
-        return flows.match(self._core, self._state, prompt, touch=touch, budget=budget)
+        return flows.match(self._core, self._state, prompt, ask, budget)
 
     def _fetch(
         self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, ask: calls.FetchAsk
@@ -126,6 +126,16 @@ class LeaseBase:
     def page_bytes(self) -> int:
         """The size of one page."""
         return self._state.terms.page_bytes
+
+    @property
+    def pending_pages(self) -> int:
+        """Pages that are still on their way: wait for them, or compute them again and release the lease."""
+        return self._state.pending_pages
+
+    @property
+    def pending_ms(self) -> int:
+        """When the last of these may be there, by the pace the server has measured; 0 where it has not yet."""
+        return self._state.pending_ms
 
     @property
     def tier_pages(self) -> dict[str, int]:

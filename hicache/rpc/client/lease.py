@@ -56,6 +56,8 @@ class LeaseState:
         self.matched_pages = 0
         self.granted_pages = 0
         self.tier_pages: dict[str, int] = {}
+        self.pending_pages = 0
+        self.pending_ms = 0
         self.deadline_ns = 0
         self.runs: tuple[MappedRun, ...] = ()
         self.checksums: U64 = np.empty(0, np.uint64)
@@ -81,6 +83,7 @@ class LeaseState:
         self.lease, self.operation = grant.lease, grant.operation
         self.matched_pages = grant.matched_pages
         names = self.terms.tier_names
+        self.pending_pages, self.pending_ms = grant.pending_pages, grant.pending_ms
         self.tier_pages = {name: pages for name, pages in zip(names, grant.tier_pages, strict=False) if pages}
         self.deadline_ns = deadline_ns
         self.runs, self.checksums, self.generations = tuple(runs), grant.checksums, grant.generations

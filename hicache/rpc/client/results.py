@@ -84,7 +84,7 @@ class EvictResult:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TierStats:
-    """One tier's figures."""
+    """One tier's figures. ``written_per_hit``: bytes written to it for each byte served from it; 0 before a hit."""
 
     name: str
     kind: str
@@ -98,6 +98,11 @@ class TierStats:
     evicted_pages: int
     dropped_pages: int
     corrupt_pages: int
+    hit_bytes: int = 0
+    written_bytes: int = 0
+    admitted_pages: int = 0
+    refused_pages: int = 0
+    written_per_hit: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -239,6 +244,8 @@ class Grant:
     expires_in_ms: int
     operation: int
     tier_pages: tuple[int, ...]
+    pending_pages: int
+    pending_ms: int
     extents: tuple[Extent, ...]
     checksums: U64
     generations: U64

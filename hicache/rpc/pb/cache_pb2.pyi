@@ -6,16 +6,24 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class MatchRequest(_message.Message):
-    __slots__ = ("session_id", "namespace_id", "prompt", "touch")
+    __slots__ = ("session_id", "namespace_id", "prompt", "touch", "request_class", "turn", "cost_per_page", "prefetch")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     TOUCH_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
+    TURN_FIELD_NUMBER: _ClassVar[int]
+    COST_PER_PAGE_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     namespace_id: int
     prompt: bytes
     touch: bool
-    def __init__(self, session_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., touch: bool = ...) -> None: ...
+    request_class: str
+    turn: int
+    cost_per_page: float
+    prefetch: bool
+    def __init__(self, session_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., touch: bool = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ..., prefetch: bool = ...) -> None: ...
 
 class MatchResponse(_message.Message):
     __slots__ = ("matched_pages", "run_pages", "run_tier")
@@ -28,7 +36,7 @@ class MatchResponse(_message.Message):
     def __init__(self, matched_pages: _Optional[int] = ..., run_pages: _Optional[_Iterable[int]] = ..., run_tier: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("session_id", "request_id", "namespace_id", "prompt", "max_pages", "ttl_ms", "wait_ms")
+    __slots__ = ("session_id", "request_id", "namespace_id", "prompt", "max_pages", "ttl_ms", "wait_ms", "request_class", "turn", "cost_per_page")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +44,9 @@ class FetchRequest(_message.Message):
     MAX_PAGES_FIELD_NUMBER: _ClassVar[int]
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
+    TURN_FIELD_NUMBER: _ClassVar[int]
+    COST_PER_PAGE_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     request_id: bytes
     namespace_id: int
@@ -43,10 +54,13 @@ class FetchRequest(_message.Message):
     max_pages: int
     ttl_ms: int
     wait_ms: int
-    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., max_pages: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
+    request_class: str
+    turn: int
+    cost_per_page: float
+    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., max_pages: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
-    __slots__ = ("lease_id", "matched_pages", "granted_pages", "expires_in_ms", "extents", "operation_id", "tier_pages")
+    __slots__ = ("lease_id", "matched_pages", "granted_pages", "expires_in_ms", "extents", "operation_id", "tier_pages", "pending_pages", "pending_ms")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     MATCHED_PAGES_FIELD_NUMBER: _ClassVar[int]
     GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +68,8 @@ class FetchResponse(_message.Message):
     EXTENTS_FIELD_NUMBER: _ClassVar[int]
     OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
     TIER_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PENDING_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PENDING_MS_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     matched_pages: int
     granted_pages: int
@@ -61,7 +77,9 @@ class FetchResponse(_message.Message):
     extents: Extents
     operation_id: int
     tier_pages: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, lease_id: _Optional[int] = ..., matched_pages: _Optional[int] = ..., granted_pages: _Optional[int] = ..., expires_in_ms: _Optional[int] = ..., extents: _Optional[_Union[Extents, _Mapping]] = ..., operation_id: _Optional[int] = ..., tier_pages: _Optional[_Iterable[int]] = ...) -> None: ...
+    pending_pages: int
+    pending_ms: int
+    def __init__(self, lease_id: _Optional[int] = ..., matched_pages: _Optional[int] = ..., granted_pages: _Optional[int] = ..., expires_in_ms: _Optional[int] = ..., extents: _Optional[_Union[Extents, _Mapping]] = ..., operation_id: _Optional[int] = ..., tier_pages: _Optional[_Iterable[int]] = ..., pending_pages: _Optional[int] = ..., pending_ms: _Optional[int] = ...) -> None: ...
 
 class Extents(_message.Message):
     __slots__ = ("pages", "region_id", "offset", "first_slot", "checksums", "generations")
@@ -80,7 +98,7 @@ class Extents(_message.Message):
     def __init__(self, pages: _Optional[_Iterable[int]] = ..., region_id: _Optional[_Iterable[int]] = ..., offset: _Optional[_Iterable[int]] = ..., first_slot: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("session_id", "request_id", "namespace_id", "prompt", "ttl_ms", "wait_ms", "drop_pressure")
+    __slots__ = ("session_id", "request_id", "namespace_id", "prompt", "ttl_ms", "wait_ms", "drop_pressure", "request_class", "turn", "cost_per_page")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +106,9 @@ class ReserveRequest(_message.Message):
     TTL_MS_FIELD_NUMBER: _ClassVar[int]
     WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     DROP_PRESSURE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
+    TURN_FIELD_NUMBER: _ClassVar[int]
+    COST_PER_PAGE_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     request_id: bytes
     namespace_id: int
@@ -95,7 +116,10 @@ class ReserveRequest(_message.Message):
     ttl_ms: int
     wait_ms: int
     drop_pressure: bool
-    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., drop_pressure: bool = ...) -> None: ...
+    request_class: str
+    turn: int
+    cost_per_page: float
+    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., drop_pressure: bool = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ...) -> None: ...
 
 class ReserveResponse(_message.Message):
     __slots__ = ("reservation_id", "present_pages", "missing_pages", "expires_in_ms")

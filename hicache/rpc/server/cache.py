@@ -38,7 +38,14 @@ class CacheServicer:
     ) -> cache_pb2.MatchResponse:
         """How much of a prompt is cached, and where."""
         prompt = self.edge.prompt(session, request.namespace_id, request.prompt)
-        return convert.match_response(self._service.match(request.namespace_id, prompt, touch=request.touch))
+        view = self._service.match(
+            request.namespace_id,
+            prompt,
+            touch=request.touch,
+            prefetch=request.prefetch,
+            use=convert.use(request),
+        )
+        return convert.match_response(view)
 
     @session_call
     async def Fetch(
@@ -47,7 +54,7 @@ class CacheServicer:
         """Match, lease and promote."""
         raw = request.prompt
         prompt = self.edge.prompt(session, request.namespace_id, raw)
-        wait = wait_ms(request.wait_ms, context)
+        wait, use = wait_ms(request.wait_ms, context), convert.use(request)
 
         async def work() -> cache_pb2.FetchResponse:
             result = await self._service.fetch(
@@ -57,6 +64,7 @@ class CacheServicer:
                 max_pages=request.max_pages,
                 ttl_ms=ttl_ms(request.ttl_ms),
                 wait_ms=wait,
+                use=use,
             )
             return convert.fetch_response(self._service, result)
 
@@ -134,7 +142,7 @@ class CacheServicer:
         """Room for missing pages."""
         raw = request.prompt
         prompt = self.edge.prompt(session, request.namespace_id, raw)
-        wait = wait_ms(request.wait_ms, context)
+        wait, use = wait_ms(request.wait_ms, context), convert.use(request)
         pressure = Pressure.DROP if request.drop_pressure else Pressure.WAIT
 
         async def work() -> cache_pb2.ReserveResponse:
@@ -145,6 +153,7 @@ class CacheServicer:
                 ttl_ms=ttl_ms(request.ttl_ms),
                 wait_ms=wait,
                 pressure=pressure,
+                use=use,
             )
             return cache_pb2.ReserveResponse(
                 reservation_id=result.reservation,

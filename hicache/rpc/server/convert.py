@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from hicache.engine import MatchView, NodeView, OperationView, actions
 from hicache.errors import CorruptError, InvalidArgumentError
+from hicache.keys import validate_use
 from hicache.rpc.pb import admin_pb2, cache_pb2, session_pb2
 from hicache.runtime.service import Service
-from hicache.types import Namespace, SymbolKind, TierSpec
+from hicache.types import NO_USE, Namespace, SymbolKind, TierSpec, Use
 
 MAX_U32 = (1 << 32) - 1
 MAX_OFFSET = 1 << 62
@@ -71,6 +72,7 @@ def fetch_response(service: Service, result: actions.FetchResult) -> cache_pb2.F
             checksums=columns.checksums,
             generations=columns.generations,
         )
+    pending_pages, pending_ms = service.pending(result) if result.operation else (0, 0)
     return cache_pb2.FetchResponse(
         lease_id=result.lease,
         matched_pages=result.matched_pages,
@@ -79,7 +81,17 @@ def fetch_response(service: Service, result: actions.FetchResult) -> cache_pb2.F
         extents=extents,
         operation_id=result.operation,
         tier_pages=result.tier_pages,
+        pending_pages=pending_pages,
+        pending_ms=pending_ms,
     )
+
+
+def use(
+    request: cache_pb2.MatchRequest | cache_pb2.FetchRequest | cache_pb2.ReserveRequest,
+) -> Use:
+    """What a call says of its request. Raises InvalidArgumentError."""
+    said = Use(request.request_class, request.turn, request.cost_per_page)
+    return validate_use(said) if said != NO_USE else NO_USE
 
 
 def expires_in(service: Service, expires_ms: int) -> int:

@@ -45,4 +45,8 @@ def _tier(tier: TierStats) -> admin_pb2.TierStats:
         evicted_pages=tier.evicted_pages,
         dropped_pages=tier.dropped_pages,
         corrupt_pages=tier.corrupt_pages,
+        hit_bytes=tier.hit_bytes,
+        written_bytes=tier.written_bytes,
+        admitted_pages=tier.admitted_pages,
+        refused_pages=tier.refused_pages,
     )
