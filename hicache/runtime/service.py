@@ -51,6 +51,7 @@ class Service:
     (``storing.StoreCalls``), ``pin unpin evict clear`` (``operators.OperatorCalls``).
 
     ``on_draining``: called with the grace in ms when a drain begins, and with 0 when the service fails.
+    ``on_tier``: called with a durable tier's name and whether it is well, when it latches and when it comes back.
     ``regions``: shared memory. ``epoch``: 16 random bytes that name this run.
     """
 
@@ -60,6 +61,7 @@ class Service:
         self.specs: tuple[TierSpec, ...] = options.specs()
         self.regions = RegionRegistry()
         self.on_draining: list[Callable[[int], object]] = []
+        self.on_tier: list[Callable[[str, bool], object]] = []
         self.latencies = Latencies()
         self._clock = clock if clock is not None else Clock()
         self._door = Door()
@@ -85,6 +87,7 @@ class Service:
         self._window = Window(self.specs)
         self._bind(house)
         house.loop.on_failed = self._failed
+        house.performer.on_tier = self._tier
         self._started_ms = self._clock.now_ms()
         self._door.state = SERVING
         house.start_recovery()
@@ -161,6 +164,10 @@ class Service:
     def _failed(self) -> None:
         self._door.state = FAILED
         self._tell(0)
+
+    def _tier(self, name: str, well: bool) -> None:  # noqa: FBT001
+        for callback in self.on_tier:
+            callback(name, well)
 
     def _tell(self, grace_ms: int) -> None:
         for callback in self.on_draining:

@@ -38,6 +38,9 @@ class TierStats:
     admitted_pages: int
     refused_pages: int
     queued_batches: int
+    oldest_batch_ms: int = 0
+    degraded_ms: int = 0
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,6 +81,9 @@ def tier_stats(engine: EngineStats, ports: Sequence[TierPort]) -> tuple[TierStat
             admitted_pages=counts.admitted_pages[port.index],
             refused_pages=counts.refused_pages[port.index],
             queued_batches=port.in_flight,
+            oldest_batch_ms=port.oldest_batch_ms,
+            degraded_ms=port.degraded_ms,
+            reason=port.health.reason,
         )
         for view, port in zip(engine.tiers, ports, strict=True)
     )
@@ -103,6 +109,10 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
         "calls_waiting": house.loop.open_requests,
         "regions_retiring": house.regions.retiring,
         "recovering": int(report is not None and not report.done),
+        "disk_degraded_ms": max((port.degraded_ms for port in house.ports), default=0),
+        "disk_oldest_batch_ms": max(
+            (port.oldest_batch_ms for port in house.ports if port.spec.durable), default=0
+        ),
         "disk_file_bytes": disk.used_bytes if disk is not None else 0,
     }
     return ServiceStats(
