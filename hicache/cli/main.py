@@ -36,6 +36,7 @@ COMMANDS = (
     Command("stats", "hicache.cli.stats", "show what a running sidecar holds and does"),
     Command("tree", "hicache.cli.tree", "show the tree of cached prefixes"),
     Command("doctor", "hicache.cli.doctor", "check this machine and say what to change"),
+    Command("check", "hicache.cli.check", "verify a disk folder offline"),
     Command("admin", "hicache.cli.admin", "check, clear or drain a running sidecar"),
 )
 

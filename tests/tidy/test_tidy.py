@@ -26,6 +26,7 @@ BROAD_HANDLERS: dict[str, str] = {
     "hicache/runtime/loop.py:EngineLoop._step": "the loop's edge: the service fails and says so",
     "hicache/tier/encoder.py:Encoder._run": "a worker's loop edge: the batch completes with FAULT",
     "hicache/tier/host.py:_run": "a worker's loop edge: the batch completes with FAULT",
+    "hicache/tier/isolation.py:_serve": "a process's edge: told to its parent",
     "hicache/tier/reader.py:Readers._run": "a worker's loop edge: the batch completes with FAULT",
     "hicache/tier/writer.py:Writer._commit": "a worker's loop edge: the group completes with FAULT",
 }
