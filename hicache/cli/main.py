@@ -37,6 +37,7 @@ COMMANDS = (
     Command("tree", "hicache.cli.tree", "show the tree of cached prefixes"),
     Command("doctor", "hicache.cli.doctor", "check this machine and say what to change"),
     Command("check", "hicache.cli.check", "verify a disk folder offline"),
+    Command("disk", "hicache.cli.disk", "look into, compact, export or import a disk folder offline"),
     Command("admin", "hicache.cli.admin", "check, clear or drain a running sidecar"),
 )
 

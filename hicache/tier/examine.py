@@ -17,7 +17,7 @@ import lmdb
 from xxhash import xxh3_64_intdigest
 
 from hicache.keys import KEY_BYTES, MAX_PAGE_BYTES, chain_keys
-from hicache.tier.codec import HEADER_BYTES, MAGIC, VERSION, decode
+from hicache.tier.codec import HEADER_BYTES, decode
 from hicache.tier.folder import DATA
 from hicache.tier.lmdb_env import DISK_PAGE_BYTES, Database, Row, charge_bytes, read_namespaces, unpack_row
 from hicache.tier.pieces import get_record
@@ -125,6 +125,7 @@ def precheck(folder: Path) -> str:
 
 # -- one record, one row
 
+_RECORD_MAGIC = b"HKVP"
 _RECORD = struct.Struct(f"<4sHBBQQQQ{KEY_BYTES}sQ")  # the header that ``codec`` writes, its seal included
 
 
@@ -142,11 +143,9 @@ def read_header(record: memoryview) -> Header | Fault:
     if record.nbytes < HEADER_BYTES:
         return Fault.TRUNCATED
     head = bytes(record[:HEADER_BYTES])
-    magic, version, _codec, _zero, raw_bytes, stored_bytes, _raw, _stored, key, seal = _RECORD.unpack(head)
-    if magic != MAGIC:
+    magic, _version, _codec, _form, raw_bytes, stored_bytes, _raw, _stored, key, seal = _RECORD.unpack(head)
+    if magic != _RECORD_MAGIC:
         return Fault.FOREIGN
-    if version != VERSION:
-        return Fault.OLD_VERSION
     if seal != xxh3_64_intdigest(head[:-8]):
         return Fault.CORRUPT
     return Header(key, raw_bytes, stored_bytes)
@@ -165,7 +164,8 @@ def judge_record(record: memoryview, key: bytes, page_bytes: int = 0) -> tuple[B
         return Bad(key, Fault.CORRUPT, f"a page of {found.raw_bytes} bytes"), found
     decoded = decode(record, key, memoryview(bytearray(found.raw_bytes)))
     if decoded.outcome is not Outcome.OK:
-        return Bad(key, Fault.CORRUPT, decoded.reason), found
+        fault = Fault.OLD_VERSION if "version" in decoded.reason else Fault.CORRUPT
+        return Bad(key, fault, decoded.reason), found
     return None, found
 
 

@@ -150,6 +150,8 @@ class Row:
 
     charge: int
     record: PageRecord | None
+    last_use_ms: int = 0
+    hits: int = 0
 
 
 def unpack_row(row: bytes) -> Row | None:
@@ -169,6 +171,17 @@ def pack_namespace(namespace: Namespace) -> bytes:
     return json.dumps(plain, sort_keys=True).encode()
 
 
+def unpack_namespace(key: bytes, value: bytes) -> Namespace | None:
+    """The namespace, when this version understands it and it is the key's."""
+    try:
+        fields = json.loads(value)
+        fields["symbol_kind"] = SymbolKind(fields["symbol_kind"])
+        namespace = Namespace(**fields)
+    except (ValueError, TypeError, KeyError):
+        return None
+    return namespace if fingerprint(namespace) == key else None
+
+
 def read_namespaces(database: Database) -> dict[bytes, Namespace]:
     """The stored namespaces that this version understands, by fingerprint; others are logged."""
     found = {}
@@ -176,14 +189,8 @@ def read_namespaces(database: Database) -> dict[bytes, Namespace]:
         for key, value in txn.cursor():
             if len(key) != KEY_BYTES:
                 continue
-            try:
-                fields = json.loads(value)
-                fields["symbol_kind"] = SymbolKind(fields["symbol_kind"])
-                namespace = Namespace(**fields)
-                good = fingerprint(namespace) == key
-            except (ValueError, TypeError, KeyError):
-                good = False
-            if good:
+            namespace = unpack_namespace(bytes(key), bytes(value))
+            if namespace is not None:
                 found[bytes(key)] = namespace
             else:
                 _log.warning("disk: namespace %s is not understood; its pages will be dropped", key.hex())

@@ -22,7 +22,12 @@ class Nursery:
 
     def __init__(self, **env: str) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="hicache-crash-")
-        self._env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "HICACHE_CRASH_SCRATCH": self._scratch.name, **env}
+        self._env = {
+            **os.environ,
+            "OPENBLAS_NUM_THREADS": "1",
+            "HICACHE_CRASH_SCRATCH": self._scratch.name,
+            **env,
+        }
         self._process = subprocess.Popen(
             [sys.executable, str(SCRIPT)],
             stdin=subprocess.PIPE,
@@ -107,7 +112,9 @@ class Ledger:
         seen = {tuple(map(int, name.split("."))): version for name, version in found["seen"].items()}
         for name in seen.keys() | self.allowed.keys():
             allowed = self.allowed.get(name, {0})
-            assert seen.get(name, 0) in allowed, f"page {name} is {seen.get(name, 0)}, not of {sorted(allowed)}"
+            assert seen.get(name, 0) in allowed, (
+                f"page {name} is {seen.get(name, 0)}, not of {sorted(allowed)}"
+            )
         present = set(seen)
         chained = {tuple(map(int, name.split("."))) for name in found["chained"]}
         assert chained <= present, f"matchable, but not there: {sorted(chained - present)[:5]}"
@@ -118,5 +125,3 @@ class Ledger:
     def held(self) -> dict[str, int]:
         """Pages that are known to be there."""
         return {f"{s}.{n}": max(versions) for (s, n), versions in self.allowed.items() if max(versions)}
-
-

@@ -54,7 +54,9 @@ class Control:
             os.pwrite(file.fileno(), struct.pack("<3i", fault, argument, after), 0)
 
 
-def shim_env(shim: Path, root: Path, *, log: Path | None = None, control: Path | None = None) -> dict[str, str]:
+def shim_env(
+    shim: Path, root: Path, *, log: Path | None = None, control: Path | None = None
+) -> dict[str, str]:
     env = {"LD_PRELOAD": str(shim), "SHIM_ROOT": str(root)}
     if log is not None:
         env["SHIM_LOG"] = str(log)

@@ -11,7 +11,18 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from crash_world import NAMESPACES, PRINTS, SPACES, Name, content, disk_use, everything, key, record, version_of
+from crash_world import (
+    NAMESPACES,
+    PRINTS,
+    SPACES,
+    Name,
+    content,
+    disk_use,
+    everything,
+    key,
+    record,
+    version_of,
+)
 
 from hicache.tier.disk import DiskStore
 from hicache.types import Batch, Completion, Op, Outcome
