@@ -28,7 +28,7 @@ def main() -> None:
                 try:
                     TASKS[ask["fork"]](**ask["how"])
                     status = 0
-                except BaseException:
+                except BaseException:  # noqa: BLE001 - the process's edge: printed, and its status says it
                     traceback.print_exc()
                 finally:
                     sys.stderr.flush()

@@ -1,9 +1,8 @@
-"""Pages that tell which they are: three namespaces of different page sizes, chains of four, bytes made from a version."""
+"""Pages that tell which they are: three page sizes, chains of four, bytes made from a version."""
 
 from __future__ import annotations
 
 import functools
-import os
 import struct
 from pathlib import Path
 
@@ -73,10 +72,9 @@ def reachable(present: set[Name]) -> set[Name]:
 def disk_use(folder: Path) -> int:
     """What ``du`` shows."""
     total = 0
-    for at, _, files in os.walk(folder):
-        for name in (at, *(os.path.join(at, file) for file in files)):
-            try:
-                total += os.lstat(name).st_blocks * 512
-            except FileNotFoundError:
-                continue
+    for path in (folder, *folder.rglob("*")):
+        try:
+            total += path.lstat().st_blocks * 512
+        except FileNotFoundError:
+            continue
     return total

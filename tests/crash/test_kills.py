@@ -1,4 +1,4 @@
-"""``kill -9`` of a writing store at random moments: what was acknowledged is there, nothing else is, the bound holds."""
+"""``kill -9`` of a writing store: what was acknowledged is there, nothing else is, the bound holds."""
 
 from __future__ import annotations
 
