@@ -21,7 +21,8 @@ class ServiceOptions:
     A tier is left out by leaving its size 0; one must be there. ``device``: "" or "cpu". Segment sizes of 0 are
     derived from the tier's capacity (``segment_bytes_for``). ``workers``: threads that copy clients' pages in.
     ``bounce_bytes``: buffers for copies between tiers of which neither can be addressed. ``copy_chunk_bytes``: how
-    much of a copy one worker does at a time. ``disk_sync``: fsync each commit, for power cuts. ``digest``: keep a
+    much of a copy one worker does at a time. ``disk_sync``: fsync each commit, for power cuts.
+    ``scrub_bytes_per_s``: how fast the disk's contents are verified in the background, 0: not. ``digest``: keep a
     running digest of the engine's actions.
     """
 
@@ -35,6 +36,7 @@ class ServiceOptions:
     disk_sync: bool = False
     disk_readers: int = 2
     disk_compress_workers: int = 2
+    scrub_bytes_per_s: int = 0
     policy: str = "lru"
     write_policy: WritePolicy = WritePolicy.SELECTIVE
     selective_hits: int = 2

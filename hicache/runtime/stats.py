@@ -83,6 +83,11 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
     totals = {name: value for name, value in totals.items() if type(value) is int and name != "tiers"}
     totals["orphan_pages"] = report.orphan_pages if report is not None else 0
     totals["differing_pages"] = house.performer.differing_pages
+    scrub = disk.scrub_stats if disk is not None else None
+    totals["scrubbed_pages"] = scrub.pages if scrub is not None else 0
+    totals["scrub_corrupt_pages"] = scrub.corrupt_pages if scrub is not None else 0
+    totals["scrub_passes"] = scrub.passes if scrub is not None else 0
+    totals["quarantined_pages"] = disk.stats.quarantined_pages if disk is not None else 0
     gauges = {
         "stranded_pages": engine.stranded_pages,
         "copies_in_flight": house.copier.in_flight,
@@ -90,6 +95,7 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
         "calls_waiting": house.loop.open_requests,
         "regions_retiring": house.regions.retiring,
         "recovering": int(report is not None and not report.done),
+        "scrub_last_pass_ms": scrub.last_pass_ms if scrub is not None else 0,
         "disk_file_bytes": disk.used_bytes if disk is not None else 0,
     }
     return ServiceStats(

@@ -52,7 +52,7 @@ def open_stores(options: ServiceOptions, notify: Notify) -> Stores:
 
 def _open_disk(options: ServiceOptions, notify: Notify) -> DiskStore:
     try:
-        from hicache.tier.disk import DiskStore
+        from hicache.tier.disk import DiskStore, Layout
     except ImportError as error:
         raise ConfigError(f"--disk-path: the disk tier needs lmdb and zstandard: {error}") from error
     try:
@@ -63,6 +63,7 @@ def _open_disk(options: ServiceOptions, notify: Notify) -> DiskStore:
             sync=options.disk_sync,
             readers=options.disk_readers,
             compress_workers=options.disk_compress_workers,
+            layout=Layout(scrub_bytes_per_s=options.scrub_bytes_per_s),
         )
     except ConfigError as error:
         raise ConfigError(f"--disk-path: {error.message}", hint=error.hint) from error

@@ -13,13 +13,15 @@ import lmdb
 
 from hicache.errors import ExhaustedError
 from hicache.tier.examine import precheck
-from hicache.tier.folder import DATA
 from hicache.tier.inspect import Progress, shard_name
 from hicache.tier.isolation import Crashed, isolated
-from hicache.tier.shards import ShardInfo, list_shards, open_shard
+from hicache.tier.lmdb_env import DATA
+from hicache.tier.shards import SHARDS, ShardInfo, clear_leftovers, list_shards, open_shard
+from hicache.tier.smallfile import fsync_folder
 
 _LOOK_S = 0.1
-_COPY = "compact.new"
+#: Beside the shard, under a name that a start removes when it finds it.
+_SUFFIX = ".new"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,16 +40,16 @@ def compact(path: Path, *, progress: Progress) -> Iterator[Compacted]:
     A copy stands beside the file until it is whole and synced, then takes its place. Raises ExhaustedError without
     room for the largest copy, OSError.
     """
-    for shard in list_shards(path):
-        shutil.rmtree(shard.path / _COPY, ignore_errors=True)  # of a try that was interrupted
+    clear_leftovers(path)
     for shard in list_shards(path):
         yield _compact(shard, shard_name(path, shard), progress)
 
 
 def _compact(shard: ShardInfo, name: str, progress: Progress) -> Compacted:
-    data, folder = shard.path / DATA, shard.path / _COPY
+    data, folder = shard.path / DATA, shard.path.with_name(shard.path.name + _SUFFIX)
     before = data.stat().st_size
-    problem = precheck(shard.path)
+    old = shard.path.parent.name != SHARDS
+    problem = "a folder of version 1: a start of `hicache serve` upgrades it" if old else precheck(shard.path)
     if problem:
         return Compacted(name, before, before, problem)
     try:
@@ -118,10 +120,7 @@ def _judge_copy(folder: Path, map_bytes: int, rows: int) -> str:
 
 def _replace(copy: Path, data: Path) -> None:
     """Put the copy in the file's place, durably."""
-    for path, then in ((copy, lambda: copy.replace(data)), (data.parent, lambda: None)):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        then()
+    with copy.open("rb") as file:
+        os.fsync(file.fileno())
+    copy.replace(data)
+    fsync_folder(data.parent)

@@ -1,51 +1,77 @@
 """The disk tier: pages by key in LMDB, compressed, checksummed, bounded, and back after a restart.
 
-Path of a PUT: ``submit`` -> encoder threads (compress, hash) -> the writer thread (group commit of page and
-meta row) -> completion. Of a GET: reader threads decode from LMDB's map into the destination. A completed PUT
-survives ``kill -9``; with ``sync=True`` a power cut, too. Without it, a machine that went down uncleanly
-finds the store empty (``wiped`` says so): see ``folder``.
+Path of a PUT: ``submit`` -> encoder threads (compress, hash) -> the writer thread (group commit of pages and
+rows into one shard) -> completion. Of a GET: reader threads look into the shards and decode from LMDB's map into the
+destination.
 
-The bound. ``capacity_bytes`` is what ``du`` shows for the folder: the map is smaller by the other files and a
-margin, and LMDB never writes past its map. ``usable_bytes`` is less again, because values of mixed sizes need
-free room to find a place: at 0.85 churn of mixed sizes had no refusal, at 0.90 many. Not safe across fork.
+What survives. A completed PUT or DELETE survives ``kill -9``, with or without ``sync``: it is in the page cache.
+With ``sync=True`` it survives a power cut, too: data and meta page of its commit were synced (fdatasync, then a
+synchronous write of the meta page) before the completion. Without ``sync`` a machine that went down uncleanly finds
+the store empty (``wiped`` says so): see ``folder``. Shards commit one after another, in an order that leaves every
+page its ancestors.
+
+The bound. ``capacity_bytes`` is what ``du`` shows for the folder, from the first completed PUT on: the maps of all
+shards, the other files and the quarantine fit into it, and LMDB never writes past its map. A smaller capacity than
+before is reached by moving pages together and giving shards back, before any PUT is taken. ``usable_bytes`` is less,
+because values of mixed sizes need free room to find a place; a page that is larger than a tenth of a shard may be
+refused before that. Not safe across fork.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import logging
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lmdb
 
 from hicache.errors import ConfigError, InvalidArgumentError, UnavailableError, ViolationError
 from hicache.keys import KEY_BYTES, fingerprint
+from hicache.tier.attempts import Attempts
+from hicache.tier.commit import Committer
 from hicache.tier.encoder import Encoder, PagePut
 from hicache.tier.folder import Folder
-from hicache.tier.lmdb_env import (
-    DISK_PAGE_BYTES,
-    open_database,
-    pack_namespace,
-    raise_malloc_thresholds,
-    read_namespaces,
-)
+from hicache.tier.geometry import USABLE_PART, divide
+from hicache.tier.lmdb_env import Medium, raise_malloc_thresholds
+from hicache.tier.ops import DeleteKeys, Flush, Probe, Purge, SaveHeat, SaveNamespace, Upkeep, WriterStats
 from hicache.tier.outbox import Outbox, Pending
+from hicache.tier.placing import Placing
+from hicache.tier.quarantine import Quarantine, open_quarantine
 from hicache.tier.reader import Readers
 from hicache.tier.recovery import RecoveredChain, Recovery
-from hicache.tier.writer import DeleteKeys, Flush, SaveNamespace, Writer, WriterStats
+from hicache.tier.remove import Remover
+from hicache.tier.rows import pack_namespace
+from hicache.tier.scrub import CURSOR_FILE, Scrubber, ScrubOptions, ScrubStats
+from hicache.tier.shelf import Look, Shelf
+from hicache.tier.upkeep import Upkeep as Keeper
+from hicache.tier.writer import Crew, Writer
 from hicache.types import Batch, Completion, Namespace, Notify, Op
 
-__all__ = ["MIN_CAPACITY_BYTES", "USABLE_PART", "DiskStore", "RecoveredChain", "Recovery"]
+__all__ = ["MIN_CAPACITY_BYTES", "USABLE_PART", "DiskStore", "Layout", "RecoveredChain", "Recovery"]
 
 _log = logging.getLogger(__name__)
 
 MIN_CAPACITY_BYTES = 4 << 20
-#: Part of the map that charges may fill; the rest is head-room for fragmentation and copy-on-write.
-USABLE_PART = 0.85
-#: Lock files, FORMAT, STATE and its replacement, the folder itself; file-system metadata by the size.
-_OTHER_FILES_BYTES = 128 << 10
-_METADATA_PART = 1024
 _PAGE_CODECS = ("lossless", "raw")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """How the folder is used; the defaults fit.
+
+    ``shard_bytes``: map of a new shard, 0 chooses by the capacity. ``quarantine_bytes``: bound on damaged records kept
+    for study, at most a 64th of the capacity, inside of it; 0 keeps none. ``medium``: tests make it fail.
+    ``scrub_bytes_per_s``: rate at which a background thread verifies what is stored; 0: it does not.
+    """
+
+    shard_bytes: int = 0
+    quarantine_bytes: int = 64 << 20
+    medium: Medium = dataclasses.field(default_factory=Medium)
+    scrub_bytes_per_s: int = 0
 
 
 class DiskStore:
@@ -64,6 +90,8 @@ class DiskStore:
         group_bytes: int = 32 << 20,
         backlog_bytes: int = 256 << 20,
         tune_malloc: bool = True,
+        wall_ms: Callable[[], int] = lambda: 0,
+        layout: Layout | None = None,
     ) -> None:
         """Open the folder and start the threads.
 
@@ -74,35 +102,59 @@ class DiskStore:
         sync: fsync every commit.
         page_codec: "lossless" compresses where it pays, "raw" never. A namespace whose codec is "raw" is
         stored raw. group_bytes: raw bytes of pages in one transaction; less for small capacities.
-        backlog_bytes: raw bytes of pages encoded and not yet committed.
-        tune_malloc: raise glibc's thresholds, process-wide (``lmdb_env.raise_malloc_thresholds``).
+        backlog_bytes: raw bytes of pages encoded and not yet committed. tune_malloc: raise glibc's thresholds,
+        process-wide. wall_ms: unix time, stored with each page as its first use.
 
         Raises ConfigError for a folder that cannot be used, UnavailableError when LMDB does not open it.
         """
-        if capacity_bytes < MIN_CAPACITY_BYTES:
-            raise ConfigError(f"disk capacity of {capacity_bytes} bytes is below {MIN_CAPACITY_BYTES}")
-        if page_codec not in _PAGE_CODECS:
-            raise ConfigError(f"disk page_codec {page_codec!r} is not one of {', '.join(_PAGE_CODECS)}")
-        spare = _OTHER_FILES_BYTES + capacity_bytes // _METADATA_PART
-        self._map_bytes = (capacity_bytes - spare) // DISK_PAGE_BYTES * DISK_PAGE_BYTES
+        _check_options(capacity_bytes, page_codec)
+        layout = layout or Layout()
+        self._geometry = divide(capacity_bytes, layout.quarantine_bytes, layout.shard_bytes)
         self._compress = page_codec != "raw"
         self._pid = os.getpid()
         self._closed = False
         self.last_error = ""
         if tune_malloc:
             raise_malloc_thresholds()
-        self._folder = Folder(Path(path), map_bytes=self._map_bytes, sync=sync)
-        try:
-            self._db = open_database(self._folder, map_bytes=self._map_bytes, sync=sync, readers=readers)
-        except UnavailableError:
-            self._folder.close()
-            raise
-        self._namespaces = read_namespaces(self._db)
+        self._folder = Folder(Path(path), capacity_bytes=capacity_bytes, sync=sync)
+        with contextlib.ExitStack() as opened:
+            opened.callback(self._folder.close)
+            self._shelf = Shelf(
+                self._folder.path, self._geometry, sync=sync, readers=readers, medium=layout.medium
+            )
+            opened.callback(self._shelf.close)
+            quarantine = open_quarantine(self._folder.path, self._geometry.quarantine_bytes)
+            opened.pop_all()
+        self._namespaces = self._shelf.namespaces()
         self._outbox = Outbox(notify)
         self._encoder = Encoder(compress_workers, backlog_bytes)
-        group = min(group_bytes, capacity_bytes // 16)
-        self._writer = Writer(self._db, self._encoder, group_bytes=group, on_error=self._note_error)
-        self._readers = Readers(self._db, readers, purge=lambda op: self._writer.submit([op]))
+        crew = self._hire(quarantine, layout.medium, wall_ms)
+        self._keeper, self._stats = crew.keeper, crew.stats
+        self._writer = Writer(crew, group_bytes=min(group_bytes, self._geometry.shard_bytes // 8))
+        look = functools.partial(Look, self._shelf)
+        self._readers = Readers(look, readers, purge=lambda op: self._writer.submit([op]))
+        self._scrubber = self._start_scrubber(layout.scrub_bytes_per_s, wall_ms)
+
+    def _start_scrubber(self, bytes_per_s: int, wall_ms: Callable[[], int]) -> Scrubber | None:
+        if not bytes_per_s:
+            return None
+
+        def purge(key: bytes, raw_bytes: int) -> None:
+            pending = Pending(Batch(0, Op.GET, raw_bytes, keys=[key]), 1, Outbox(lambda: None))
+            self._writer.submit([Purge(pending, (0,))])
+
+        options = ScrubOptions(bytes_per_s, self._folder.path / CURSOR_FILE, wall_ms)
+        return Scrubber(lambda: Look(self._shelf), purge, options)
+
+    def _hire(self, quarantine: Quarantine, medium: Medium, wall_ms: Callable[[], int]) -> Crew:
+        shelf, stats = self._shelf, WriterStats()
+        attempts = Attempts(shelf.home, stats, self._note_error)
+        remover = Remover(shelf, attempts, stats)
+        keeper = Keeper(shelf, attempts, remover, stats=stats, surplus=self._surplus)
+        placing = Placing(shelf, wanted=keeper.wanted)
+        committer = Committer(shelf, placing, remover, attempts, stats=stats, wall_ms=wall_ms)
+        committer.namespaces.update({fp: pack_namespace(n) for fp, n in self._namespaces.items()})
+        return Crew(shelf, self._encoder, committer, remover, attempts, keeper, quarantine, medium, stats)
 
     # -- namespaces and restart
 
@@ -122,32 +174,82 @@ class DiskStore:
         """Every namespace stored, by fingerprint."""
         return dict(self._namespaces)
 
+    def put_heat(self, keys: Sequence[bytes], last_use_ms: Sequence[int], hits: Sequence[int]) -> None:
+        """Keep when pages were used last and how often, with the next commit. Does not wait.
+
+        Keys that are not stored are passed over. Raises InvalidArgumentError for columns of different lengths.
+        """
+        self._check_open()
+        if not len(keys) == len(last_use_ms) == len(hits):
+            raise InvalidArgumentError("heat: columns of different lengths")
+        if keys:
+            self._writer.submit([SaveHeat(tuple(keys), tuple(last_use_ms), tuple(hits))])
+
     def recover(self) -> Recovery:
         """What the store holds, as chains, read without page bodies. Iterate it before the first PUT."""
         self._check_open()
-        return Recovery(self._db, self.namespaces())
+        return Recovery(
+            self._begin_recovery,
+            self.namespaces(),
+            usable_bytes=self.usable_bytes,
+            on_end=self._end_recovery,
+        )
 
     @property
     def wiped(self) -> str:
-        """Why the store started empty although the folder held data; empty when it did not."""
-        return self._folder.wiped
+        """Why the store, or a shard of it, started empty although it held data; empty when it did not."""
+        return "; ".join(filter(None, (self._folder.wiped, *self._shelf.lost)))
+
+    def _begin_recovery(self) -> Look:
+        self._keeper.recoveries.add(1)
+        return Look(self._shelf)
+
+    def _end_recovery(self, recovery: Recovery) -> None:
+        """Also removes what a crash left twice."""
+        copies = recovery.copies
+        self._writer.submit([Upkeep(lambda: self._keeper.drop_copies(copies)), Upkeep(self._keeper.resume)])
+
+    def _surplus(self) -> list[bytes]:
+        """Pages that are too many for the capacity; for the writer's thread."""
+        found = Recovery(lambda: Look(self._shelf), self.namespaces(), usable_bytes=self.usable_bytes)
+        chains = iter(found)
+        next(chains, None)  # the first chain comes after all rows were read
+        chains.close()
+        return found.surplus
 
     # -- room
 
     @property
     def usable_bytes(self) -> int:
         """The sum of charges up to which the store takes pages without refusing any."""
-        return int(self._map_bytes * USABLE_PART)
+        return self._geometry.usable_bytes
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the file that hold live data, as of the last commit."""
-        return self._writer.used_bytes
+        """Bytes of the files that hold live data, as of the last commit."""
+        return self._shelf.used_bytes
 
     @property
     def stats(self) -> WriterStats:
         """Counters of the writer; read only."""
-        return self._writer.stats
+        return self._stats
+
+    @property
+    def scrub_stats(self) -> ScrubStats:
+        """What the scrubber did; zeros where there is none."""
+        return self._scrubber.stats if self._scrubber is not None else ScrubStats()
+
+    def compact(self) -> None:
+        """Give back what sparse files hold, shard by shard, in the background: see ``progress``.
+
+        Needs the reserve: a capacity below ``geometry.SEVERAL_FROM_BYTES`` has none.
+        """
+        self._check_open()
+        self._writer.submit([Upkeep(self._keeper.compact)])
+
+    def progress(self) -> str:
+        """What a shrink or a compaction is doing; empty when nothing is going on."""
+        return self._keeper.progress()
 
     # -- the store port
 
@@ -158,10 +260,13 @@ class DiskStore:
         """
         self._check_open()
         _check(batch)
-        pending = Pending(batch, 1 if batch.op is Op.FLUSH else len(batch.keys), self._outbox)
+        single = batch.op in (Op.FLUSH, Op.PROBE)
+        pending = Pending(batch, 1 if single else len(batch.keys), self._outbox)
         if batch.op is Op.FLUSH:
             pending.outcomes = []
             self._writer.submit([Flush(pending)])
+        elif batch.op is Op.PROBE:
+            self._writer.submit([Probe(pending)])
         elif not batch.keys:
             self._outbox.publish(Completion(batch.id, ()))
         elif batch.op is Op.GET:
@@ -182,16 +287,18 @@ class DiskStore:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
+        if self._scrubber is not None:
+            self._scrubber.close()
         self._readers.close()  # readers hand corrupt pages to the writer
         self._encoder.close()
         self._writer.close()
         try:
-            self._db.env.sync(True)  # noqa: FBT003 - lmdb's signature
+            self._shelf.sync()
             clean = True
         except lmdb.Error as exc:
             _log.error("disk: the last sync failed: %s", exc)
             clean = False
-        self._db.env.close()
+        self._shelf.close()
         if clean:
             self._mark_clean()
         self._folder.close()
@@ -221,11 +328,18 @@ class DiskStore:
             raise UnavailableError("the disk store is closed")
 
 
+def _check_options(capacity_bytes: int, page_codec: str) -> None:
+    if capacity_bytes < MIN_CAPACITY_BYTES:
+        raise ConfigError(f"disk capacity of {capacity_bytes} bytes is below {MIN_CAPACITY_BYTES}")
+    if page_codec not in _PAGE_CODECS:
+        raise ConfigError(f"disk page_codec {page_codec!r} is not one of {', '.join(_PAGE_CODECS)}")
+
+
 def _check(batch: Batch) -> None:
     pages = len(batch.keys)
     if any(len(key) != KEY_BYTES for key in batch.keys):
         raise InvalidArgumentError(f"batch {batch.id}: page keys have {KEY_BYTES} bytes")
-    if batch.op in (Op.DELETE, Op.FLUSH):
+    if batch.op in (Op.DELETE, Op.FLUSH, Op.PROBE):
         return
     if len(batch.buffers) != pages:
         raise InvalidArgumentError(f"batch {batch.id}: {pages} keys and {len(batch.buffers)} buffers")

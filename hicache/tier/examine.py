@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import struct
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from xxhash import xxh3_64_intdigest
 
 from hicache.keys import KEY_BYTES, MAX_PAGE_BYTES, chain_keys
 from hicache.tier.codec import HEADER_BYTES, decode
-from hicache.tier.folder import DATA
-from hicache.tier.lmdb_env import DISK_PAGE_BYTES, Database, Row, charge_bytes, read_namespaces, unpack_row
+from hicache.tier.lmdb_env import DATA, Database
 from hicache.tier.pieces import get_record
+from hicache.tier.rows import DISK_PAGE_BYTES, Row, charge_bytes, row_bytes, unpack_namespace, unpack_row
 from hicache.tier.shards import ShardInfo, open_shard
 from hicache.types import Namespace, Outcome
 
@@ -79,6 +80,9 @@ class Part:
     in_pieces: int = 0
     bad: list[Bad] = dataclasses.field(default_factory=list)
     by_namespace: dict[bytes, NamespaceCount] = dataclasses.field(default_factory=dict)
+    uses: array[int] = dataclasses.field(
+        default_factory=lambda: array("q")
+    )  # last use in unix ms, stored bytes, ...
     links: bytearray = dataclasses.field(default_factory=bytearray)
 
 
@@ -207,6 +211,17 @@ def scan(shard: ShardInfo, namespaces: dict[bytes, Namespace], *, bodies: bool) 
         database.env.close()
 
 
+def read_namespaces(database: Database) -> dict[bytes, Namespace]:
+    """The stored namespaces that this version understands."""
+    found = {}
+    with database.env.begin(db=database.namespaces) as txn:
+        for key, value in txn.cursor():
+            namespace = unpack_namespace(key, value) if len(key) == KEY_BYTES else None
+            if namespace is not None:
+                found[key] = namespace
+    return found
+
+
 def _head(database: Database, shard: ShardInfo, namespaces: dict[bytes, Namespace]) -> ShardHead:
     known = namespaces | read_namespaces(database)
     with database.env.begin() as txn:
@@ -281,7 +296,7 @@ class _Scanner:
         self._count(part, row, record.nbytes, header.raw_bytes)
         if record.nbytes != value.nbytes:
             part.in_pieces += 1
-        elif raw_row is not None and row.charge != charge_bytes(record.nbytes, len(raw_row)):
+        elif raw_row is not None and row.charge != charge_bytes(record.nbytes, row_bytes(row.record)):
             part.wrong_charges += 1
         if row.record is not None:
             part.links += key + row.record.parent_key + row.record.namespace
@@ -300,6 +315,7 @@ class _Scanner:
         part.raw_bytes += raw_bytes
         part.stored_bytes += stored_bytes
         part.charge_bytes += row.charge
+        part.uses.extend((row.last_use_ms, stored_bytes))
         space = row.record.namespace if row.record is not None else b""
         count = part.by_namespace.setdefault(space, NamespaceCount())
         count.add(NamespaceCount(1, raw_bytes, stored_bytes))

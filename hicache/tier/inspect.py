@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -20,12 +21,12 @@ from hicache.keys import KEY_BYTES
 from hicache.tier.examine import Bad, NamespaceCount, Part, ShardHead, precheck, scan
 from hicache.tier.folder import FORMAT_VERSION
 from hicache.tier.folder import _boot_id as boot_id
-from hicache.tier.folder import _read as read_json
 from hicache.tier.isolation import Crashed, isolated
+from hicache.tier.quarantine import QUARANTINE
 from hicache.tier.shards import ShardInfo, list_shards
+from hicache.tier.smallfile import read_json
 from hicache.types import Namespace
 
-QUARANTINE = "quarantine"
 _LINK_BYTES = 3 * KEY_BYTES
 
 #: Told (rows read, rows in all) of one shard, and its name.
@@ -42,6 +43,7 @@ class ShardReport:
 
     name: str
     size_class_bytes: int
+    map_bytes: int = 0
     file_bytes: int = 0
     used_bytes: int = 0
     entries: int = 0
@@ -86,7 +88,10 @@ class FolderReport:
     reachable_pages: int = 0
     stranded_pages: int = 0
     rootless_pages: int = 0  # stored without a record: they never come back after a restart
-    twice_pages: int = 0  # in two environments
+    twice_pages: int = 0  # in two shards, as a crash leaves them: the next start removes one
+    uses: array[int] = dataclasses.field(
+        default_factory=lambda: array("q")
+    )  # last use in unix ms, stored bytes, ...
 
     @property
     def faults(self) -> Counter[str]:
@@ -105,8 +110,6 @@ class FolderReport:
         wrong = sum(shard.wrong_charges for shard in self.shards)
         if wrong:
             found.append(f"{wrong} pages whose charge is not what they take")
-        if self.twice_pages:
-            found.append(f"{self.twice_pages} pages stored twice")
         if self.distrust:
             found.append(f"the next start will not keep the contents: {self.distrust}")
         if capacity_bytes and self.disk_bytes > capacity_bytes:
@@ -199,7 +202,7 @@ def inspect_folder(path: Path, *, bodies: bool, progress: Progress = _silent) ->
     report.quarantine_bytes = sum(each.stat().st_size for each in quarantined)
     forest = _Forest()
     for shard in list_shards(path):
-        found = ShardReport(shard_name(path, shard), shard.size_class_bytes)
+        found = ShardReport(shard_name(path, shard), shard.size_class_bytes, shard.map_bytes)
         report.shards.append(found)
         found.problem = precheck(shard.path)
         if not found.problem:
@@ -239,6 +242,7 @@ def _read(
             rows += told.rows
             found.add(told)
             forest.add(told)
+            report.uses.extend(told.uses)
             for space, count in told.by_namespace.items():
                 report.by_namespace.setdefault(space, NamespaceCount()).add(count)
             progress(found.name, rows, of)

@@ -18,7 +18,8 @@ import lmdb
 import numpy as np
 
 from hicache.keys import MAX_PAGE_BYTES
-from hicache.tier.lmdb_env import DISK_PAGE_BYTES, Database
+from hicache.tier.lmdb_env import Database, WriteTxn
+from hicache.tier.rows import DISK_PAGE_BYTES
 
 #: Disk pages a piece, in the order to try: the last one fits into any hole.
 PIECE_PAGES = (8, 1)
@@ -32,13 +33,13 @@ _MAX_BYTES = MAX_PAGE_BYTES * 2
 _NOTHING = memoryview(b"")
 
 
-def put_record(txn: lmdb.Transaction, db: Database, key: bytes, record: memoryview) -> None:
+def put_record(txn: WriteTxn, db: Database, key: bytes, record: memoryview) -> None:
     """Store a record whole, in place of whatever the key had."""
     _drop_pieces(txn, db, key)
     txn.put(key, record, db=db.pages)
 
 
-def put_pieces(txn: lmdb.Transaction, db: Database, key: bytes, record: memoryview, *, pages: int) -> None:
+def put_pieces(txn: WriteTxn, db: Database, key: bytes, record: memoryview, *, pages: int) -> None:
     """Store a record in pieces of so many disk pages, in place of whatever the key had."""
     _drop_pieces(txn, db, key)
     txn.put(key, _STUB.pack(_MAGIC, pages, record.nbytes), db=db.pages)
@@ -56,7 +57,7 @@ def _piece_bytes(pages: int) -> int:
     return pages * DISK_PAGE_BYTES - _PAGE_HEADER_BYTES
 
 
-def get_record(txn: lmdb.Transaction, db: Database, key: bytes) -> memoryview | None:
+def get_record(txn: lmdb.Transaction | WriteTxn, db: Database, key: bytes) -> memoryview | None:
     """The record: a view that ends with the transaction, or a copy put together; None when there is none."""
     found = txn.get(key, db=db.pages)
     if found is None:
@@ -80,13 +81,13 @@ def get_record(txn: lmdb.Transaction, db: Database, key: bytes) -> memoryview | 
     return memoryview(cast(bytes, whole))
 
 
-def delete_record(txn: lmdb.Transaction, db: Database, key: bytes) -> bool:
+def delete_record(txn: WriteTxn, db: Database, key: bytes) -> bool:
     """Remove a record; says whether there was one."""
     _drop_pieces(txn, db, key)
     return txn.delete(key, db=db.pages)
 
 
-def _drop_pieces(txn: lmdb.Transaction, db: Database, key: bytes) -> None:
+def _drop_pieces(txn: WriteTxn, db: Database, key: bytes) -> None:
     if not txn.stat(db.pieces)["entries"]:
         return
     with txn.cursor(db=db.pieces) as cursor:

@@ -1,8 +1,9 @@
 """Threads that read pages: straight from LMDB's map, decoded into the destination, verified.
 
-A reader renews its transaction for every piece of a batch and resets it afterwards: a reader that lingers
-would keep freed pages from being reused and make the file grow. A corrupt page goes to the writer, which
-removes it and then settles the GET, so that "the page is gone" is true when the caller hears of it.
+A reader looks at the shards anew for every piece of a batch and lets go of them afterwards: a reader that lingers
+would keep freed pages from being reused and make the file grow. A page that is not found while pages move
+between shards is looked for again. A corrupt page goes to the writer, which removes it and then settles the
+GET, so that "the page is gone" is true when the caller hears of it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ import queue
 import threading
 from collections.abc import Callable
 
-import lmdb
-
 from hicache.tier.codec import decode
-from hicache.tier.lmdb_env import Database
+from hicache.tier.ops import Purge
 from hicache.tier.outbox import Pending
 from hicache.tier.pieces import get_record
 from hicache.tier.priority import background
-from hicache.tier.writer import Purge
+from hicache.tier.shelf import Look
 from hicache.types import Outcome
 
 _log = logging.getLogger(__name__)
@@ -29,10 +28,10 @@ _Piece = tuple[Pending, range]
 
 
 class Readers:
-    """The reader threads, one queue."""
+    """The reader threads, one queue. ``look``: a look at the shards, for pages of a size."""
 
-    def __init__(self, database: Database, count: int, *, purge: Callable[[Purge], None]) -> None:
-        self._db = database
+    def __init__(self, look: Callable[[int], Look], count: int, *, purge: Callable[[Purge], None]) -> None:
+        self._look = look
         self._purge = purge
         self._queue: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         self._threads = [
@@ -63,9 +62,9 @@ class Readers:
             pending, positions = piece
             corrupt: list[int] = []
             try:
-                with self._db.env.begin(buffers=True) as txn:
+                with self._look(pending.batch.page_bytes) as look:
                     for at in positions:
-                        outcome = _read(txn, self._db, pending, at)
+                        outcome = _read(look, pending, at)
                         pending.outcomes[at] = outcome
                         if outcome is Outcome.CORRUPT:
                             corrupt.append(at)
@@ -78,15 +77,25 @@ class Readers:
             del piece, pending
 
 
-def _read(txn: lmdb.Transaction, db: Database, pending: Pending, at: int) -> Outcome:
+def _read(look: Look, pending: Pending, at: int) -> Outcome:
+    while True:
+        outcome = _read_once(look, pending, at)
+        if outcome is not Outcome.MISS or not look.outdated:
+            return outcome
+        look.renew()
+
+
+def _read_once(look: Look, pending: Pending, at: int) -> Outcome:
     batch = pending.batch
     key = bytes(batch.keys[at])
-    record = get_record(txn, db, key)
-    if record is None:
-        return Outcome.MISS
-    found = decode(record, key, batch.buffers[at])
-    if found.outcome is Outcome.OK:
-        pending.checksums[at] = found.checksum
-    else:
-        _log.warning("disk: page %s is corrupt: %s", key.hex(), found.reason)
-    return found.outcome
+    for shard in look.shards:
+        record = get_record(look.txn(shard), shard.db, key)
+        if record is None:
+            continue
+        found = decode(record, key, batch.buffers[at])
+        if found.outcome is Outcome.OK:
+            pending.checksums[at] = found.checksum
+        else:
+            _log.warning("disk: page %s is corrupt: %s", key.hex(), found.reason)
+        return found.outcome
+    return Outcome.MISS

@@ -12,15 +12,13 @@ import dataclasses
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import lmdb
 
-from hicache.keys import KEY_BYTES
+from hicache.keys import KEY_BYTES, MAX_PAGE_BYTES
 from hicache.tier.examine import judge_record
-from hicache.tier.lmdb_env import Database
 from hicache.tier.pieces import get_record
 from hicache.tier.priority import idle
 
@@ -50,15 +48,8 @@ class ScrubStats:
 class Place:
     """Where to go on: after this key of this shard."""
 
-    shard: str = ""
+    shard: int = 0
     key: bytes = b""
-
-
-class Shards(Protocol):
-    """What the scrubber reads: environments by a name that stays, in the order of a pass. They come and go."""
-
-    def __call__(self) -> Sequence[tuple[str, Database]]:
-        """Those that are open now."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,9 +64,11 @@ class ScrubOptions:
 class Scrubber:
     """The thread. ``purge(key, raw_bytes)`` removes a page unless it has been replaced meanwhile."""
 
-    def __init__(self, shards: Shards, purge: Callable[[bytes, int], None], options: ScrubOptions) -> None:
+    def __init__(
+        self, look: Callable[[], Look], purge: Callable[[bytes, int], None], options: ScrubOptions
+    ) -> None:
         assert options.bytes_per_s > 0, "a rate of 0 means: make no scrubber"
-        self._shards = shards
+        self._look = look
         self._purge = purge
         self._options = options
         self._stop = threading.Event()
@@ -110,51 +103,53 @@ class Scrubber:
 
     def _pass(self) -> bool:
         """From the place to the end; False when it was cut short."""
-        for name, database in list(self._shards()):
-            if name < self._place.shard:
-                continue
-            start = self._place.key if name == self._place.shard else b""
-            for steps, (key, size) in enumerate(self._walk(database, start)):
-                self._place = Place(name, key)
-                if steps % SAVE_STEPS == SAVE_STEPS - 1:
-                    self._save()
-                if self._stop.wait(size / self._options.bytes_per_s):
-                    return False
-        return True
-
-    def _walk(self, database: Database, key: bytes) -> Iterator[tuple[bytes, int]]:
-        """Step by step: the last key verified, and the stored bytes of the step."""
+        steps = 0
         while True:
+            before = self._place
             try:
-                last, size = self._step(database, key)
-            except lmdb.Error as exc:  # closed or unreadable: the reader's business, not ours
-                _log.warning("disk: the scrubber leaves a shard: %s", exc)
-                return
-            if last == key:
-                return
-            yield last, size
-            key = last
+                size = self._step()
+            except lmdb.Error as exc:  # the trees of a shard are rotten: its readers will say so, too
+                _log.warning("disk: the scrubber leaves shard %d: %s", self._place.shard, exc)
+                self._place, size = Place(self._place.shard + 1), 0
+            if self._place == before:
+                return True
+            steps += 1
+            if steps % SAVE_STEPS == 0:
+                self._save()
+            if self._stop.wait(size / self._options.bytes_per_s):
+                return False
 
-    def _step(self, database: Database, after: bytes) -> tuple[bytes, int]:
-        size, pages, last = 0, 0, after
+    def _step(self) -> int:
+        """Verify some pages, move the place; returns their stored bytes. The place stays where nothing is left."""
+        size, pages = 0, 0
         corrupt: list[tuple[bytes, int]] = []
-        with database.env.begin(buffers=True) as txn, txn.cursor(db=database.pages) as cursor:
-            found = cursor.set_range(after + b"\0") if after else cursor.first()
-            while found and size < STEP_BYTES and pages < STEP_PAGES and not self._stop.is_set():
-                last = bytes(cursor.key())
-                record = get_record(txn, database, last) or memoryview(b"")
-                size, pages = size + max(record.nbytes, 1), pages + 1
-                bad, header = judge_record(record, last)
-                if bad is not None and len(last) == KEY_BYTES:
-                    corrupt.append((last, header.raw_bytes if header else 0))
-                    _log.warning("disk: the scrubber found page %s %s", last.hex(), bad.fault.value)
-                found = cursor.next()
+        with self._look() as look:
+            left = [shard for shard in look.shards if shard.info.number >= self._place.shard]
+            shard = min(left, key=lambda each: each.info.number, default=None)
+            if shard is None:
+                return 0
+            number = shard.info.number
+            last = self._place.key if number == self._place.shard else b""
+            with look.txn(shard).cursor(db=shard.db.pages) as cursor:
+                found = cursor.set_range(last + b"\0") if last else cursor.first()
+                while found and size < STEP_BYTES and pages < STEP_PAGES and not self._stop.is_set():
+                    last = bytes(cursor.key())
+                    record = get_record(look.txn(shard), shard.db, last) or memoryview(b"")
+                    size, pages = size + max(record.nbytes, 1), pages + 1
+                    bad, header = judge_record(record, last)
+                    if bad is not None and len(last) == KEY_BYTES:
+                        sane = header is not None and header.raw_bytes <= MAX_PAGE_BYTES
+                        corrupt.append((last, header.raw_bytes if header is not None and sane else 0))
+                        _log.warning("disk: the scrubber found page %s %s", last.hex(), bad.fault.value)
+                    del record
+                    found = cursor.next()
+        self._place = Place(number, last) if found or self._stop.is_set() else Place(number + 1)
         for key, raw_bytes in corrupt:
             self._purge(key, raw_bytes)
         self.stats.pages += pages
         self.stats.bytes += size
         self.stats.corrupt_pages += len(corrupt)
-        return last, size
+        return size
 
     def _save(self) -> None:
         new = self._options.file.with_name(f"{self._options.file.name}.new")
@@ -169,6 +164,6 @@ def _load(file: Path) -> Place:
     """The place of an earlier run; the beginning for a file that is missing or garbage."""
     try:
         found = json.loads(file.read_bytes())
-        return Place(str(found["shard"]), bytes.fromhex(found["key"]))
+        return Place(int(found["shard"]), bytes.fromhex(found["key"]))
     except (OSError, ValueError, KeyError, TypeError):
         return Place()

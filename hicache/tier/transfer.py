@@ -13,12 +13,12 @@ from hicache.errors import InvalidArgumentError
 from hicache.keys import chain_keys
 from hicache.tier.codec import decode
 from hicache.tier.disk import DiskStore
-from hicache.tier.examine import judge_record, judge_row, precheck
+from hicache.tier.examine import judge_record, judge_row, precheck, read_namespaces
 from hicache.tier.inspect import Progress, shard_name
 from hicache.tier.isolation import Crashed, isolated
-from hicache.tier.lmdb_env import Row, pack_namespace, read_namespaces, unpack_namespace, unpack_row
 from hicache.tier.pieces import get_record
 from hicache.tier.portable import Entry, PortablePage, StreamFile, StreamWriter
+from hicache.tier.rows import Row, pack_namespace, unpack_namespace, unpack_row
 from hicache.tier.shards import ShardInfo, list_shards, open_shard
 from hicache.types import Batch, Completion, Namespace, Op, Outcome, PageRecord
 
@@ -261,7 +261,11 @@ class Importer:
             self._there.difference_update(page.key for page in lost)
             found.parentless += len(lost)
             lost = [page for page, _, _ in good if page.key in self._there and not self._has_parent(page)]
-        found.imported += sum(page.key in self._there for page, _, _ in good)
+        kept = [page for page, _, _ in good if page.key in self._there]
+        found.imported += len(kept)
+        self._store.put_heat(
+            [page.key for page in kept], [page.last_use_ms for page in kept], [page.hits for page in kept]
+        )
 
     def _has_parent(self, page: PortablePage) -> bool:
         return page.parent_key == page.namespace or page.parent_key in self._there

@@ -132,19 +132,25 @@ class HostBackendThreaded(HostBackend):
 class DiskBackend(Backend):
     """LMDB in a temporary folder."""
 
+    shard_bytes = 0
+
     def open(self) -> PageStore:
-        from hicache.tier.disk import DiskStore
+        from hicache.tier.disk import DiskStore, Layout
 
         self.folder = tempfile.mkdtemp(prefix="hicache-test-")
-        self.disk = DiskStore(self.folder, 16 << 20, self.notify)
+        layout = Layout(shard_bytes=self.shard_bytes)
+        self.disk = DiskStore(self.folder, 16 << 20, self.notify, layout=layout)
         return self.disk
 
     def address(self, numbers: Sequence[int]) -> dict[str, Any]:
         return {"keys": [hashlib.sha256(b"%d" % number).digest() for number in numbers]}
 
     def corrupt(self, number: int, rng: random.Random) -> None:
-        db = self.disk._db
+        from hicache.tier.shelf import Look
+
         [key] = self.address([number])["keys"]
+        with Look(self.disk._shelf) as look:
+            db = next(look.find(key)).db
         with db.env.begin(write=True, db=db.pages) as txn:
             record = bytearray(txn.get(key))
             record[rng.randrange(len(record))] ^= 1 << rng.randrange(8)
@@ -155,11 +161,17 @@ class DiskBackend(Backend):
         shutil.rmtree(self.folder)
 
 
-def _disk(page_bytes: int) -> Backend:
+class DiskBackendSharded(DiskBackend):
+    """Several small shards."""
+
+    shard_bytes = 1 << 20
+
+
+def _disk(page_bytes: int, kind: type[DiskBackend] = DiskBackend) -> Backend:
     for module in ("lmdb", "zstandard"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed")
-    return DiskBackend(page_bytes)
+    return kind(page_bytes)
 
 
 #: name -> factory(page_bytes). Register a backend here.
@@ -167,6 +179,7 @@ BACKENDS: dict[str, Callable[[int], Backend]] = {
     "host": HostBackend,
     "host-3-workers": HostBackendThreaded,
     "disk": _disk,
+    "disk-shards": lambda page_bytes: _disk(page_bytes, DiskBackendSharded),
     "device-cpu": lambda page_bytes: importlib.import_module("device_backend").make(page_bytes),
 }
 

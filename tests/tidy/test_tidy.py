@@ -28,7 +28,7 @@ BROAD_HANDLERS: dict[str, str] = {
     "hicache/tier/host.py:_run": "a worker's loop edge: the batch completes with FAULT",
     "hicache/tier/isolation.py:_serve": "a process's edge: told to its parent",
     "hicache/tier/reader.py:Readers._run": "a worker's loop edge: the batch completes with FAULT",
-    "hicache/tier/writer.py:Writer._commit": "a worker's loop edge: the group completes with FAULT",
+    "hicache/tier/attempts.py:Attempts.run": "the writer's edge: what was in the transaction completes with FAULT",
 }
 
 CLOCK_FILE = "hicache/runtime/clock.py"

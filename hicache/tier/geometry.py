@@ -1,0 +1,76 @@
+"""How a capacity is divided: shards, the reserve, the quarantine, and what else the folder holds. Pure.
+
+``capacity_bytes`` is what ``du`` shows. Small capacities are one shard for pages of any size: a reserve would
+cost too much of them. Larger ones are 16 shards or more, never more than 64, and one shard's room stays free
+(the reserve), so that the live pages of any shard can be moved and its file given back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hicache.tier.rows import DISK_PAGE_BYTES
+
+#: Part of the maps that charges may fill; the rest is head-room for fragmentation and copy-on-write.
+USABLE_PART = 0.85
+#: Puts beyond this part of a map are refused: deletes need free pages, too, for copy-on-write.
+FILL_LIMIT = 0.95
+#: From this capacity on there are several shards.
+SEVERAL_FROM_BYTES = 256 << 20
+#: SHARD, lock.mdb and the folder of one shard.
+SHARD_FILES_BYTES = 32 << 10
+#: Below this a shard is not worth its files.
+MIN_SHARD_BYTES = 256 << 10
+#: Lock, FORMAT, STATE and its replacement, folders, the file a probe writes; file-system metadata by the size.
+PROBE_BYTES = 32 << 10
+_OTHER_FILES_BYTES = (96 << 10) + PROBE_BYTES
+_METADATA_PART = 1024
+_QUARANTINE_PART = 64
+_SHARDS_MIN, _SHARDS_MAX = 16, 64
+_SHARD_BYTES_MAX = 4 << 30  # until 64 of them do not suffice
+#: A shard of large pages holds at least this many, if a quarter of the capacity allows.
+_CLASS_PAGES = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Geometry:
+    """What the parts may take. ``data_bytes``: maps and the files beside them, the reserve included."""
+
+    data_bytes: int
+    shard_bytes: int
+    reserve_bytes: int
+    quarantine_bytes: int
+
+    @property
+    def several(self) -> bool:
+        """Whether pages are kept apart by size class."""
+        return self.reserve_bytes > 0
+
+    @property
+    def usable_bytes(self) -> int:
+        """The sum of charges up to which pages find room."""
+        shards = max(1, (self.data_bytes - self.reserve_bytes) // (self.shard_bytes + SHARD_FILES_BYTES))
+        files = shards * SHARD_FILES_BYTES
+        return int((self.data_bytes - self.reserve_bytes - files) * USABLE_PART)
+
+    def map_bytes(self, size_class_bytes: int, free_bytes: int) -> int:
+        """Map of a new shard for a class when so many bytes are free for it and its files; 0: not worth it."""
+        wanted = max(self.shard_bytes, min(size_class_bytes * _CLASS_PAGES, self.data_bytes // 4))
+        possible = _whole(min(wanted, free_bytes - SHARD_FILES_BYTES))
+        least = self.shard_bytes // 4 if self.several else min(MIN_SHARD_BYTES, self.shard_bytes)
+        return possible if possible >= least else 0
+
+
+def divide(capacity_bytes: int, quarantine_bytes: int, shard_bytes: int = 0) -> Geometry:
+    """The parts of a capacity. ``shard_bytes``: 0 chooses."""
+    quarantine = min(quarantine_bytes, capacity_bytes // _QUARANTINE_PART)
+    data = capacity_bytes - _OTHER_FILES_BYTES - capacity_bytes // _METADATA_PART - quarantine
+    if not shard_bytes and capacity_bytes < SEVERAL_FROM_BYTES:
+        return Geometry(data, _whole(data - SHARD_FILES_BYTES), 0, quarantine)
+    chosen = max(min(data // _SHARDS_MIN, _SHARD_BYTES_MAX), data // _SHARDS_MAX) - SHARD_FILES_BYTES
+    size = _whole(min(shard_bytes or chosen, data // 2 - SHARD_FILES_BYTES))
+    return Geometry(data, size, size + SHARD_FILES_BYTES, quarantine)
+
+
+def _whole(size: int) -> int:
+    return max(0, size) // DISK_PAGE_BYTES * DISK_PAGE_BYTES
