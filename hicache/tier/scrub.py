@@ -21,6 +21,7 @@ from hicache.keys import KEY_BYTES, MAX_PAGE_BYTES
 from hicache.tier.examine import judge_record
 from hicache.tier.pieces import get_record
 from hicache.tier.priority import idle
+from hicache.tier.shelf import Look
 
 _log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "e2e")]
 pytest.importorskip("lmdb", reason="the disk tier needs lmdb")
 pytest.importorskip("zstandard", reason="the disk tier needs zstandard")
 
-from crash_kit import Nursery
-from crash_shim import build_shim
+from crash_kit import Nursery  # noqa: E402 - of this folder, which stands on the path only now
+from crash_shim import build_shim  # noqa: E402
 
 #: Kills that the soak makes; `make test` makes a few of them.
 KILLS = int(os.environ.get("HICACHE_TEST_KILLS", "500"))

@@ -24,7 +24,7 @@ from crash_world import (
     version_of,
 )
 
-from hicache.tier.disk import DiskStore
+from hicache.tier.disk import DiskStore, Layout
 from hicache.types import Batch, Completion, Op, Outcome
 
 IN_FLIGHT = 8
@@ -37,7 +37,8 @@ class Shop:
     def __init__(self, folder: str, capacity_bytes: int, **options: Any) -> None:
         self._woken = threading.Event()
         self.next_id = 1  # of the batch to come
-        self.store = DiskStore(Path(folder), capacity_bytes, self._woken.set, **options)
+        layout = Layout(shard_bytes=options.pop("shard_bytes", 0), scrub_bytes_per_s=options.pop("scrub", 0))
+        self.store = DiskStore(Path(folder), capacity_bytes, self._woken.set, layout=layout, **options)
 
     def submit(self, op: Op, names: list[Name], buffers: list[Any] | None = None, **columns: Any) -> int:
         size = SPACES[names[0][0]][0] if names and op in (Op.PUT, Op.GET) else 0

@@ -11,7 +11,11 @@ import numpy as np
 from hicache.keys import chain_keys, fingerprint
 from hicache.types import Namespace, PageRecord
 
-CAPACITY_BYTES = 32 << 20
+#: By name: the capacity, and the size of a shard (0: one for all).
+LAYOUTS = {
+    "one-shard": {"capacity_bytes": 32 << 20, "shard_bytes": 0},
+    "shards": {"capacity_bytes": 64 << 20, "shard_bytes": 4 << 20},
+}
 CHAIN = 4
 #: (bytes of a page, how many pages there may be)
 SPACES = ((4_000, 600), (20_000, 400), (2 << 20, 18))

@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 from crash_kit import Ledger, Nursery, until_said
-from crash_world import CAPACITY_BYTES, disk_use
+from crash_world import LAYOUTS, disk_use
 
-KILLS_IN_MAKE_TEST = 30
+KILLS_IN_MAKE_TEST = 15
 #: Part of the kills that come while the store opens.
 EARLY = 0.15
 
 
-def one_kill(nursery: Nursery, folder: Path, ledger: Ledger, diary: Path, seed: str) -> None:
+def one_kill(
+    nursery: Nursery, folder: Path, ledger: Ledger, diary: Path, seed: str, layout: dict[str, int]
+) -> None:
     rng = random.Random(seed)
     diary.unlink(missing_ok=True)
     how = {"folder": str(folder), "diary": str(diary), "seed": seed, "held": ledger.held}
-    child = nursery.fork("write", **how, capacity_bytes=CAPACITY_BYTES)
+    child = nursery.fork("write", **how, **layout, scrub=rng.choice((0, 1 << 26)))
     early = rng.random() < EARLY
     until_said(diary, "B" if early else "R")
     time.sleep(rng.uniform(0, 0.02 if early else 0.15))
@@ -29,18 +31,18 @@ def one_kill(nursery: Nursery, folder: Path, ledger: Ledger, diary: Path, seed: 
     code = nursery.wait(child)
     assert code == -signal.SIGKILL, f"the child ended by itself: {code}"
     ledger.read(diary)
-    assert disk_use(folder) <= CAPACITY_BYTES
-    found = nursery.answer("read", folder, capacity_bytes=CAPACITY_BYTES)
+    assert disk_use(folder) <= layout["capacity_bytes"]
+    found = nursery.answer("read", folder, **layout)
     ledger.judge(found)
-    assert found["disk_bytes"] <= CAPACITY_BYTES
-    assert disk_use(folder) <= CAPACITY_BYTES
+    assert found["disk_bytes"] <= layout["capacity_bytes"]
+    assert disk_use(folder) <= layout["capacity_bytes"]
 
 
-def kill_often(nursery: Nursery, tmp_path: Path, seed: int, kills: int) -> None:
+def kill_often(nursery: Nursery, tmp_path: Path, seed: int, kills: int, layout: str) -> None:
     ledger, folder, diary = Ledger(), tmp_path / "disk", tmp_path / "diary"
     for cycle in range(kills):
         try:
-            one_kill(nursery, folder, ledger, diary, f"{seed}/{cycle}")
+            one_kill(nursery, folder, ledger, diary, f"{seed}/{cycle}", LAYOUTS[layout])
             if cycle % 10 == 0:
                 looked = nursery.answer("inspect", folder)
                 assert not looked["problems"]
@@ -54,14 +56,16 @@ def kill_often(nursery: Nursery, tmp_path: Path, seed: int, kills: int) -> None:
     assert ledger.acknowledged > 10 * kills
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_nothing_acknowledged_is_lost_and_nothing_else_is_seen(
-    nursery: Nursery, tmp_path: Path, seed: int
+    nursery: Nursery, tmp_path: Path, seed: int, layout: str
 ) -> None:
-    kill_often(nursery, tmp_path, seed, KILLS_IN_MAKE_TEST)
+    kill_often(nursery, tmp_path, seed, KILLS_IN_MAKE_TEST, layout)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_five_hundred_kills(nursery: Nursery, tmp_path: Path, seed: int, kills: int) -> None:
-    """HICACHE_TEST_KILLS says how many."""
-    kill_often(nursery, tmp_path, seed, kills)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_five_hundred_kills(nursery: Nursery, tmp_path: Path, seed: int, kills: int, layout: str) -> None:
+    """HICACHE_TEST_KILLS says how many, over all layouts."""
+    kill_often(nursery, tmp_path, seed, kills // len(LAYOUTS), layout)

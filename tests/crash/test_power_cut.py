@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from crash_kit import Ledger, Nursery
 from crash_shim import CUT, FINE, Control, Disk, shim_env
-from crash_world import CAPACITY_BYTES
+from crash_world import LAYOUTS
 
 CUTS, CUTS_SOAK, IMAGES = 8, 120, 3
 ANOTHER_BOOT = "00000000-0000-0000-0000-00000000dead"
@@ -44,7 +44,7 @@ class Machine:
         self.diary.unlink(missing_ok=True)
         self.control.set(CUT if cut_after else FINE, after=cut_after)
         how: dict[str, Any] = {"folder": str(self.folder), "diary": str(self.diary), "seed": seed}
-        how |= {"held": self.ledger.held, "capacity_bytes": CAPACITY_BYTES, "sync": sync}
+        how |= {"held": self.ledger.held, "sync": sync, **LAYOUTS["shards"]}
         code = self.nursery.wait(self.nursery.fork("write", **how, steps=steps, close=close))
         assert code in ({0, -9} if cut_after else {0}), f"the child ended with {code}"
         self.control.set(FINE)
@@ -61,7 +61,7 @@ class Machine:
         shutil.rmtree(self.images, ignore_errors=True)
         chance = disk.build(self.images, rng)
         folder = self.images / "disk"
-        found = reader.answer("read", folder, boot_id=ANOTHER_BOOT, capacity_bytes=CAPACITY_BYTES, sync=sync)
+        found = reader.answer("read", folder, boot_id=ANOTHER_BOOT, sync=sync, **LAYOUTS["shards"])
         return found, chance
 
 
