@@ -104,20 +104,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
+    from hicache.runtime.clock import Clock
     from hicache.tier.inspect import hold_folder, inspect_folder
 
     path = Path(arguments.dir)
     with hold_folder(path), shown_progress() as progress:
         report = inspect_folder(path, bodies=False, progress=progress)
     problems = report.problems()
+    ages = report.ages(int(Clock().wall_s() * 1000))
     if arguments.json:
-        print(json.dumps(as_json(report, problems), indent=2))
+        aged = [{"last_used": name, "pages": pages, "stored_bytes": stored} for name, pages, stored in ages]
+        print(json.dumps(as_json(report, problems) | {"ages": aged}, indent=2))
     else:
-        _print_stats(report, problems)
+        _print_stats(report, problems, ages)
     return 1 if problems else 0
 
 
-def _print_stats(report: FolderReport, problems: list[str]) -> None:
+def _print_stats(report: FolderReport, problems: list[str], ages: list[tuple[str, int, int]]) -> None:
     console = terminal.console()
     size = units.human_size
     console.print(
@@ -130,6 +133,9 @@ def _print_stats(report: FolderReport, problems: list[str]) -> None:
         f"quarantine: {report.quarantine_files:,} records, {size(report.quarantine_bytes)}; "
         f"stranded: {report.stranded_pages:,} pages"
     )
+    shown = [f"{name} ago {pages:,} ({size(stored)})" for name, pages, stored in ages[:-1] if pages]
+    shown += [f"unknown {pages:,} ({size(stored)})" for _, pages, stored in ages[-1:] if pages]
+    print(f"last used: {', '.join(shown) or 'no pages'}")
     for problem in problems:
         print(f"PROBLEM: {problem}")
 

@@ -88,6 +88,9 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
     totals["scrub_corrupt_pages"] = scrub.corrupt_pages if scrub is not None else 0
     totals["scrub_passes"] = scrub.passes if scrub is not None else 0
     totals["quarantined_pages"] = disk.stats.quarantined_pages if disk is not None else 0
+    if disk is not None:
+        for kind, count in dict(disk.stats.corrupt).items():
+            totals[f"bad_records_{kind.replace('-', '_')}"] = count
     gauges = {
         "stranded_pages": engine.stranded_pages,
         "copies_in_flight": house.copier.in_flight,

@@ -28,6 +28,14 @@ from hicache.tier.smallfile import read_json
 from hicache.types import Namespace
 
 _LINK_BYTES = 3 * KEY_BYTES
+_HOUR_MS = 3_600_000
+#: Classes of the age histogram, by upper bound.
+AGES = (
+    ("under 1 h", _HOUR_MS),
+    ("1 h to 1 d", 24 * _HOUR_MS),
+    ("1 d to 7 d", 7 * 24 * _HOUR_MS),
+    ("longer", 1 << 62),
+)
 
 #: Told (rows read, rows in all) of one shard, and its name.
 Progress = Callable[[str, int, int], None]
@@ -102,6 +110,18 @@ class FolderReport:
     def pages(self) -> int:
         """Sound ones."""
         return sum(shard.sound_pages for shard in self.shards)
+
+    def ages(self, now_ms: int) -> list[tuple[str, int, int]]:
+        """How long ago pages were used last: (how long, pages, stored bytes)."""
+        found = [[0, 0] for _ in AGES] + [[0, 0]]
+        for used_ms, stored in zip(self.uses[::2], self.uses[1::2], strict=True):
+            age_ms = now_ms - used_ms
+            at = next((n for n, (_, bound) in enumerate(AGES) if age_ms < bound), len(AGES) - 1)
+            row = found[at] if used_ms else found[-1]
+            row[0] += 1
+            row[1] += stored
+        names = [*(name for name, _ in AGES), "unknown"]
+        return [(name, pages, stored) for name, (pages, stored) in zip(names, found, strict=True)]
 
     def problems(self, capacity_bytes: int = 0) -> list[str]:
         """What is wrong, in sentences; empty: nothing."""

@@ -7,6 +7,7 @@ SIGSEGV. Whoever only wants to know what is wrong with a file must outlive that.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -66,6 +67,7 @@ def _serve(work: Callable[[], Iterator[object]], writer: Connection) -> None:
     status = 1
     try:
         silence = os.open(os.devnull, os.O_WRONLY)
+        faulthandler.disable()
         os.dup2(silence, 2)  # a failed assertion inside LMDB is told by the way the process ends
         for value in work():
             writer.send(("value", value))

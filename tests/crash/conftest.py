@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "e2e")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "e2e"), str(HERE.parent / "runtime")]
 
 pytest.importorskip("lmdb", reason="the disk tier needs lmdb")
 pytest.importorskip("zstandard", reason="the disk tier needs zstandard")
