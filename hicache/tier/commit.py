@@ -80,6 +80,11 @@ class Committer:
             while waiting:
                 self._put_some(size_class, waiting, homes)
 
+    def refuse(self, puts: Iterable[PagePut], homes: Homes, why: str) -> None:
+        """Store none of these."""
+        for put in puts:
+            self._refuse(put, Outcome.FULL, why, homes)
+
     def _put_some(self, size_class: int, waiting: deque[PagePut], homes: Homes) -> None:
         """One transaction's worth of the queue."""
         while waiting and self._hopeless(waiting[0], homes):

@@ -210,12 +210,12 @@ class DiskStore:
         self._writer.submit([Upkeep(lambda: self._keeper.drop_copies(copies)), Upkeep(self._keeper.resume)])
 
     def _surplus(self) -> list[bytes]:
-        """Pages that are too many for the capacity; for the writer's thread."""
+        """Pages that nothing will match, or that are too many for the capacity; for the writer's thread."""
         found = Recovery(lambda: Look(self._shelf), self.namespaces(), usable_bytes=self.usable_bytes)
         chains = iter(found)
         next(chains, None)  # the first chain comes after all rows were read
         chains.close()
-        return found.surplus
+        return found.orphans
 
     # -- room
 

@@ -100,12 +100,11 @@ class Medium:
         """A write transaction: committed at the end, aborted by an exception."""
         self.before("begin", path)
         txn = database.env.begin(write=True, buffers=True)
-        try:
+        with contextlib.ExitStack() as unfinished:
+            unfinished.callback(txn.abort)
             yield WriteTxn(self, path, txn)
             self.before("commit", path)
-        except BaseException:
-            txn.abort()
-            raise
+            unfinished.pop_all()
         txn.commit()
 
     def sync(self, database: Database, path: Path) -> None:

@@ -168,12 +168,11 @@ class Shelf:
         self._medium = medium
         self._changed = threading.Condition()
         self.shards: tuple[Shard, ...] = ()
-        try:
+        with contextlib.ExitStack() as unfinished:
+            unfinished.callback(self.close)
             for info in list_shards(home):
                 self._adopt(info)
-        except BaseException:
-            self.close()
-            raise
+            unfinished.pop_all()
 
     # -- readers
 

@@ -73,6 +73,7 @@ class Upkeep:
         self.recoveries = Counter()  # readers of everything; nothing is moved meanwhile
         self.too_large = shelf.free_bytes < 0
         self.gave_up = ""
+        self._free_before = shelf.free_bytes - 1
 
     @property
     def holds_puts(self) -> bool:
@@ -165,6 +166,7 @@ class Upkeep:
     def retry(self) -> None:
         """Time has passed: what could not be done may work now."""
         self.gave_up = ""
+        self._free_before = self._shelf.free_bytes - 1
 
     def _next(self) -> None:
         if self.too_large:
@@ -183,9 +185,14 @@ class Upkeep:
             _log.info("disk: the files are within the capacity again")
             return
         doomed = self._surplus() if self._shelf.used_bytes > self._shelf.geometry.usable_bytes else []
+        if not doomed and self._shelf.free_bytes <= self._free_before:
+            self.gave_up = "the files could not be made to fit"
+            return
+        self._free_before = self._shelf.free_bytes
         if doomed:
             failed = self._remover.delete(self._remover.locate(doomed))
             self.gave_up = next(iter(failed.values()), "")
+            self._free_before -= 1  # nothing was given back yet
             return
         shards = self._shelf.shards
         largest = max(shards, key=lambda s: s.file_bytes)

@@ -182,7 +182,11 @@ class Writer:
             if isinstance(op, Purge):
                 self._purge(op, homes)
         puts = [op for op in part if isinstance(op, PagePut)]
-        if puts:
+        if puts and crew.keeper.too_large:
+            crew.committer.refuse(
+                puts, homes, f"the disk tier's files are too large: {crew.keeper.progress()}"
+            )
+        elif puts:
             crew.committer.put(puts, homes)
         for op in part:
             self._do_small(op)

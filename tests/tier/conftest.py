@@ -85,14 +85,6 @@ def disk_use(folder: Path) -> int:
     return total
 
 
-def shard_of(store: Any, key: bytes) -> Any:
-    """The open shard that holds a page; tests change it behind the store's back."""
-    from hicache.tier.shelf import Look
-
-    with Look(store._shelf) as look:
-        return next(look.find(key))
-
-
 @pytest.fixture
 def du() -> Any:
     return disk_use

@@ -21,10 +21,18 @@ pytest.importorskip("zstandard", reason="the disk tier needs zstandard")
 from hicache.errors import ConfigError, InvalidArgumentError, UnavailableError, ViolationError  # noqa: E402
 from hicache.keys import fingerprint  # noqa: E402
 from hicache.tier import folder as folder_module  # noqa: E402
-from hicache.tier.disk import MIN_CAPACITY_BYTES, DiskStore  # noqa: E402
+from hicache.tier.disk import MIN_CAPACITY_BYTES, DiskStore, Layout  # noqa: E402
+from hicache.tier.lmdb_env import Medium  # noqa: E402
+from hicache.tier.shelf import Look  # noqa: E402
 from hicache.types import Batch, Namespace, Op, Outcome, PageRecord  # noqa: E402
 
 OK, MISS, CORRUPT, FULL, FAULT = Outcome.OK, Outcome.MISS, Outcome.CORRUPT, Outcome.FULL, Outcome.FAULT
+
+
+def shard_of(store: DiskStore, page_key: bytes) -> Any:
+    """The open shard that holds a page; tests change it behind the store's back."""
+    with Look(store._shelf) as look:
+        return next(look.find(page_key))
 
 
 def key(number: int) -> bytes:
@@ -127,9 +135,7 @@ def test_large_pages_find_room_between_small_ones(tmp_path: Path, drive: Any, rn
     done = store.put(large)
     assert set(done.outcomes) == {OK}
     assert store.store.stats.map_full
-    db = store.store._db
-    with db.env.begin() as txn:
-        assert txn.stat(db.pieces)["entries"]
+    assert store.store.stats.pieces_pages
     assert sum(done.charges) >= 12 * 500_000
     assert store.get(list(large), 500_000) == list(large.values())
     assert store.get(small, 9_000) == [noise(1, 9_000)] * len(small)
@@ -139,12 +145,13 @@ def test_damage_to_pages_in_pieces_is_noticed_and_leaves_nothing_behind(
     tmp_path: Path, drive: Any, rng: random.Random
 ) -> None:
     store, _ = fragmented(drive, tmp_path, rng)
-    store.store._writer._piece_pages = 8
-    pages = {key(n): noise(n, 100_000) for n in range(5000, 5006)}
+    pages = {key(n): noise(n, 100_000) for n in range(5000, 5060)}
     store.put(pages)
-    store.store._writer._piece_pages = 0
-    db = store.store._db
-    rotten, missing, mislabelled, replaced, *others = pages
+    db = shard_of(store.store, key(5000)).db
+    with db.env.begin() as txn:
+        cut = [k for k in pages if len(txn.get(k, db=db.pages)) < 100]
+    assert len(cut) >= 6
+    rotten, missing, mislabelled, replaced, *others = cut
     with db.env.begin(write=True) as txn:
         piece = bytearray(txn.get(rotten + b"\0\0\0\2", db=db.pieces))
         piece[99] ^= 1
@@ -175,9 +182,11 @@ def test_a_lower_capacity_at_the_next_start_is_kept(tmp_path: Path, drive: Any, 
     store.put({key(n): noise(n, 100_000) for n in range(100)})
     store.store.close()
     store = drive(tmp_path, 4 << 20)
-    assert "capacity" in store.store.wiped
+    assert "shrinking" in store.store.progress()
+    assert list(store.put({key(1000): noise(1, 100_000)}).outcomes) == [OK]
+    assert store.store.progress() == ""
     assert du(tmp_path) <= 4 << 20
-    assert store.get([key(1)], 100_000) == [MISS]
+    assert store.get([key(1000)], 100_000) == [noise(1, 100_000)]
 
 
 def test_a_higher_capacity_keeps_everything(tmp_path: Path, drive: Any) -> None:
@@ -192,7 +201,7 @@ def test_a_higher_capacity_keeps_everything(tmp_path: Path, drive: Any) -> None:
 
 
 def flip(store: Any, page_key: bytes, offset: int) -> None:
-    db = store.store._db
+    db = shard_of(store.store, page_key).db
     with db.env.begin(write=True, db=db.pages) as txn:
         record = bytearray(txn.get(page_key))
         record[offset] ^= 4
@@ -212,8 +221,8 @@ def test_a_corrupt_page_is_reported_once_then_missing_then_storable(tmp_path: Pa
 
 
 def test_a_page_replaced_while_its_corruption_was_on_its_way_is_kept(tmp_path: Path, drive: Any) -> None:
+    from hicache.tier.ops import Purge
     from hicache.tier.outbox import Pending
-    from hicache.tier.writer import Purge
 
     store = drive(tmp_path)
     store.put({key(1): noise(1, 5000)})
@@ -226,7 +235,7 @@ def test_a_page_replaced_while_its_corruption_was_on_its_way_is_kept(tmp_path: P
 def test_two_pages_swapped_on_disk_are_both_corrupt(tmp_path: Path, drive: Any) -> None:
     store = drive(tmp_path)
     store.put({key(1): noise(1, 5000), key(2): noise(2, 5000)})
-    db = store.store._db
+    db = shard_of(store.store, key(1)).db
     with db.env.begin(write=True, db=db.pages) as txn:
         one, two = txn.get(key(1)), txn.get(key(2))
         txn.put(key(1), two)
@@ -234,40 +243,38 @@ def test_two_pages_swapped_on_disk_are_both_corrupt(tmp_path: Path, drive: Any) 
     assert store.get([key(1), key(2)], 5000) == [CORRUPT, CORRUPT]
 
 
-class FailingEnv:
-    """An LMDB environment whose write transactions fail like a broken disk, for a while."""
+class Failing(Medium):
+    """A medium whose write transactions fail like a broken disk, for a while."""
 
-    def __init__(self, env: Any) -> None:
-        self._env = env
-        self.failing = True
+    def __init__(self) -> None:
+        self.step = ""
+        self.error: Exception = lmdb.DiskError("Input/output error")
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._env, name)
-
-    def begin(self, *args: Any, **options: Any) -> Any:
-        if options.get("write") and self.failing:
-            raise lmdb.DiskError("Input/output error")
-        return self._env.begin(*args, **options)
+    def before(self, step: str, path: Path) -> None:
+        if step == self.step:
+            raise self.error
 
 
-def test_an_io_error_is_a_fault_with_its_text_and_reads_go_on(tmp_path: Path, drive: Any) -> None:
-    import dataclasses
-
-    store = drive(tmp_path)
+@pytest.mark.parametrize("step", ["begin", "put", "commit"])
+def test_an_io_error_is_a_fault_with_its_text_and_reads_go_on(tmp_path: Path, drive: Any, step: str) -> None:
+    medium = Failing()
+    store = drive(tmp_path, layout=Layout(medium=medium))
     store.put({key(1): noise(1, 5000)})
-    writer = store.store._writer
-    sound = writer._db
-    broken = FailingEnv(sound.env)
-    writer._db = dataclasses.replace(sound, env=broken)
+    medium.step = step
     namespace = Namespace("m", 4, 5000)
     store.store.put_namespace(fingerprint(namespace), namespace)
     done = store.put({key(2): noise(2, 5000)})
     assert list(done.outcomes) == [FAULT]
     assert "Input/output error" in done.error
     assert "Input/output error" in store.store.last_error
-    assert list(store.delete([key(1)]).outcomes) == [FAULT]
-    assert store.get([key(1), key(2)], 5000) == [noise(1, 5000), MISS]
-    broken.failing = False
+    if step != "put":
+        assert list(store.delete([key(1)]).outcomes) == [FAULT]
+    assert list(store.wait(store.submit(Op.PROBE, [])).outcomes) == [FAULT]
+    if step != "put":
+        assert store.get([key(1)], 5000) == [noise(1, 5000)]
+    assert store.get([key(2)], 5000) == [MISS]
+    medium.step = ""
+    assert list(store.wait(store.submit(Op.PROBE, [])).outcomes) == [OK]
     assert list(store.put({key(2): noise(2, 5000)}).outcomes) == [OK]
     store.store.close()
     assert drive(tmp_path).store.namespaces() == {fingerprint(namespace): namespace}
@@ -288,7 +295,7 @@ keys = [bytes([n]) * 32 for n in range(40)]
 pages = {k: os.urandom(200_000) for k in keys}
 first = {k: pages[k] for k in keys[:10]}
 assert set(store.put(first).outcomes) == {Outcome.OK}
-limit = os.stat(Path(sys.argv[1]) / "data.mdb").st_size + 300_000
+limit = os.stat(Path(sys.argv[1]) / "shards/0/data.mdb").st_size + 300_000
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 done = store.put({k: pages[k] for k in keys[10:]})
 assert set(done.outcomes) == {Outcome.FAULT} and done.error, done
@@ -358,11 +365,11 @@ def test_a_folder_that_is_not_ours_is_refused_and_left_alone(tmp_path: Path, dri
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("content", ['{"format": "hicache-disk", "version": 2}', "garbage", "", "[]"])
+@pytest.mark.parametrize("content", ['{"format": "hicache-disk", "version": 3}', "garbage", "", "[]"])
 def test_a_newer_or_unreadable_format_is_refused(tmp_path: Path, drive: Any, content: str) -> None:
     drive(tmp_path).store.close()
     (tmp_path / "FORMAT").write_text(content)
-    with pytest.raises(ConfigError, match=r"version 2|unreadable"):
+    with pytest.raises(ConfigError, match=r"version 3|unreadable"):
         drive(tmp_path)
 
 
@@ -394,7 +401,7 @@ def stored(tmp_path: Path, drive: Any) -> Path:
     store = drive(tmp_path)
     store.put({key(n): noise(n, 50_000) for n in range(20)})
     store.store.close()
-    return tmp_path / "data.mdb"
+    return tmp_path / "shards" / "0" / "data.mdb"
 
 
 @pytest.mark.parametrize("size", [0, 1, 100, 4096, 5000, 8192, 100_000])
@@ -467,4 +474,4 @@ def test_raw_pages_stay_raw(tmp_path: Path, drive: Any) -> None:
 
 def test_readers_leave_nothing_behind(tmp_path: Path, drive: Any) -> None:
     store: DiskStore = drive(tmp_path).store
-    assert store._db.env.reader_check() == 0
+    assert store._shelf.check_readers() == 0

@@ -24,6 +24,12 @@ SPACES = {fingerprint(space): space for space in (TOKENS, HASHES)}
 Path_ = tuple[int, ...]  # a page, as the choices that lead to it
 
 
+def database(driver: Any) -> Any:
+    """The one shard's databases."""
+    [shard] = driver.store._shelf.shards
+    return shard.db
+
+
 def page_at(space: bytes, path: Path_) -> tuple[bytes, PageRecord]:
     """Key and record of the page at the end of a path."""
     parent, key, symbol = space, space, b""
@@ -44,26 +50,37 @@ def store_paths(driver: Any, space: bytes, paths: list[Path_]) -> dict[bytes, in
 
 
 def recovered_paths(driver: Any) -> tuple[dict[bytes, dict[Path_, bytes]], dict[bytes, int], set[bytes]]:
-    """namespace -> path -> key; key -> charge; orphans."""
+    """namespace -> path -> key; key -> charge; stranded pages."""
     chains: dict[bytes, list[list[Path_]]] = {}
     found: dict[bytes, dict[Path_, bytes]] = {}
     charges: dict[bytes, int] = {}
+    lost: set[bytes] = set()
     recovery = driver.store.recover()
     for chain in recovery:
         earlier = chains.setdefault(chain.namespace_fingerprint, [])
-        path: Path_ = () if chain.parent == -1 else earlier[chain.parent][-1]
+        assert chain.parent >= -1 or chain.parent_key
+        path: Path_ | None = (
+            () if chain.parent == -1 else None if chain.parent == -2 else earlier[chain.parent][-1]
+        )
+        stranded = path is None or path[:1] == (-1,)
+        assert stranded or not any(pages[0][:1] == (-1,) for pages in earlier), "stranded chains come last"
+        path = (-1,) if path is None else path
         pages = []
         for index, key in enumerate(chain.keys):
             path += (int.from_bytes(chain.symbols[16 * index : 16 * index + 4], "little"),)
             pages.append(path)
-            found.setdefault(chain.namespace_fingerprint, {})[path] = key
+            if stranded:
+                lost.add(key)
+            else:
+                found.setdefault(chain.namespace_fingerprint, {})[path] = key
         earlier.append(pages)
         charges.update(zip(chain.keys, chain.charges, strict=True))
     ends = [pages[-1] for per_space in chains.values() for pages in per_space]
     starts = [pages[0][:-1] for per_space in chains.values() for pages in per_space]
     for end in ends:  # a chain ends where several pages follow or none does
-        assert starts.count(end) != 1 or len(chains) > 1
-    return found, charges, set(recovery.orphans)
+        assert starts.count(end) != 1 or len(chains) > 1 or end[0] == -1
+    assert not recovery.orphans
+    return found, charges, lost
 
 
 paths = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple), max_size=12)
@@ -74,7 +91,7 @@ paths = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple),
 def test_chains_are_what_the_model_says(
     tokens: list[Path_], hashes: list[Path_], reopen: bool, tmp_path_factory: Any, drive: Any
 ) -> None:
-    """Pages whose ancestors are all stored come back, the others are orphans."""
+    """Pages whose ancestors are all stored come back, the others are stranded."""
     folder = tmp_path_factory.mktemp("disk")
     driver = drive(folder, 4 << 20)
     expected: dict[bytes, dict[Path_, bytes]] = {}
@@ -101,7 +118,7 @@ def test_chains_are_what_the_model_says(
     driver.store.close()
 
 
-def test_a_long_chain_is_one_chain_and_a_deleted_middle_orphans_the_rest(tmp_path: Path, drive: Any) -> None:
+def test_a_long_chain_is_one_chain_and_a_deleted_middle_strands_the_rest(tmp_path: Path, drive: Any) -> None:
     driver = drive(tmp_path)
     space = fingerprint(TOKENS)
     long = tuple(random.Random(1).randrange(100) for _ in range(300))
@@ -111,8 +128,10 @@ def test_a_long_chain_is_one_chain_and_a_deleted_middle_orphans_the_rest(tmp_pat
     assert chain.keys == chain_keys(space, chain.symbols, 16)
     driver.delete([chain.keys[100]])
     recovery = driver.store.recover()
-    assert [len(part.keys) for part in recovery] == [100]
-    assert set(recovery.orphans) == set(chain.keys[101:])
+    front, back = list(recovery)
+    assert (front.parent, front.keys) == (-1, chain.keys[:100])
+    assert (back.parent, back.parent_key, back.keys) == (-2, chain.keys[100], chain.keys[101:])
+    assert not recovery.orphans
 
 
 def test_rotten_rows_and_pages_without_records_are_orphans(tmp_path: Path, drive: Any) -> None:
@@ -124,18 +143,18 @@ def test_rotten_rows_and_pages_without_records_are_orphans(tmp_path: Path, drive
     unknown = fingerprint(Namespace("other", 4, 600))
     stray = chain_keys(unknown, bytes(16), 16)[0]
     driver.put({stray: b"page"}, records=[PageRecord(unknown, unknown, bytes(16))])
-    db = driver.store._db
+    db = database(driver)
     with db.env.begin(write=True, db=db.meta) as txn:
         row = bytearray(txn.get(keys[1]))
         row[-1] ^= 1
         txn.put(keys[1], row)
         txn.put(keys[3], b"??")
     recovery = driver.store.recover()
-    assert [chain.keys for chain in recovery] == [[keys[0]]]
-    assert set(recovery.orphans) == {keys[1], keys[2], keys[3], b"x" * 32, stray}
+    assert [(chain.keys, chain.parent) for chain in recovery] == [([keys[0]], -1), ([keys[2]], -2)]
+    assert set(recovery.orphans) == {keys[1], keys[3], b"x" * 32, stray}
     driver.delete(recovery.orphans)
     again = driver.store.recover()
-    assert [chain.keys for chain in again] == [[keys[0]]]
+    assert [chain.keys for chain in again] == [[keys[0]], [keys[2]]]
     assert not again.orphans
 
 
@@ -143,7 +162,7 @@ def test_a_namespace_of_a_newer_version_is_left_out(tmp_path: Path, drive: Any) 
     driver = drive(tmp_path)
     space = fingerprint(TOKENS)
     store_paths(driver, space, [(1,)])
-    db = driver.store._db
+    db = database(driver)
     with db.env.begin(write=True, db=db.namespaces) as txn:
         txn.put(space, txn.get(space)[:-1] + b', "colour": "red"}')
     driver.store.close()
