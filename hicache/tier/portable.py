@@ -102,7 +102,7 @@ class StreamFile:
         self.entries: list[Entry] = []
         try:
             self._index()
-        except BaseException:
+        except (InvalidArgumentError, OSError):
             self._file.close()
             raise
 
