@@ -123,6 +123,7 @@ class DiskStore:
                 self._folder.path, self._geometry, sync=sync, readers=readers, medium=layout.medium
             )
             opened.callback(self._shelf.close)
+            self._geometry = self._shelf.geometry
             quarantine = open_quarantine(self._folder.path, self._geometry.quarantine_bytes)
             opened.pop_all()
         self._namespaces = self._shelf.namespaces()

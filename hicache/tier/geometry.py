@@ -15,6 +15,8 @@ from hicache.tier.rows import DISK_PAGE_BYTES
 USABLE_PART = 0.85
 #: Puts beyond this part of a map are refused: deletes need free pages, too, for copy-on-write.
 FILL_LIMIT = 0.95
+#: And beyond this much before its end: what a delete copies at least of the trees and the list of free pages.
+COPY_BYTES = 64 << 10
 #: From this capacity on there are several shards.
 SEVERAL_FROM_BYTES = 256 << 20
 #: SHARD, lock.mdb and the folder of one shard.

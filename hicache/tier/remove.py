@@ -39,12 +39,15 @@ class Remover:
         touched = {shard.info.number: shard for places in homes.values() for shard in places}
         if len(touched) <= 1:
             return [(shard, [key for key, places in homes.items() if places]) for shard in touched.values()]
+        return delete_order(homes, self._parents(homes))
+
+    def _parents(self, homes: Homes) -> dict[bytes, bytes]:
         parents = {}
         with Look(self._shelf) as look:
             for key, places in homes.items():
                 row = look.txn(places[0]).get(key, db=places[0].db.meta) if places else None
                 parents[key] = parent_of(bytes(row)) if row is not None else b""
-        return delete_order(homes, parents, None)
+        return parents
 
     def _delete_from(self, shard: Shard, keys: Sequence[bytes]) -> str:
         """Remove pages from one shard; what failed."""
@@ -58,6 +61,11 @@ class Remover:
         error = self._attempts.run(work) if keys else ""
         if error == FULL:  # so full that not even the trees can be copied: wait for what was freed
             error = self._attempts.run(shard.recycle) or self._attempts.run(work)
+        if error == FULL and len(keys) > 1:  # copy less of them at once
+            homes: Homes = {key: (shard,) for key in keys}
+            [(_, ordered)] = delete_order(homes, self._parents(homes))
+            half = len(keys) // 2
+            error = self._delete_from(shard, ordered[:half]) or self._delete_from(shard, ordered[half:])
         return error
 
     def save_heat(self, heat: dict[bytes, tuple[int, int]]) -> None:

@@ -165,6 +165,7 @@ class Upkeep:
 
     def retry(self) -> None:
         """Time has passed: what could not be done may work now."""
+        self._attempts.run(self._shelf.clear_leftovers)
         self.gave_up = ""
         self._free_before = self._shelf.free_bytes - 1
 
