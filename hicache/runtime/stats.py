@@ -94,11 +94,11 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
     gauges = {
         "stranded_pages": engine.stranded_pages,
         "copies_in_flight": house.copier.in_flight,
+        "scrub_last_pass_ms": scrub.last_pass_ms if scrub is not None else 0,
         "copy_chunks_queued": house.copier.queued,
         "calls_waiting": house.loop.open_requests,
         "regions_retiring": house.regions.retiring,
         "recovering": int(report is not None and not report.done),
-        "scrub_last_pass_ms": scrub.last_pass_ms if scrub is not None else 0,
         "disk_file_bytes": disk.used_bytes if disk is not None else 0,
     }
     return ServiceStats(
