@@ -296,7 +296,7 @@ class DiskStore:
         try:
             self._shelf.sync()
             clean = True
-        except lmdb.Error as exc:
+        except (lmdb.Error, OSError) as exc:
             _log.error("disk: the last sync failed: %s", exc)
             clean = False
         self._shelf.close()

@@ -32,8 +32,19 @@ class Remover:
         for shard, keys in self._in_order(homes):
             kept = [key for key in keys if key not in failed]
             error = self._delete_from(shard, kept)
-            failed.update(dict.fromkeys(kept, error) if error else {})
+            if error:
+                failed.update(dict.fromkeys(kept, error))
+                self._spare_ancestors(failed, homes, error)
         return failed
+
+    def _spare_ancestors(self, failed: dict[bytes, str], homes: Homes, error: str) -> None:
+        """What stays keeps its ancestors: do not even try to remove these."""
+        parents = self._parents(homes)
+        for key in list(failed):
+            above = parents.get(key, b"")
+            while above in homes and above not in failed:
+                failed[above] = error
+                above = parents[above]
 
     def _in_order(self, homes: Homes) -> list[tuple[Shard, list[bytes]]]:
         touched = {shard.info.number: shard for places in homes.values() for shard in places}
