@@ -149,7 +149,7 @@ def shard_json(shard: Any) -> dict[str, object]:
         "raw_bytes",
         "stored_bytes",
         "charge_bytes",
-        "wrong_charges",
+        "undercharged",
         "pages_in_pieces",
         "file_bytes",
         "used_bytes",
@@ -166,6 +166,8 @@ def _print(report: FolderReport, problems: list[str], bound: int) -> None:
         f"pages: {report.pages:,} sound; {report.reachable_pages:,} reachable, "
         f"{report.stranded_pages:,} stranded (their parent is not stored), {report.rootless_pages:,} without a place"
     )
+    charged, taken = (sum(getattr(s, n) for s in report.shards) for n in ("charge_bytes", "used_bytes"))
+    console.print(f"charges: {units.human_size(charged)} for {units.human_size(taken)} in use")
     limit = f" of {units.human_size(bound)}" if bound else ""
     console.print(
         f"size: {units.human_size(report.disk_bytes)}{limit}; quarantine {report.quarantine_files:,} records, "

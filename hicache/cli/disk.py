@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the actions and their flags."""
     parser.description = "Look into, compact, export or import a disk folder, offline."
     parser.epilog = EPILOG
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, help="what to do")
     for name, text, short in (
         ("stats", _STATS, "what the folder holds"),
         ("compact", _COMPACT, "give free room back to the file system"),

@@ -36,7 +36,7 @@ class ServiceOptions:
     disk_sync: bool = False
     disk_readers: int = 2
     disk_compress_workers: int = 2
-    scrub_bytes_per_s: int = 0
+    scrub_bytes_per_s: int = 8 << 20
     policy: str = "lru"
     write_policy: WritePolicy = WritePolicy.SELECTIVE
     selective_hits: int = 2

@@ -59,7 +59,7 @@ class ShardReport:
     raw_bytes: int = 0
     stored_bytes: int = 0
     charge_bytes: int = 0
-    wrong_charges: int = 0
+    undercharged: int = 0
     pages_in_pieces: int = 0
     bad: list[Bad] = dataclasses.field(default_factory=list)
     problem: str = ""
@@ -75,7 +75,7 @@ class ShardReport:
         self.raw_bytes += part.raw_bytes
         self.stored_bytes += part.stored_bytes
         self.charge_bytes += part.charge_bytes
-        self.wrong_charges += part.wrong_charges
+        self.undercharged += part.undercharged
         self.pages_in_pieces += part.in_pieces
         self.bad += part.bad
 
@@ -127,9 +127,9 @@ class FolderReport:
         """What is wrong, in sentences; empty: nothing."""
         found = [f"{shard.name}: {shard.problem}" for shard in self.shards if shard.problem]
         found += [f"{count} pages: {kind}" for kind, count in sorted(self.faults.items())]
-        wrong = sum(shard.wrong_charges for shard in self.shards)
+        wrong = sum(shard.undercharged for shard in self.shards)
         if wrong:
-            found.append(f"{wrong} pages whose charge is not what they take")
+            found.append(f"{wrong} pages that take more than they are charged")
         if self.distrust:
             found.append(f"the next start will not keep the contents: {self.distrust}")
         if capacity_bytes and self.disk_bytes > capacity_bytes:

@@ -217,6 +217,16 @@ def test_a_folder_of_version_1_is_read_as_it_is(tmp_path: Path, sound: Path) -> 
     assert tree_state(old) == before
 
 
+def test_pages_that_take_more_than_they_are_charged(folder: Path) -> None:
+    from hicache.tier.rows import pack_row
+
+    made = pages_of(10, 8)
+    change(folder, {each.key: pack_row(1000, each.record) for each in made[:5]}, b"meta")
+    done = hicache("check", folder)
+    assert done.returncode == 1
+    assert "PROBLEM: 5 pages that take more than they are charged" in done.stdout
+
+
 def test_a_deleted_parent_leaves_stranded_pages_which_are_no_problem(tmp_path: Path) -> None:
     made = make_folder(tmp_path / "disk", 3, 5)
     shop = Shop(tmp_path / "disk")
