@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   hicache disk stats /var/lib/hicache
+  hicache disk stats /var/lib/hicache --json | jq .ages
   hicache disk compact /var/lib/hicache                       give free room back to the file system
   hicache disk export /var/lib/hicache pages.hkv              everything, as one portable file
   hicache disk export /var/lib/hicache - --namespace llama-3 | ssh other 'cat > pages.hkv'
