@@ -53,6 +53,16 @@ class Patient:
             granted += seen.granted
         return granted
 
+    def health(self, service: str) -> str:
+        """What gRPC's health service says."""
+        import grpc
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        with grpc.insecure_channel(self.sidecar.target) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            status = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10).status
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+
     def latch(self, fault: int) -> None:
         """Make the disk bad, and store until the tier has noticed."""
         self.control.set(fault)
@@ -116,8 +126,11 @@ def test_the_tier_comes_back_by_itself(patient: Patient, fault: str) -> None:
     patient.store(5, durable=True)
     patient.latch(FAULTS[fault])
     patient.store(20)
+    assert patient.health("") == "SERVING", "the sidecar serves without its disk"
+    assert patient.health("hicache.tier.disk") == "NOT_SERVING"
     patient.control.set(FINE)
     wait_until("the tier is back", lambda: patient.disk().state == "ok", RECOVERS_S)
+    wait_until("its health, too", lambda: patient.health("hicache.tier.disk") == "SERVING")
     kept = patient.store(10, durable=True)
     assert_sound(patient.actor.client)
     patient.sidecar.kill()
