@@ -60,10 +60,10 @@ def _open_disk(options: ServiceOptions, notify: Notify) -> DiskStore:
             options.disk_path,
             options.disk_bytes,
             notify,
+            layout=Layout(scrub_bytes_per_s=options.scrub_bytes_per_s),
             sync=options.disk_sync,
             readers=options.disk_readers,
             compress_workers=options.disk_compress_workers,
-            layout=Layout(scrub_bytes_per_s=options.scrub_bytes_per_s),
         )
     except ConfigError as error:
         raise ConfigError(f"--disk-path: {error.message}", hint=error.hint) from error
