@@ -162,6 +162,8 @@ class DiskStore:
     def put_namespace(self, namespace_fingerprint: bytes, namespace: Namespace) -> None:
         """Store a namespace; it is durable before any page submitted after it. Does not wait.
 
+        As long as the folder holds no page at all there is nowhere to write it, and a restart forgets it.
+
         Raises InvalidArgumentError when the fingerprint is not the namespace's.
         """
         self._check_open()
@@ -210,9 +212,9 @@ class DiskStore:
         copies = recovery.copies
         self._writer.submit([Upkeep(lambda: self._keeper.drop_copies(copies)), Upkeep(self._keeper.resume)])
 
-    def _surplus(self) -> list[bytes]:
+    def _surplus(self, usable_bytes: int) -> list[bytes]:
         """Pages that nothing will match, or that are too many for the capacity; for the writer's thread."""
-        found = Recovery(lambda: Look(self._shelf), self.namespaces(), usable_bytes=self.usable_bytes)
+        found = Recovery(lambda: Look(self._shelf), self.namespaces(), usable_bytes=usable_bytes)
         chains = iter(found)
         next(chains, None)  # the first chain comes after all rows were read
         chains.close()

@@ -71,7 +71,8 @@ class Remover:
 
         error = self._attempts.run(work) if keys else ""
         if error == FULL:  # so full that not even the trees can be copied: wait for what was freed
-            error = self._attempts.run(shard.recycle) or self._attempts.run(work)
+            self._attempts.run(shard.recycle)
+            error = self._attempts.run(work)
         if error == FULL and len(keys) > 1:  # copy less of them at once
             homes: Homes = {key: (shard,) for key in keys}
             [(_, ordered)] = delete_order(homes, self._parents(homes))

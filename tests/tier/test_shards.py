@@ -98,12 +98,12 @@ def test_page_sizes_are_kept_apart(tmp_path: Path, drive: Any) -> None:
 def test_a_class_gets_the_shard_that_another_one_no_longer_fills(tmp_path: Path, drive: Any, du: Any) -> None:
     capacity = 8 << 20
     store = drive(tmp_path, capacity, layout=Layout(shard_bytes=1 << 20))
-    old = {key(n): noise(n, 20_000) for n in range(290)}
+    old = {key(n): noise(n, 20_000) for n in range(220)}
     assert set(store.put(old).outcomes) == {OK}
     kept = [k for n, k in enumerate(old) if n % 10 == 0]
     store.delete([k for n, k in enumerate(old) if n % 10])
-    new = {key(n): noise(n, 50_000) for n in range(1000, 1090)}
-    for first in range(0, 90, 10):
+    new = {key(n): noise(n, 50_000) for n in range(1000, 1070)}
+    for first in range(0, 70, 10):
         assert set(store.put(dict(list(new.items())[first : first + 10])).outcomes) == {OK}
         assert du(tmp_path) <= capacity
         quiet(store.store)

@@ -30,8 +30,8 @@ from hicache.tier.disk import Layout  # noqa: E402
 from hicache.tier.lmdb_env import Medium  # noqa: E402
 from hicache.types import Namespace, Op, Outcome, PageRecord  # noqa: E402
 
-CAPACITIES = (4 << 20, 5 << 20, 8 << 20)
-SHARD_BYTES = 512 << 10
+CAPACITIES = (5 << 20, 6 << 20, 9 << 20)
+SHARD_BYTES = 640 << 10
 SIZES = (1500, 9000, 40_000)
 PAGES = 200  # numbers 1..199 of each size; the parent of page n is page n // 2
 SPACES = [Namespace("m", 4, size) for size in SIZES]
@@ -181,6 +181,7 @@ class Walk:
 
     def restart(self, capacity_bytes: int) -> None:
         """Close (a dead one cannot say goodbye), open again, compare what comes back."""
+        smaller = capacity_bytes < self.capacity_bytes
         used_bytes = self.driver.store.used_bytes
         self.driver.store.close()
         self.open(capacity_bytes)
@@ -205,7 +206,17 @@ class Walk:
             self.model.know(page, None)
         self.quiet()
         assert self.driver.store.used_bytes <= self.driver.store.usable_bytes * 1.1
+        if smaller:  # where files cannot be made to fit otherwise, more than the surplus goes
+            self.see_what_is_left()
         self.get(sorted(self.model.pages))
+
+    def see_what_is_left(self) -> None:
+        for size in range(len(SIZES)):
+            mine = [page for page in self.model.pages if page[0] == size]
+            found = self.driver.get([key_of(page) for page in mine], SIZES[size]) if mine else []
+            for page, value in zip(mine, found, strict=True):
+                if value is MISS:
+                    self.model.know(page, None)
 
     def quiet(self) -> None:
         for _ in range(3000):
