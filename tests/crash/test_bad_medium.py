@@ -21,6 +21,8 @@ from hicache.cli.sidecar import Sidecar
 from hicache.errors import HicacheError
 from hicache.rpc.client.results import TierStats
 
+pytestmark = pytest.mark.slow
+
 PAGES = 10
 PROBES = importlib.util.find_spec("hicache.runtime.watch") is not None
 RECOVERS_S = 30.0 if PROBES else 6.0
@@ -105,7 +107,7 @@ def test_a_bad_disk_costs_the_disk_tier_and_nothing_else(patient: Patient, fault
     assert_sound(patient.actor.client)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["no-space", "io-sync"])
 def test_no_page_is_called_durable_that_is_not(patient: Patient, fault: str) -> None:
     kept = patient.store(5, durable=True)
     patient.control.set(FAULTS[fault])

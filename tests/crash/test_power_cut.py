@@ -17,7 +17,9 @@ from crash_kit import Ledger, Nursery
 from crash_shim import CUT, FINE, Control, Disk, shim_env
 from crash_world import LAYOUTS
 
-CUTS, CUTS_SOAK, IMAGES = 8, 120, 3
+pytestmark = pytest.mark.slow
+
+CUTS, CUTS_SOAK, IMAGES = 6, 120, 2
 ANOTHER_BOOT = "00000000-0000-0000-0000-00000000dead"
 
 

@@ -13,6 +13,8 @@ from e2e_kit import assert_sound, serving, tiers, wait_recovered
 
 from hicache.cli.sidecar import Sidecar
 
+pytestmark = pytest.mark.slow
+
 KILLS_IN_MAKE_TEST = 2
 DISK_BYTES = 96 << 20
 #: What a client in the middle of something may be told when its sidecar dies.
