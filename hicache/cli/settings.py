@@ -190,6 +190,12 @@ class ServeConfig:
     host_workers: int = setting("tuning", Kind.COUNT, 1, "copying threads of the host tier")
     disk_readers: int = setting("tuning", Kind.COUNT, 2, "reading threads of the disk tier")
     disk_compress_workers: int = setting("tuning", Kind.COUNT, 2, "compressing threads of the disk tier")
+    scrub_bytes_per_s: int = setting(
+        "tuning",
+        Kind.SIZE,
+        8 << 20,
+        "how much of the disk tier is verified a second, in the background; 0: none",
+    )
     device_segment_bytes: int = setting(
         "tuning", Kind.SIZE, 0, "grain in which the device tier gives room to page sizes; 0: a sixteenth"
     )

@@ -23,7 +23,8 @@ class ServiceOptions:
     A tier is left out by leaving its size 0; one must be there. ``device``: "" or "cpu". Segment sizes of 0 are
     derived from the tier's capacity (``segment_bytes_for``). ``workers``: threads that copy clients' pages in.
     ``bounce_bytes``: buffers for copies between tiers of which neither can be addressed. ``copy_chunk_bytes``: how
-    much of a copy one worker does at a time. ``disk_sync``: fsync each commit, for power cuts. ``digest``: keep a
+    much of a copy one worker does at a time. ``disk_sync``: fsync each commit, for power cuts.
+    ``scrub_bytes_per_s``: how fast the disk's contents are verified in the background, 0: not. ``digest``: keep a
     running digest of the engine's actions. ``device_policy``, ``disk_admission`` and the like: "" as ``policy``,
     ``admission``. ``record``: a file for what is looked up and stored, of ``record_bytes`` at most; then it moves on,
     ``record_files`` are kept; ``record_salt``: write the salt of its ids into it.
@@ -39,6 +40,7 @@ class ServiceOptions:
     disk_sync: bool = False
     disk_readers: int = 2
     disk_compress_workers: int = 2
+    scrub_bytes_per_s: int = 8 << 20
     policy: str = "lru"
     device_policy: str = ""
     host_policy: str = ""

@@ -102,9 +102,18 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
     totals["differing_pages"] = house.performer.differing_pages
     totals["recorded_entries"] = house.recorder.recorded if house.recorder is not None else 0
     totals["unrecorded_entries"] = house.recorder.dropped if house.recorder is not None else 0
+    scrub = disk.scrub_stats if disk is not None else None
+    totals["scrubbed_pages"] = scrub.pages if scrub is not None else 0
+    totals["scrub_corrupt_pages"] = scrub.corrupt_pages if scrub is not None else 0
+    totals["scrub_passes"] = scrub.passes if scrub is not None else 0
+    totals["quarantined_pages"] = disk.stats.quarantined_pages if disk is not None else 0
+    if disk is not None:
+        for kind, count in dict(disk.stats.corrupt).items():
+            totals[f"bad_records_{kind.replace('-', '_')}"] = count
     gauges = {
         "stranded_pages": engine.stranded_pages,
         "copies_in_flight": house.copier.in_flight,
+        "scrub_last_pass_ms": scrub.last_pass_ms if scrub is not None else 0,
         "copy_chunks_queued": house.copier.queued,
         "calls_waiting": house.loop.open_requests,
         "regions_retiring": house.regions.retiring,

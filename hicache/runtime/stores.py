@@ -53,7 +53,7 @@ def open_stores(options: ServiceOptions, notify: Notify, wall_ms: Callable[[], i
 
 def _open_disk(options: ServiceOptions, notify: Notify, wall_ms: Callable[[], int]) -> DiskStore:
     try:
-        from hicache.tier.disk import DiskStore
+        from hicache.tier.disk import DiskStore, Layout
     except ImportError as error:
         raise ConfigError(f"--disk-path: the disk tier needs lmdb and zstandard: {error}") from error
     try:
@@ -61,6 +61,7 @@ def _open_disk(options: ServiceOptions, notify: Notify, wall_ms: Callable[[], in
             options.disk_path,
             options.disk_bytes,
             notify,
+            layout=Layout(scrub_bytes_per_s=options.scrub_bytes_per_s),
             sync=options.disk_sync,
             readers=options.disk_readers,
             compress_workers=options.disk_compress_workers,

@@ -39,7 +39,7 @@ from hicache.tier.encoder import Encoder, PagePut
 from hicache.tier.folder import Folder
 from hicache.tier.geometry import USABLE_PART, divide
 from hicache.tier.lmdb_env import Medium, raise_malloc_thresholds
-from hicache.tier.ops import DeleteKeys, Flush, Probe, SaveHeat, SaveNamespace, Upkeep, WriterStats
+from hicache.tier.ops import DeleteKeys, Flush, Probe, Purge, SaveHeat, SaveNamespace, Upkeep, WriterStats
 from hicache.tier.outbox import Outbox, Pending
 from hicache.tier.placing import Placing
 from hicache.tier.quarantine import Quarantine, open_quarantine
@@ -47,6 +47,7 @@ from hicache.tier.reader import Readers
 from hicache.tier.recovery import RecoveredChain, Recovery
 from hicache.tier.remove import Remover
 from hicache.tier.rows import pack_namespace
+from hicache.tier.scrub import CURSOR_FILE, Scrubber, ScrubOptions, ScrubStats
 from hicache.tier.shelf import Look, Shelf
 from hicache.tier.upkeep import Upkeep as Keeper
 from hicache.tier.writer import Crew, Writer
@@ -65,11 +66,13 @@ class Layout:
 
     ``shard_bytes``: map of a new shard, 0 chooses by the capacity. ``quarantine_bytes``: bound on damaged records kept
     for study, at most a 64th of the capacity, inside of it; 0 keeps none. ``medium``: tests make it fail.
+    ``scrub_bytes_per_s``: rate at which a background thread verifies what is stored; 0: it does not.
     """
 
     shard_bytes: int = 0
     quarantine_bytes: int = 64 << 20
     medium: Medium = dataclasses.field(default_factory=Medium)
+    scrub_bytes_per_s: int = 0
 
 
 class DiskStore:
@@ -135,6 +138,18 @@ class DiskStore:
         self._writer = Writer(crew, group_bytes=min(group_bytes, self._geometry.shard_bytes // 8))
         look = functools.partial(Look, self._shelf)
         self._readers = Readers(look, readers, purge=lambda op: self._writer.submit([op]))
+        self._scrubber = self._start_scrubber(layout.scrub_bytes_per_s, wall_ms)
+
+    def _start_scrubber(self, bytes_per_s: int, wall_ms: Callable[[], int]) -> Scrubber | None:
+        if not bytes_per_s:
+            return None
+
+        def purge(key: bytes, raw_bytes: int) -> None:
+            pending = Pending(Batch(0, Op.GET, raw_bytes, keys=[key]), 1, Outbox(lambda: None))
+            self._writer.submit([Purge(pending, (0,))])
+
+        options = ScrubOptions(bytes_per_s, self._folder.path / CURSOR_FILE, wall_ms)
+        return Scrubber(lambda: Look(self._shelf), purge, options)
 
     def _hire(self, quarantine: Quarantine, medium: Medium, wall_ms: Callable[[], int]) -> Crew:
         shelf, stats = self._shelf, WriterStats()
@@ -226,6 +241,11 @@ class DiskStore:
         """Counters of the writer; read only."""
         return self._stats
 
+    @property
+    def scrub_stats(self) -> ScrubStats:
+        """What the scrubber did; zeros where there is none."""
+        return self._scrubber.stats if self._scrubber is not None else ScrubStats()
+
     def compact(self) -> None:
         """Give back what sparse files hold, shard by shard, in the background: see ``progress``.
 
@@ -274,6 +294,8 @@ class DiskStore:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
+        if self._scrubber is not None:
+            self._scrubber.close()
         self._readers.close()  # readers hand corrupt pages to the writer
         self._encoder.close()
         self._writer.close()

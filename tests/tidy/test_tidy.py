@@ -27,6 +27,7 @@ BROAD_HANDLERS: dict[str, str] = {
     "hicache/sim/traces/formats.py:with_tokenizer": "the package raises bare Exception; answered as ConfigError",
     "hicache/tier/encoder.py:Encoder._run": "a worker's loop edge: the batch completes with FAULT",
     "hicache/tier/host.py:_run": "a worker's loop edge: the batch completes with FAULT",
+    "hicache/tier/isolation.py:_serve": "a process's edge: told to its parent",
     "hicache/tier/reader.py:Readers._run": "a worker's loop edge: the batch completes with FAULT",
     "hicache/tier/attempts.py:Attempts.run": "the writer's edge: what was in the transaction completes with FAULT",
 }
