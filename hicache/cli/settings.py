@@ -17,6 +17,7 @@ from hicache.cli import units
 from hicache.errors import ConfigError
 from hicache.policy import ADMISSIONS, POLICIES
 from hicache.policy.admission import NO_ADMISSION
+from hicache.tier.codec_names import LOSSLESS, PAGE_CODECS
 from hicache.types import WritePolicy
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -126,6 +127,12 @@ class ServeConfig:
     disk_bytes: int = setting("tiers", Kind.SIZE, 0, "capacity of the disk tier, a bound on real disk use")
     disk_sync: bool = setting(
         "tiers", Kind.SWITCH, default=False, help_text="fsync every disk commit, to survive power cuts, too"
+    )
+    disk_codec: str = setting(
+        "tiers", Kind.TEXT, LOSSLESS, "how the disk tier compresses (see docs/CODECS.md)", PAGE_CODECS
+    )
+    disk_quarantine_bytes: int = setting(
+        "tiers", Kind.SIZE, 64 << 20, "damaged records kept for study, within the disk's capacity; 0: none"
     )
     prefault: bool = setting(
         "tiers", Kind.SWITCH, default=True, help_text="fault host memory in ahead of need, in the background"

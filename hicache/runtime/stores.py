@@ -61,7 +61,11 @@ def _open_disk(options: ServiceOptions, notify: Notify, wall_ms: Callable[[], in
             options.disk_path,
             options.disk_bytes,
             notify,
-            layout=Layout(scrub_bytes_per_s=options.scrub_bytes_per_s),
+            layout=Layout(
+                quarantine_bytes=options.disk_quarantine_bytes,
+                scrub_bytes_per_s=options.scrub_bytes_per_s,
+            ),
+            page_codec=options.disk_codec,
             sync=options.disk_sync,
             readers=options.disk_readers,
             compress_workers=options.disk_compress_workers,
