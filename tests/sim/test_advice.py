@@ -172,7 +172,7 @@ def test_a_running_sidecar_gives_advice(tmp_path: Path, capsys: pytest.CaptureFi
                 pass
         assert main(["advise", "--target", started.target]) == 0
         out = capsys.readouterr().out
-        assert "look-ups of pages in the sample" in out
+        assert "page look-ups in the sample" in out
         assert "as it is" in out
         assert "(in use)" in out
         assert main(["advise", "--json", "--target", started.target]) == 0
