@@ -105,8 +105,7 @@ class DiskStore:
         for lossless namespaces: one that names another codec gets that.
         group_bytes: raw bytes of pages in one transaction; less for small capacities.
         backlog_bytes: raw bytes of pages encoded and not yet committed.
-        tune_malloc: raise glibc's thresholds, process-wide.
-        wall_ms: unix time, stored with each page as its first use.
+        tune_malloc: raise glibc's thresholds, process-wide. wall_ms: unix time, stored with each page.
 
         Raises ConfigError for a folder that cannot be used, UnavailableError when LMDB does not open it.
         """
