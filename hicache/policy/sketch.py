@@ -25,13 +25,22 @@ class CountMin:
     def estimate(self, ghost: int) -> int:
         """How often it was seen, at least."""
         shift = self._shift
-        return min(row[(ghost * mix & _WORD) >> shift] for row, mix in zip(self._rows, _ROWS, strict=True))
+        least = 255
+        for row, mix in zip(self._rows, _ROWS, strict=True):
+            count = row[(ghost * mix & _WORD) >> shift]
+            if count < least:
+                if not count:
+                    return 0  # most that are asked for are new
+                least = count
+        return least
 
     def raise_to(self, ghost: int, count: int) -> None:
         """It was seen that often, at least."""
-        count = min(count, 255)
+        if count > 255:
+            count = 255
+        shift = self._shift
         for row, mix in zip(self._rows, _ROWS, strict=True):
-            at = (ghost * mix & _WORD) >> self._shift
+            at = (ghost * mix & _WORD) >> shift
             if row[at] < count:
                 row[at] = count
 
