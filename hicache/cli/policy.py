@@ -10,14 +10,28 @@ from hicache.cli.main import EXIT_OK, EXIT_WRONG
 from hicache.policy import ADMISSIONS, ZOO, make_policy
 from hicache.policy.conformance import check_policy
 
+EPILOG = """\
+examples:
+  hicache policy list
+  hicache policy check slru:protected=0.5
+  hicache policy check py:my_policy:MyPolicy        start from examples/policy_template.py
+
+docs/POLICIES.md compares them and explains `adaptive`. exit codes: 0 fine; 1 the contract is broken; 2 no such
+policy or parameter.
+"""
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Define the arguments."""
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    parser.description = "List the eviction policies, or check one, your own too, against the contract."
+    parser.epilog = EPILOG
+    actions = parser.add_subparsers(metavar="ACTION", required=True, help="what to do")
     listing = actions.add_parser("list", help="all policies: name, source, state per run, parameters")
     listing.set_defaults(act=_list)
     check = actions.add_parser("check", help="does a policy keep the contract?")
-    check.add_argument("name", help="py:module:Class, or a name of the list; the current folder is searched")
+    check.add_argument(
+        "name", metavar="NAME", help="py:module:Class, or a name of the list; the current folder is searched"
+    )
     check.set_defaults(act=_check)
 
 
