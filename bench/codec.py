@@ -32,11 +32,11 @@ import numpy as np
 import zstandard
 from xxhash import xxh3_64_intdigest
 
+from hicache import heap
 from hicache.tier.codec import PageCodec, decode
 from hicache.tier.codec.estimate import entropy_bits
 from hicache.tier.codec.forms import Form, rest_bytes, split_exponents
 from hicache.tier.codec_names import FAST, LOSSLESS, LOSSY, RAW
-from hicache.tier.lmdb_env import raise_malloc_thresholds
 from hicache.types import Namespace
 
 KEY = bytes(32)
@@ -250,7 +250,7 @@ def main() -> None:
     if not options.no_peers and "HICACHE_BENCH_INSIDE" not in os.environ:
         inside = {**os.environ, "HICACHE_BENCH_INSIDE": "1"}
         sys.exit(subprocess.call([harness.venv_python("codec"), __file__, *sys.argv[1:]], env=inside))
-    raise_malloc_thresholds()  # as the disk tier does; for everybody here
+    heap.keep_freed(heap.COMMIT_BYTES)  # as the disk tier does; for everybody here
     rows, limits = [], {}
     for case in cases:
         limits[case.name] = bounds(case, pages[case])

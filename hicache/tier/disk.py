@@ -29,6 +29,7 @@ from pathlib import Path
 
 import lmdb
 
+from hicache import heap
 from hicache.errors import ConfigError, InvalidArgumentError, UnavailableError, ViolationError
 from hicache.keys import KEY_BYTES, fingerprint
 from hicache.tier.attempts import Attempts
@@ -38,7 +39,7 @@ from hicache.tier.commit import Committer
 from hicache.tier.encoder import Encoder, PagePut
 from hicache.tier.folder import Folder
 from hicache.tier.geometry import USABLE_PART, divide
-from hicache.tier.lmdb_env import Medium, raise_malloc_thresholds
+from hicache.tier.lmdb_env import Medium
 from hicache.tier.ops import DeleteKeys, Flush, Probe, Purge, SaveHeat, SaveNamespace, Upkeep, WriterStats
 from hicache.tier.outbox import Outbox, Pending
 from hicache.tier.placing import Placing
@@ -118,7 +119,7 @@ class DiskStore:
         self._closed = False
         self.last_error = ""
         if tune_malloc:
-            raise_malloc_thresholds()
+            heap.keep_freed(heap.COMMIT_BYTES)
         self._folder = Folder(Path(path), capacity_bytes=capacity_bytes, sync=sync)
         with contextlib.ExitStack() as opened:
             opened.callback(self._folder.close)
@@ -339,7 +340,9 @@ class DiskStore:
 
 def _check_options(capacity_bytes: int, page_codec: str) -> None:
     if capacity_bytes < MIN_CAPACITY_BYTES:
-        raise ConfigError(f"disk capacity of {capacity_bytes} bytes is below {MIN_CAPACITY_BYTES}")
+        raise ConfigError(
+            f"disk_bytes is {capacity_bytes} bytes; at least {MIN_CAPACITY_BYTES >> 20} MiB are needed"
+        )
     if page_codec not in PAGE_CODECS:
         raise ConfigError(f"disk page_codec {page_codec!r} is not one of {', '.join(PAGE_CODECS)}")
 

@@ -70,7 +70,7 @@ class Folder:
         except OSError as exc:
             self.close()
             raise ConfigError(
-                f"disk folder {path} cannot be used: {exc}",
+                f"disk folder {path} cannot be used: {exc.strerror or exc}",
                 hint="choose a folder that this user may write to, on a disk that takes writes",
             ) from exc
         except ConfigError:

@@ -16,12 +16,13 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
+from hicache import heap
 from hicache.tier.attempts import Attempts
 from hicache.tier.codec import decode
 from hicache.tier.commit import Committer
 from hicache.tier.encoder import Encoder, PagePut
 from hicache.tier.geometry import PROBE_BYTES
-from hicache.tier.lmdb_env import Medium, trim_heap
+from hicache.tier.lmdb_env import Medium
 from hicache.tier.ops import (
     DeleteKeys,
     Flush,
@@ -115,7 +116,7 @@ class Writer:
 
     def _rest(self) -> None:
         """Nothing came for a while."""
-        trim_heap()
+        heap.give_back()
         self._crew.committer.forget_refusals()
         self._crew.keeper.retry()
         self._crew.shelf.check_readers()

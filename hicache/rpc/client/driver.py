@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 
+from hicache import heap
 from hicache.errors import HicacheError, UnavailableError
 from hicache.rpc.client import calls, channel
 from hicache.rpc.client.core import Core
@@ -32,7 +33,6 @@ from hicache.rpc.client.steps import (
     Upload,
     Work,
 )
-from hicache.rpc.common import heap
 from hicache.rpc.pb import session_pb2
 from hicache.runtime.clock import Clock
 
@@ -110,7 +110,7 @@ class Driver:
         self._process = os.getpid()
         address, secret = channel.address(target, options), channel.credentials(options)
         if options.keep_message_memory:
-            heap.keep_message_memory()
+            heap.keep_freed(heap.MESSAGE_BYTES)
         self.core = Core(target, options, now_ns=Clock().now_ns, new_id=new_request_id, signal=self._signal)
         self._metadata = channel.metadata(options)
         self._channel = (

@@ -49,7 +49,7 @@ class ClientOptions:
     ``timeout_s`` bounds every call, on top of the wait that the call itself asks for; ``connect_timeout_s`` bounds
     the first attachment. ``write_limit_bytes`` bounds the shared memory in which pages to be stored are prepared;
     it grows by regions of ``write_step_bytes``. ``deadline_margin_ms`` is taken off every lease.
-    ``keep_message_memory`` lets glibc's malloc keep the memory of large messages (``rpc/common/heap.py``), for the
+    ``keep_message_memory`` lets glibc's malloc keep the memory of large messages (``hicache/heap.py``), for the
     whole process: look-ups of long prompts take less than half the time; switch it off if the process minds.
     """
 

@@ -14,8 +14,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from hicache import heap
 from hicache.errors import ConfigError, HicacheError
-from hicache.rpc.common import heap
 from hicache.rpc.pb import (
     admin_pb2,
     admin_pb2_grpc,
@@ -94,7 +94,7 @@ class Server:
 
     async def start(self) -> None:
         """Bind and serve. Raises ConfigError where an address cannot be had; nothing stays bound then."""
-        heap.keep_message_memory()
+        heap.keep_freed(heap.MESSAGE_BYTES)
         try:
             self._bind()
             await self._server.start()
