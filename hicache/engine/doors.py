@@ -74,6 +74,7 @@ _DOORS: dict[type, Callable[[Core, Any], bool]] = {
     ev.PageCorrupt: lambda core, event: (
         event.namespace in core.namespaces and bool(event.prompt) and 0 <= event.tier < len(core.tiers)
     ),
+    ev.PagesLost: lambda core, event: 0 <= event.tier < len(core.tiers),
     ev.TierLatched: lambda core, event: 0 <= event.tier < len(core.tiers),
     ev.TierRestored: lambda core, event: 0 <= event.tier < len(core.tiers),
     ev.SegmentClosed: lambda core, event: 0 <= event.tier < len(core.tiers),

@@ -226,6 +226,7 @@ _HANDLERS: dict[type, Callable[[Core, Any], None]] = {
     ev.CopyDone: _copy_done,
     ev.SegmentClosed: reclaim.segment_closed,
     ev.PageCorrupt: admin.page_corrupt,
+    ev.PagesLost: admin.pages_lost,
     ev.TierLatched: admin.tier_latched,
     ev.TierRestored: admin.tier_restored,
     ev.Recovered: recovery.recovered,

@@ -233,6 +233,14 @@ class PageCorrupt:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PagesLost:
+    """A keyed tier has found pages of its own that are damaged, and removed them. Unknown keys are fine."""
+
+    tier: int
+    keys: Sequence[bytes]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class TierLatched:
     """A tier takes no more pages (``readable``) or is gone altogether."""
 
@@ -304,6 +312,7 @@ Event = (
     | CopyDone
     | SegmentClosed
     | PageCorrupt
+    | PagesLost
     | TierLatched
     | TierRestored
     | Recovered

@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -130,6 +131,7 @@ class DiskStore:
             quarantine = open_quarantine(self._folder.path, self._geometry.quarantine_bytes)
             opened.pop_all()
         self._namespaces = self._shelf.namespaces()
+        self._lost: deque[bytes] = deque()
         self._outbox = Outbox(notify)
         self._encoder = Encoder(compress_workers, backlog_bytes)
         crew = self._hire(quarantine, layout.medium, wall_ms)
@@ -145,10 +147,18 @@ class DiskStore:
 
         def purge(key: bytes, raw_bytes: int) -> None:
             pending = Pending(Batch(0, Op.GET, raw_bytes, keys=[key]), 1, Outbox(lambda: None))
-            self._writer.submit([Purge(pending, (0,))])
+            self._writer.submit([Purge(pending, (0,), self._lose)])
 
         options = ScrubOptions(bytes_per_s, self._folder.path / CURSOR_FILE, wall_ms)
         return Scrubber(lambda: Look(self._shelf), purge, options)
+
+    def _lose(self, keys: list[bytes]) -> None:
+        self._lost.extend(keys)
+        self._outbox.ring()
+
+    def take_lost(self) -> list[bytes]:
+        """Pages that the scrubber found damaged and that are gone, since the last call."""
+        return [self._lost.popleft() for _ in range(len(self._lost))]
 
     def _hire(self, quarantine: Quarantine, medium: Medium, wall_ms: Callable[[], int]) -> Crew:
         shelf, stats = self._shelf, WriterStats()

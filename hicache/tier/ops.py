@@ -41,10 +41,14 @@ class SaveNamespace:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Purge:
-    """Pages a GET found corrupt: removed unless they were replaced meanwhile; then the GET is settled."""
+    """Pages found corrupt: removed unless they were replaced meanwhile; then the GET that found them is settled.
+
+    ``gone``, if given, is told which pages are no longer in the store.
+    """
 
     pending: Pending
     positions: tuple[int, ...]
+    gone: Callable[[list[bytes]], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -238,7 +238,9 @@ class Writer:
                     crew.stats.corrupt[kind] = crew.stats.corrupt.get(kind, 0) + 1
                     crew.stats.quarantined_pages += crew.quarantine.keep(key, kind, record)
         crew.stats.purged_pages += len(doomed)
-        crew.remover.delete(doomed)
+        failed = crew.remover.delete(doomed)
+        if op.gone is not None:
+            op.gone([key for key in doomed if key not in failed])
         op.pending.settle(len(op.positions))
 
     def _probe(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from e2e_actor import PAGE_BYTES, SHARED_PAGES, Actor, prompt
-from e2e_kit import assert_idle, free_port, metric, serving, tiers, wait_recovered
+from e2e_kit import assert_idle, data_file, free_port, metric, serving, tiers, wait_recovered
 
 from hicache.cli.sidecar import Sidecar
 from hicache.errors import CorruptError
@@ -76,7 +76,7 @@ def test_flipped_bytes_of_records_on_disk_are_misses(tmp_path: Path, rng: random
     """Where pages lie is known by their signs and mantissas."""
     port = free_port()
     sidecar = stored(tmp_path, *tiers(tmp_path, "32MiB", "64MiB", "--metrics-port", str(port)))
-    data = tmp_path / "disk" / "data.mdb"
+    data = data_file(tmp_path / "disk")
     raw = bytearray(data.read_bytes())
     actor = Actor(sidecar.target)
     hit = 0
@@ -102,7 +102,7 @@ def test_flipped_bytes_of_records_on_disk_are_misses(tmp_path: Path, rng: random
 def test_a_lost_page_above_pages_that_stayed_on_disk_can_be_stored_again(tmp_path: Path) -> None:
     """Pages below a hole stay where they are; when the hole is filled again, nothing claims more than is on disk."""
     sidecar = stored(tmp_path, *tiers(tmp_path, "32MiB", "64MiB"))
-    data = tmp_path / "disk" / "data.mdb"
+    data = data_file(tmp_path / "disk")
     raw = bytearray(data.read_bytes())
     actor = Actor(sidecar.target)
     for talk in range(6, 12):  # one page in the middle of each
@@ -137,7 +137,7 @@ def test_a_lost_page_above_pages_that_stayed_on_disk_can_be_stored_again(tmp_pat
 def test_random_rot_anywhere_in_the_data_file(tmp_path: Path, rng: random.Random, how_many: int) -> None:
     """LMDB's own pages may be hit: then the folder may start empty, or lose pages; nothing worse."""
     sidecar = stored(tmp_path, *tiers(tmp_path, "32MiB", "64MiB"))
-    data = tmp_path / "disk" / "data.mdb"
+    data = data_file(tmp_path / "disk")
     raw = bytearray(data.read_bytes())
     for _ in range(how_many):
         raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
@@ -152,7 +152,7 @@ def test_random_rot_anywhere_in_the_data_file(tmp_path: Path, rng: random.Random
 
 def test_a_truncated_or_foreign_data_file_is_a_cold_start(tmp_path: Path) -> None:
     sidecar = stored(tmp_path, *tiers(tmp_path, "32MiB", "64MiB"))
-    data = tmp_path / "disk" / "data.mdb"
+    data = data_file(tmp_path / "disk")
     whole = data.read_bytes()
     for broken in (whole[: len(whole) // 2], os.urandom(len(whole)), b""):
         data.write_bytes(broken)

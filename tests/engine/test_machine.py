@@ -388,6 +388,17 @@ class EngineMachine(RuleBasedStateMachine):
         self.shell.handle(ev.PageCorrupt(namespace, target, prompt))
         self.lost = self.damaged = True
 
+    @when("scrub")
+    @rule(picks=st.lists(st.integers(0, 63), min_size=1, max_size=3))
+    def pages_lost(self, picks: list[int]) -> None:
+        target = len(self.shell.specs) - 1
+        held = self.shell.content[target]
+        if not self.shell.specs[target].keyed or not held or target in self.shell.failed:
+            return
+        keys = sorted(held)
+        self.shell.lose(target, [keys[pick % len(keys)] for pick in picks])
+        self.lost = self.damaged = True
+
     @when("rot")
     @rule(namespace=NAMESPACES, prompt=PROMPTS, index=st.integers(0, 2))
     def rot_unseen(self, namespace: int, prompt: bytes, index: int) -> None:
