@@ -203,7 +203,7 @@ class TierPort:
                 self._watch(batch, completion)
             found += 1
             then(completion)
-        lost = self._take_lost()
+        lost = self._take_lost() if self._held is None else []  # before its recovery nobody knows these pages
         if lost:
             self.on_lost(self, lost)
         while self._local:
@@ -298,6 +298,7 @@ class TierPort:
         held, self._held = self._held or deque(), None
         for batch in held:
             self._give(batch)
+        self.on_local()  # what the store has found meanwhile
 
     def _try_owed(self) -> None:
         batch = Batch(next(self._ids), Op.DELETE, keys=list(self._owed))
