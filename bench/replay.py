@@ -32,11 +32,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import harness  # noqa: E402
 
-from hicache.cli import traces  # noqa: E402
 from hicache.engine import Engine, EngineOptions  # noqa: E402
 from hicache.engine import actions as act  # noqa: E402
 from hicache.engine import events as ev  # noqa: E402
 from hicache.keys import fingerprint  # noqa: E402
+from hicache.sim.packed import symbols  # noqa: E402
+from hicache.sim.traces import open_trace  # noqa: E402
 from hicache.types import Namespace, Residency, SymbolKind, TierKind, TierSpec  # noqa: E402
 
 SHARED = HERE.parent.parent / "shared" / "traces"
@@ -50,11 +51,8 @@ _CODE = (type, types.ModuleType, types.FunctionType, types.MethodType)
 def load(path: Path, limit: int) -> list[tuple[int, bytes, array[int]]]:
     """The requests: when, the prompt in 16-byte symbols, the block ids."""
     found = []
-    for request in traces.read(path, limit):
-        ids = array("q", request.hash_ids)
-        wide = array("q", bytes(2 * 8 * len(ids)))
-        wide[::2] = ids
-        found.append((int(request.timestamp_ms), wide.tobytes(), ids))
+    for request in itertools.islice(open_trace(path), limit or None):
+        found.append((request.at_ms, symbols(request.blocks), request.blocks))
     return found
 
 

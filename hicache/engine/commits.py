@@ -9,12 +9,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from hicache.engine import savers, shares
+from hicache.engine import savers, shares, tips
 from hicache.engine.actions import CommitResult, Compare, CopyIn
 from hicache.engine.copies import merge_all
 from hicache.engine.core import ABSENT, RESIDENT, Core, namespace_of
 from hicache.engine.events import Abort, Commit, CopyDone
-from hicache.engine.holders import Ingest, Reservation, ReserveWaiter
+from hicache.engine.holders import Ingest, Reservation
 from hicache.errors import ErrorCode
 from hicache.keys import chain_keys
 from hicache.tree import Run
@@ -210,11 +210,16 @@ def _graft(core: Core, reservation: Reservation, count: int, charges: list[int])
     if not count:
         return [], 0
     width = namespace.tree.symbol_bytes
-    prompt = reservation.prompt[: (first + count) * width]
+    prompt = reservation.prompt
+    if len(prompt) > (first + count) * width:
+        prompt = prompt[: (first + count) * width]
     after = reservation.runs[-1] if reservation.runs else None
     if not core.holes and reservation.present_pages == first and is_new(namespace.tree, prompt, after, first):
         core.next_tick()
-        return _add(core, reservation, prompt, after, places), 0
+        pool = namespace.pools[FIRST]
+        if pool.policy.wants_ghosts or pool.leaving_runs is not None or pool.draining or core.gaps:
+            return _add(core, reservation, prompt, after, places), 0
+        return [tips.add(core, reservation, after, first, prompt[first * width :], places)], 0
     if namespace.tree.match(prompt).pages < first:
         core.release_places(namespace, FIRST, places)
         return [], -1
@@ -321,6 +326,7 @@ def close(core: Core, reservation: Reservation) -> None:
     """Give everything back."""
     if core.reservations.pop(reservation.id, None) is None:
         return
+    core.held_pages -= reservation.end
     if reservation.places:
         core.release_places(reservation.namespace, FIRST, reservation.places)
         reservation.places = array("q")
@@ -328,7 +334,7 @@ def close(core: Core, reservation: Reservation) -> None:
     core.room_changed = True
 
 
-def let_go_anchor(core: Core, holder: ReserveWaiter | Reservation) -> None:
+def let_go_anchor(core: Core, holder: Reservation) -> None:
     """Undo a hold on runs of which the last is anchored."""
     held = holder.runs
     if not held:

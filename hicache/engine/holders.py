@@ -145,7 +145,7 @@ class Reservation:
     present_pages: int
     next: int  # first page not in the tree yet
     submitted: int  # first page not handed over by a commit yet
-    end: int
+    end: int  # never changes once it is granted
     places: array[int]  # of pages [next, end)
     expires_ms: int
     runs: list[Run] = dataclasses.field(default_factory=list)  # the anchor, if there is one
@@ -166,7 +166,6 @@ class ReserveWaiter:
     deadline_ms: int
     pressure: Pressure
     use: Use = NO_USE
-    runs: list[Run] = dataclasses.field(default_factory=list)  # the anchor
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -85,6 +85,7 @@ class State:
         self.counters = Counters(len(self.tiers))
         self.now_ms = 0
         self.tick = 0
+        self.held_pages = 0  # at most so many pages are kept by leases and reservations
         self.out: list[Action] = []
         self.room_changed = False  # something was freed or finished: those who wait may get on
         self.backlog_grew = False

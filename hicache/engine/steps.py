@@ -116,11 +116,12 @@ class Steps(Names):
     def forget_run(self, run: Run) -> None:
         """The run is no more."""
         del self.runs[run.id]
-        self.ahead.pop(run.id, None)
-        self.verdicts.pop(run.id, None)
-        self.holes.discard(run)
-        self.gaps.discard(run)
-        self.warmed.discard(run)
+        if self.ahead or self.verdicts:
+            self.ahead.pop(run.id, None)
+            self.verdicts.pop(run.id, None)
+        for known in (self.holes, self.gaps, self.warmed):
+            if known:
+                known.discard(run)
         if self.condemned:
             self.condemned -= {(run.id, tier) for tier in self.tier_range}
 

@@ -47,7 +47,11 @@ class Plan(Protocol):
 
 
 class Policy(Protocol):
-    """Order of one pool's runs. Only exposed ones are candidates; ``hide`` and ``expose`` decide which."""
+    """Order of one pool's runs. Only exposed ones are candidates; ``hide`` and ``expose`` decide which.
+
+    A policy may have two methods more, which save time: ``hit_all(runs, now)``, as ``hit`` of each in turn, and
+    ``first()``, the run that a plan begun now would give first (None: no candidate), which must change nothing.
+    """
 
     #: Whether it remembers pages that have left. Only such a policy is told ghost ids, which cost a hash a page.
     wants_ghosts: bool
