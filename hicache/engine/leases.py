@@ -353,12 +353,15 @@ def end(core: Core, lease: Lease) -> None:
     if operation is not None and not operation.done:
         drop_operation(core, operation)
     core.unpin_all(lease, lease.tier)
+    many = lease.namespace.many_hits
     later: Run | None = None
     for run in reversed(lease.runs):
         if not run.live:
             core.prune(run)
-        elif later is None or (run.hits == later.hits and run.node is later.node):
-            core.merge(run)  # the two may have been cut apart for a shorter match
+        elif later is None or (
+            run.node is later.node and (run.hits == later.hits or 0 < many <= later.hits <= run.hits)
+        ):
+            core.merge(run)  # cut apart for a shorter match, or come one after the other and now used together
         later = run
     lease.runs = []
     core.room_changed = True

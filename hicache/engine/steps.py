@@ -129,7 +129,7 @@ class Steps(Names):
         """Join the run with the next one of its node if the two have become alike."""
         if self.warmed and self._differ_in_use(run):
             return False
-        absorbed = run.tree.try_merge(run)
+        absorbed = run.tree.try_merge(run, run.extra.many_hits)  # type: ignore[attr-defined]  # hot
         if absorbed is None:
             return False
         self._know_alike(absorbed, run)

@@ -16,6 +16,8 @@ from hicache.policy.records import Key, Queue, Record, run_of
 class LruPolicy(OrderedPolicy):
     """Ranks a run by the tick of its last hit, or of its arrival."""
 
+    only_last_use = True
+
     def __init__(self) -> None:
         super().__init__(queues=1)
 
