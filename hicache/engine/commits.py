@@ -114,14 +114,14 @@ def _identify(
 def finish(core: Core, event: CopyDone) -> None:
     """A commit's bytes are there (or not)."""
     reservation, ingest = core.ingests.pop(event.copy)
-    ingest.outcomes = list(event.outcomes or ())
+    ingest.outcomes = event.outcomes or ()
     if not core.readable[FIRST]:
         ingest.outcomes = [Outcome.FAULT] * ingest.pages
     if ingest.deleted:
         outcomes = ingest.outcomes or [Outcome.OK] * ingest.pages
         rows = zip(ingest.keys, outcomes, strict=True)
         ingest.outcomes = [Outcome.MISS if key in ingest.deleted else found for key, found in rows]
-    ingest.charges = list(event.charges)
+    ingest.charges = event.charges
     settle(core, reservation)
 
 
@@ -194,13 +194,17 @@ def _answer(
             core.save_early(run, FIRST)
 
 
-def _graft(core: Core, reservation: Reservation, count: int, charges: list[int]) -> tuple[list[Run], int]:
+def _graft(core: Core, reservation: Reservation, count: int, charges: Sequence[int]) -> tuple[list[Run], int]:
     """Hang ``count`` pages whose bytes have arrived into the tree: new runs, and how many were there already.
 
     -1 present: the page before them is gone.
     """
-    places = reservation.places[:count]
-    del reservation.places[:count]
+    places = reservation.places
+    if count < len(places):
+        reservation.places = places[count:]
+        places = places[:count]
+    else:
+        reservation.places = array("q")
     if charges and core.tiers[FIRST].keyed:
         reservation.namespace.pools[FIRST].recharge(places, charges[:count])
         places = array("q", charges[:count])

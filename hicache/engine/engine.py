@@ -74,8 +74,10 @@ class Engine:
         try:
             if core.timers and core.timers[0][0] <= now_ms:
                 timers.fire(core)
-            if doors.admits(core, event):
-                _HANDLERS[type(event)](core, event)
+            kind = type(event)
+            look = doors.DOORS.get(kind)
+            if look is None or look(core, event):
+                _HANDLERS[kind](core, event)
             if core.room_changed or core.backlog_grew:
                 self._pump()
         except BROKEN as error:

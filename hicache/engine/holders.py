@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hicache.types import NO_USE, Ack, Namespace, Outcome, Pressure, Use
@@ -127,12 +128,10 @@ class Ingest:
     pages: int
     ack: Ack
     last: bool
-    outcomes: list[Outcome] | None = None  # None: not back yet; empty: all OK
-    charges: list[int] = dataclasses.field(default_factory=list)
-    keys: list[bytes] = dataclasses.field(default_factory=list)  # keyed destinations only, one a page
-    deleted: set[bytes] = dataclasses.field(
-        default_factory=set
-    )  # of those: deleted since the copy was started
+    outcomes: Sequence[Outcome] | None = None  # None: not back yet; empty: all OK
+    charges: Sequence[int] = ()
+    keys: Sequence[bytes] = ()  # keyed destinations only, one a page
+    deleted: frozenset[bytes] = frozenset()  # of those: deleted since the copy was started
 
 
 @dataclasses.dataclass(slots=True, eq=False)
