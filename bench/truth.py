@@ -94,7 +94,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--traces", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--ours", action="store_true", help="also replay our own (minutes) and print the differences")
+    parser.add_argument(
+        "--ours", action="store_true", help="also replay our own (minutes) and print the differences"
+    )
     arguments = parser.parse_args()
     result = {}
     for trace, file in TRACES.items():
@@ -105,7 +107,9 @@ def main() -> None:
         arguments.out.write_text(json.dumps({"libcachesim": "0.3.5", "traces": result}, indent=1) + "\n")
         for name in PAIRS if arguments.ours else ():
             peer = result[trace]["hits"][name]
-            row = [ours(requests, name, capacity) - peer[str(share)] for share, capacity in capacities.items()]
+            row = [
+                ours(requests, name, capacity) - peer[str(share)] for share, capacity in capacities.items()
+            ]
             shown = "  ".join(f"{peer[str(s)]:.4f} {d:+.4f}" for s, d in zip(SHARES, row, strict=True))
             sys.stdout.write(f"{trace:13} {name:9} {shown}\n")
             sys.stdout.flush()

@@ -177,7 +177,9 @@ class Op(enum.Enum):
     GET = "get"
     DELETE = "delete"
     FLUSH = "flush"  # completes when everything submitted before it is durable (keyed) or done
-    PROBE = "probe"  # keyed: writes a little and commits; one outcome, OK when the medium takes writes (again)
+    PROBE = (
+        "probe"  # keyed: writes a little and commits; one outcome, OK when the medium takes writes (again)
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

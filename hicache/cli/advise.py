@@ -27,7 +27,7 @@ would have hit on the same sample. An estimate for the recent past, good to a fe
 """
 
 #: A policy is worth a word when it hits so much more.
-CLEAR_GAIN = 0.01
+CLEAR_GAIN = 0.02
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(advice: Advice, stats: Stats, console: Console) -> None:
-    seen = f"{advice.uses:,} look-ups of pages in the sample, 1 of {1 / max(advice.rate, 1e-9):.0f}, over the last "
+    seen = f"{advice.uses:,} page look-ups in the sample, 1 page of {1 / max(advice.rate, 1e-9):.0f}, over the last "
     console.print(seen + units.human_duration(advice.span_ms), soft_wrap=True)
     if not advice.sizes:
         console.print(

@@ -40,6 +40,8 @@ COMMANDS = (
     Command("advise", "hicache.cli.advise", "say what more or less room, or another policy, would do"),
     Command("doctor", "hicache.cli.doctor", "check this machine and say what to change"),
     Command("policy", "hicache.cli.policy", "list eviction policies, or check one of your own"),
+    Command("check", "hicache.cli.check", "verify a disk folder offline"),
+    Command("disk", "hicache.cli.disk", "look into, compact, export or import a disk folder offline"),
     Command("admin", "hicache.cli.admin", "check, clear or drain a running sidecar"),
 )
 

@@ -17,6 +17,7 @@ from hicache.cli import units
 from hicache.errors import ConfigError
 from hicache.policy import ADMISSIONS, POLICIES
 from hicache.policy.admission import NO_ADMISSION
+from hicache.tier.codec_names import LOSSLESS, PAGE_CODECS
 from hicache.types import WritePolicy
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -127,6 +128,12 @@ class ServeConfig:
     disk_sync: bool = setting(
         "tiers", Kind.SWITCH, default=False, help_text="fsync every disk commit, to survive power cuts, too"
     )
+    disk_codec: str = setting(
+        "tiers", Kind.TEXT, LOSSLESS, "how the disk tier compresses (see docs/CODECS.md)", PAGE_CODECS
+    )
+    disk_quarantine_bytes: int = setting(
+        "tiers", Kind.SIZE, 64 << 20, "damaged records kept for study, within the disk's capacity; 0: none"
+    )
     prefault: bool = setting(
         "tiers", Kind.SWITCH, default=True, help_text="fault host memory in ahead of need, in the background"
     )
@@ -190,6 +197,12 @@ class ServeConfig:
     host_workers: int = setting("tuning", Kind.COUNT, 1, "copying threads of the host tier")
     disk_readers: int = setting("tuning", Kind.COUNT, 2, "reading threads of the disk tier")
     disk_compress_workers: int = setting("tuning", Kind.COUNT, 2, "compressing threads of the disk tier")
+    scrub_bytes_per_s: int = setting(
+        "tuning",
+        Kind.SIZE,
+        8 << 20,
+        "how much of the disk tier is verified a second, in the background; 0: none",
+    )
     device_segment_bytes: int = setting(
         "tuning", Kind.SIZE, 0, "grain in which the device tier gives room to page sizes; 0: a sixteenth"
     )

@@ -86,6 +86,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave out the offline optimum, which takes a while on long traces",
     )
+    add(
+        "--json",
+        action="store_true",
+        help="print the results as JSON; what is for people goes to standard error",
+    )
     add("--parquet", action="store_true", help="also write results.parquet (needs pyarrow)")
 
 
@@ -128,9 +133,9 @@ def _configure_machine(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Sweep and report, or compare."""
-    console = terminal.console()
+    console = terminal.console(stderr=arguments.json)
     if arguments.words:
-        return sim_compare.run(arguments.words, console)
+        return sim_compare.run(arguments.words, console, as_json=arguments.json)
     if not arguments.trace:
         raise ConfigError("--trace is missing", hint="name a recorded trace; see `hicache sim --help`")
     if arguments.parquet:
@@ -144,6 +149,8 @@ def run(arguments: argparse.Namespace) -> int:
         sweep, results = _sweep(arguments, (settings, trace), cells, console)
         if results:
             _report(arguments, (settings, trace), results, console)
+        if arguments.json:
+            print(json.dumps(results, indent=1))
         for cell, problem in sweep.failures:
             console.print(
                 f"[red]failed[/]: {cell.policy} at {cell.capacity.label}: {problem.splitlines()[0]}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,13 @@ from hicache.errors import ConfigError, InvalidArgumentError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hicache.sim.statistics import Interval
+
 NAMES = {"hit_ratio": "hit ratio", "ttft_ms": "TTFT, mean (ms)", "computed_s": "prefill a request (s)"}
 _BETTER_UP = {"hit_ratio"}
 
 
-def run(words: Sequence[str], console: Console) -> int:
+def run(words: Sequence[str], console: Console, *, as_json: bool) -> int:
     """Print the comparison. Raises ConfigError and InvalidArgumentError."""
     if words[0] != "compare" or len(words) != 3:
         raise ConfigError(
@@ -27,8 +30,17 @@ def run(words: Sequence[str], console: Console) -> int:
         raise InvalidArgumentError(
             "the two results are of different traces", hint="replay the same one twice"
         )
-    _print(first, second, console)
+    if as_json:
+        print(json.dumps({name: dataclasses.asdict(_gap(first, second, name)) for name in NAMES}, indent=1))
+    else:
+        _print(first, second, console)
     return 0
+
+
+def _gap(first: dict[str, Any], second: dict[str, Any], measure: str) -> Interval:
+    from hicache.sim import statistics
+
+    return statistics.difference(first["rows"], second["rows"], first["columns"], measure)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -63,7 +75,7 @@ def _print(first: dict[str, Any], second: dict[str, Any], console: Console) -> N
     for title in ("", "A", "B", "A - B", "95 %", ""):
         table.add_column(title, justify="right" if title else "left")
     for measure, name in NAMES.items():
-        gap = statistics.difference(first["rows"], second["rows"], first["columns"], measure)
+        gap = _gap(first, second, measure)
         values = [
             statistics.interval(each["rows"], each["columns"], measure).value for each in (first, second)
         ]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
-
-from hicache.engine import commits, copies, plan, room
+from hicache.engine import copies, plan, recovery, room
 from hicache.engine.actions import EvictResult
 from hicache.engine.core import ABSENT, DRAINING, RESIDENT, Core
-from hicache.engine.events import Clear, Evict, PageCorrupt, Recovered, TierLatched
-from hicache.engine.holders import ChainEnd, NamespaceState
+from hicache.engine.events import Clear, Evict, PageCorrupt, TierLatched, TierRestored
+from hicache.engine.holders import NamespaceState
 from hicache.tree import Run
 
 EVERYWHERE = -1
@@ -22,16 +19,20 @@ def evict(core: Core, event: Evict) -> None:
     width = namespace.tree.symbol_bytes
     whole = sum(run.pages for run in path) == len(event.prompt) // width
     targets = [*path, *plan.below(path[-1])] if path and whole else path
+    stranded = 0
     if not event.prompt:
+        if event.tier in {EVERYWHERE, core.durable_tier}:
+            stranded = recovery.drop_stranded(core, namespace.id)
         targets = _all_runs(namespace)
-    core.reply(event.request, _evict_all(core, targets, event.tier))
+    core.reply(event.request, _evict_all(core, targets, event.tier, stranded))
 
 
 def clear(core: Core, event: Clear) -> None:
     """Drop whatever nobody holds, of one namespace or of all."""
+    stranded = recovery.drop_stranded(core, event.namespace)
     chosen = [core.namespaces[event.namespace]] if event.namespace else list(core.namespaces.values())
     targets = [run for namespace in chosen for run in _all_runs(namespace)]
-    core.reply(event.request, _evict_all(core, targets, EVERYWHERE))
+    core.reply(event.request, _evict_all(core, targets, EVERYWHERE, stranded))
 
 
 def _all_runs(namespace: NamespaceState) -> list[Run]:
@@ -39,8 +40,9 @@ def _all_runs(namespace: NamespaceState) -> list[Run]:
     return [run for node in namespace.tree.walk() for run in node.runs]
 
 
-def _evict_all(core: Core, targets: list[Run], tier: int) -> EvictResult:
-    gone = kept = 0
+def _evict_all(core: Core, targets: list[Run], tier: int, gone: int) -> EvictResult:
+    """``gone``: pages that have gone already."""
+    kept = 0
     for run in reversed(targets):
         if run.id not in core.runs or not run.live:
             core.prune(run)
@@ -107,6 +109,8 @@ def tier_latched(core: Core, event: TierLatched) -> None:
     if event.readable or not core.readable[event.tier]:
         return
     core.readable[event.tier] = False
+    if event.tier == core.durable_tier:
+        recovery.drop_stranded(core, 0)
     for run in list(core.runs.values()):
         if run.id not in core.runs:
             continue
@@ -116,77 +120,11 @@ def tier_latched(core: Core, event: TierLatched) -> None:
             core.void(run, event.tier)
 
 
-# --- recovery
-
-
-def recovered(core: Core, event: Recovered) -> None:
-    """Hang what a durable tier held at start into the tree.
-
-    Until all is there, the end of each chain is pinned in the tier, lest it go before what hangs below it comes.
-    """
-    namespace = core.namespaces[event.namespace]
-    tree = namespace.tree
-    core.next_tick()
-    for parent, symbols, keys, charges in zip(
-        event.parents, event.symbols, event.keys, event.charges, strict=True
-    ):
-        end = ChainEnd(event.tier)
-        namespace.recovered.append(end)
-        above = namespace.recovered[parent].last if parent >= 0 else None
-        lost = above is None or above.state[event.tier] == ABSENT
-        if not keys or not core.readable[event.tier] or (parent >= 0 and lost):
-            core.free_keys(event.tier, list(keys))  # the tier, or the page above, has been lost meanwhile
-            continue
-        before = tree.prompt_to(above) if above is not None else b""
-        run = _lay_recovered(core, namespace, before + symbols, event.tier, (keys, charges))
-        core.hold(end, run)
-        core.pin(run, event.tier)
-    if event.done:
-        _end_recovery(core, namespace, event.tier)
-
-
-def _end_recovery(core: Core, namespace: NamespaceState, tier: int) -> None:
-    """Let go of the chains; pages beyond the tier's capacity, which may be smaller by now, leave."""
-    for end in namespace.recovered:
-        for run in list(end.runs):
-            core.unpin(run, tier)
-            core.let_go(end, run)
-    namespace.recovered = []
-    pool = namespace.pools[tier]
-    if pool.available < 0:
-        room.make_room(core, pool, 0, namespace.page_bytes, drop=True)
-
-
-def _lay_recovered(
-    core: Core,
-    namespace: NamespaceState,
-    prompt: bytes,
-    tier: int,
-    found: tuple[Sequence[bytes], Sequence[int]],
-) -> Run:
-    """Give recovered pages, the last ones of a prompt, their place; one that was stored anew gains its old copy.
-
-    Returns the run in which they end. A page that the tier has or gets anyway is of the same key: it replaces the old.
-    """
-    keys, charges = found
-    tree = namespace.tree
-    first = len(prompt) // tree.symbol_bytes - len(charges)
-    path = core.cut(namespace, tree.trace(prompt))
-    page = 0
-    for run in commits.from_page(core, path, first):
-        if run.state[tier] == ABSENT:
-            _appear(core, run, tier, charges[page : page + run.pages])
-        page += run.pages
-    if page < len(charges):
-        run = tree.insert(prompt, path[-1] if path else None, first + page, len(charges) - page)
-        core.adopt(run, namespace)
-        run.keys = list(keys[page:])
-        _appear(core, run, tier, charges[page:])
-    return run
-
-
-def _appear(core: Core, run: Run, tier: int, charges: Sequence[int]) -> None:
-    places = array("q", charges)
-    core.pool(run, tier).used += sum(places)
-    core.appear(run, tier, places)
-    core.counters.recovered_pages += run.pages
+def tier_restored(core: Core, event: TierRestored) -> None:
+    """A tier takes pages again. What it lost under pages that it kept is copied there once more."""
+    core.writable[event.tier] = core.readable[event.tier] = True
+    core.room_changed = True
+    if event.tier == core.durable_tier:
+        for run in sorted(core.gaps, key=lambda run: run.id):
+            if run.live:
+                core.save_early(run, event.tier - 1)

@@ -8,6 +8,7 @@ from hicache.engine.core import ABSENT, DRAINING, FILLING, RESIDENT, Core, names
 from hicache.engine.holders import CopyJob
 from hicache.engine.pools import Pool
 from hicache.errors import ViolationError
+from hicache.keys import chain_keys
 from hicache.tree import Run
 from hicache.types import SLOTS_PER_SEGMENT
 
@@ -20,6 +21,8 @@ def check(core: Core) -> None:
     _check_pins(core, runs)
     _check_ledger(core, runs)
     _check_counts(core, runs)
+    _check_stranded(core, runs)
+    _check_recovery(core)
 
 
 def _require(ok: bool, message: str) -> None:  # noqa: FBT001  # an assertion, read as one
@@ -77,8 +80,6 @@ def _check_pins(core: Core, runs: list[Run]) -> None:
         pins.update((run.id, lease.tier) for run in lease.runs)
     for job in core.copies.values():
         pins.update((run.id, job.src) for run in job.runs)
-    for namespace in core.namespaces.values():
-        pins.update((run.id, end.tier) for end in namespace.recovered for run in end.runs)
     for reservation in core.reservations.values():
         anchors.update(run.id for run in reservation.runs[-1:])
     for operation in core.operations.values():
@@ -106,6 +107,8 @@ def _check_ledger(core: Core, runs: list[Run]) -> None:
                 draining[id(pool)] += core.run_units(run, tier)
     for reservation in core.reservations.values():
         held[id(reservation.namespace.pools[0])].extend(reservation.places)
+    for _, chain in core.stranded:
+        held[id(chain.namespace.pools[core.durable_tier])].extend(chain.charges)
     for pool in core.pools.values():
         mine = held[id(pool)]
         _require(
@@ -144,3 +147,44 @@ def _check_counts(core: Core, runs: list[Run]) -> None:
             _require(
                 core.counters.pages[tier][state] == pages, f"tier {tier}: the count of state {state} differs"
             )
+
+
+def _check_stranded(core: Core, runs: list[Run]) -> None:
+    chains = list(core.stranded)
+    _require(
+        core.stranded.pages == sum(chain.pages for _, chain in chains), "the count of stranded pages differs"
+    )
+    units = sum(sum(chain.charges) for _, chain in chains)
+    _require(core.stranded.units == units, "the units of stranded pages differ")
+    numbers = {chain.namespace.id for _, chain in chains}
+    _require(
+        all(core.stranded.has(number) for number in numbers), "a namespace with stranded pages is not known"
+    )
+    for waits_for, chain in chains:
+        width = chain.namespace.tree.symbol_bytes
+        _require(len(chain.symbols) == chain.pages * width, "a stranded chain: one symbol a page")
+        keys = chain_keys(waits_for, chain.symbols, width)
+        _require(keys == chain.key_list(), "a stranded chain: its keys do not follow from its parent's")
+    waited_for = {key for key, chain in chains if chain.namespace.id not in core.recovering}
+    for run in runs if waited_for else ():
+        if run.live:
+            namespace = namespace_of(run)
+            keys = chain_keys(
+                namespace.fingerprint, namespace.tree.prompt_to(run), namespace.tree.symbol_bytes
+            )
+            _require(
+                waited_for.isdisjoint(keys[-run.pages :]),
+                f"{run}: pages are stranded below it, and it is here",
+            )
+    _require(not core.returned, "runs have returned, and nobody has looked what is stranded below them")
+
+
+def _check_recovery(core: Core) -> None:
+    ends = {
+        run.id: number
+        for namespace in core.namespaces.values()
+        for number, run in enumerate(namespace.recovered)
+        if run is not None
+    }
+    _require(core.chain_ends == ends, "the ends of recovered chains are not where they are looked for")
+    _require(core.runs.keys() >= ends.keys(), "a recovered chain ends in a run that is gone")

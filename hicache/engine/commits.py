@@ -221,7 +221,8 @@ def _graft(core: Core, reservation: Reservation, count: int, charges: Sequence[i
     if not core.holes and reservation.present_pages == first and is_new(namespace.tree, prompt, after, first):
         core.next_tick()
         pool = namespace.pools[FIRST]
-        if pool.policy.wants_ghosts or pool.leaving_runs is not None or pool.draining or core.gaps:
+        special = core.gaps or core.stranded.pages or pool.draining or pool.leaving_runs is not None
+        if special or pool.policy.wants_ghosts:
             return _add(core, reservation, prompt, after, places), 0
         return [tips.add(core, reservation, after, first, prompt[first * width :], places)], 0
     if namespace.tree.match(prompt).pages < first:

@@ -129,7 +129,7 @@ def copy_down(core: Core, run: Run, dst: int, make_room: MakeRoom, *, drain_from
     src = drain_from
     if src < 0 or path[0].state[src] != RESIDENT:
         src = core.source_for(path[0], dst)
-    if src < 0 or waits_for_other_source(path[0], src, dst):
+    if src < 0 or waits_for_other_source(path[0], src, dst) or _much_under_way(core, run, src, dst):
         return False
     # What stands in one tier goes in one order; the rest, down to the run itself, follows when this has arrived.
     together = list(itertools.takewhile(lambda each: each.state[src] == RESIDENT, path))
@@ -141,6 +141,14 @@ def copy_down(core: Core, run: Run, dst: int, make_room: MakeRoom, *, drain_from
     whole = together[-1] is run and not rest
     start(core, runs, src, dst, draining=tail if whole and drain_from >= 0 else frozenset())
     return whole
+
+
+def _much_under_way(core: Core, run: Run, src: int, dst: int) -> bool:
+    """Whether copies to a durable tier hold half of their source: were it slow, all of the source would wait for it."""
+    pool = core.pool(run, src)
+    if pool.spec.keyed or not core.tiers[dst].durable:
+        return False
+    return core.counters.pages[dst][FILLING] >= max(pool.capacity // 2, core.options.max_copy_pages)
 
 
 def waits_for_other_source(top: Run, src: int, dst: int) -> bool:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["ABSENT", "DRAINING", "FILLING", "RESIDENT", "TICKS_PER_MS", "Core", "namespace_of"]
 
 
+#: Ends of used paths that are kept until the durable tier is told; beyond it uses are not noted.
+MAX_HOT = 65_536
+
+
 class Core(Steps):
     """What the rooms of the engine work on."""
 
@@ -151,6 +155,8 @@ class Core(Steps):
             for run in runs:
                 if DRAINING in run.state:
                     self.rescue(run)
+        if self.durable_tier >= 0 and runs and len(self.hot) < MAX_HOT:
+            self.hot.add(runs[-1].id)
 
     def best_tier(self, run: Run) -> int:
         """The fastest tier in which the run can be read, -1 if none."""

@@ -42,6 +42,7 @@ class Counters:
     corrupt_pages: list[int] = dataclasses.field(default_factory=list)  # by tier
     failed_copy_pages: list[int] = dataclasses.field(default_factory=list)  # by destination tier
     recovered_pages: int = 0
+    revived_pages: int = 0  # were stranded, and hang in the tree again
     prefetched_pages: int = 0  # promoted for look-ups
     used_prefetched_pages: int = 0  # of those: a Fetch came for them
     unused_prefetched_pages: int = 0  # of those: left the leases' tier before one came

@@ -70,6 +70,7 @@ DOORS: dict[type, Callable[[Core, Any], bool]] = {
         event.namespace in core.namespaces and bool(event.prompt) and 0 <= event.tier < len(core.tiers)
     ),
     ev.TierLatched: lambda core, event: 0 <= event.tier < len(core.tiers),
+    ev.TierRestored: lambda core, event: 0 <= event.tier < len(core.tiers),
     ev.SegmentClosed: lambda core, event: 0 <= event.tier < len(core.tiers),
     ev.Recovered: _recovered,
 }

@@ -17,8 +17,10 @@ from hicache.engine import (
     commits,
     copies,
     doors,
+    heat,
     leases,
     reclaim,
+    recovery,
     reservations,
     room,
     savers,
@@ -78,6 +80,8 @@ class Engine:
             look = doors.DOORS.get(kind)
             if look is None or look(core, event):
                 _HANDLERS[kind](core, event)
+            if core.returned:
+                recovery.revive(core)
             if core.room_changed or core.backlog_grew:
                 self._pump()
         except BROKEN as error:
@@ -140,6 +144,10 @@ class Engine:
         if found is None or found.session != session:
             raise NotFoundError(f"operation {operation} is unknown or finished long ago")
         return views.OperationView(found.done, found.moved_pages, found.failed_pages, found.lease)
+
+    def heat(self, limit: int) -> list[heat.Heat]:
+        """Runs of the durable tier used since they were last told, about ``limit`` of them, which forgets them."""
+        return heat.take(self._core, limit)
 
     def stats(self) -> views.EngineStats:
         """Occupancy and counters. O(runs)."""
@@ -221,7 +229,8 @@ _HANDLERS: dict[type, Callable[[Core, Any], None]] = {
     ev.SegmentClosed: reclaim.segment_closed,
     ev.PageCorrupt: admin.page_corrupt,
     ev.TierLatched: admin.tier_latched,
-    ev.Recovered: admin.recovered,
+    ev.TierRestored: admin.tier_restored,
+    ev.Recovered: recovery.recovered,
     ev.Drain: savers.drain,
     ev.Tick: _tick,
 }

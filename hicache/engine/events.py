@@ -247,11 +247,20 @@ class TierLatched:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TierRestored:
+    """A latched tier is well again: it takes pages, and what is written from now on can be read."""
+
+    tier: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Recovered:
     """Pages found on a durable tier at start. Chains of one namespace, parents before children.
 
-    ``parents[i]`` is the index of the chain whose last page precedes chain i, -1 at the root. Index base is the first
-    chain ever recovered of this namespace, so that long recoveries come in several events.
+    ``parents[i]`` is the index of the chain whose last page precedes chain i, -1 at the root, -2 if the page before it
+    is not stored: then ``parent_keys[i]`` is that page's key. Index base is the first chain ever recovered of this
+    namespace, so that long recoveries come in several events. ``last_use_ms``: in the shell's clock, where times before
+    this process may be negative. The last three columns may be left empty.
     """
 
     namespace: int
@@ -261,6 +270,9 @@ class Recovered:
     keys: Sequence[Sequence[bytes]]
     charges: Sequence[Sequence[int]]
     done: bool = False  # the last event of this namespace's recovery
+    last_use_ms: Sequence[int] = ()
+    hits: Sequence[int] = ()
+    parent_keys: Sequence[bytes] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -299,6 +311,7 @@ Event = (
     | SegmentClosed
     | PageCorrupt
     | TierLatched
+    | TierRestored
     | Recovered
     | Drain
     | Tick

@@ -25,26 +25,20 @@ class NamespaceState:
     fingerprint: bytes
     tree: Tree
     pools: list[Pool]
-    recovered: list[ChainEnd] = dataclasses.field(default_factory=list)  # while a recovery goes on
+    # While a recovery goes on, by number of the chain: the run in which it ends, None if it has none;
+    recovered: list[Run | None] = dataclasses.field(default_factory=list)
+    recovered_depths: array[int] = dataclasses.field(
+        default_factory=lambda: array("q")
+    )  # its pages and those above
+    recovered_keys: dict[int, bytes] = dataclasses.field(
+        default_factory=dict
+    )  # and the last key of a stranded one.
     page_bytes: int = dataclasses.field(init=False)  # of one page; the spec's, asked for often
     many_hits: int = 0  # from so many on nobody asks how often a run was hit, so that runs are joined (0: never)
 
     def __post_init__(self) -> None:
         """Copy what is asked for often."""
         self.page_bytes = self.spec.page_bytes
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class ChainEnd:
-    """Where a recovered chain ends, for the chains that follow it. Its last run is pinned in the tier."""
-
-    tier: int
-    runs: list[Run] = dataclasses.field(default_factory=list)
-
-    @property
-    def last(self) -> Run | None:
-        """The run that holds the chain's last page; None if the chain could not be placed."""
-        return self.runs[-1] if self.runs else None
 
 
 class LeaseStage(enum.Enum):

@@ -43,7 +43,7 @@ class Names(State):
 
     def info(self, run: Run) -> RunInfo:
         """What policies and admission are told of a run."""
-        key = run.keys[-1] if run.keys else None
+        key = run.last_key
         use = run.use
         if type(use) is not Use:
             use = NO_USE

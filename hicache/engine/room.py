@@ -14,6 +14,7 @@ from hicache.engine import copies, gate, shares, tips
 from hicache.engine.core import ABSENT, RESIDENT, Core, namespace_of
 from hicache.engine.plan import LOOK_AHEAD, Plan, evict
 from hicache.engine.pools import Pool
+from hicache.engine.stranded import give_room
 from hicache.tree import Run
 
 #: After so many victims whose copy could not be started, no more are tried.
@@ -42,7 +43,9 @@ def make_room(core: Core, pool: Pool, pages: int, page_bytes: int, *, drop: bool
     shares.wanted(core, pool)
     if not pool.fits(pages, page_bytes):
         return False
-    if core.holes:
+    if core.recovering and pool.tier == core.durable_tier:
+        return False  # what is still to come hangs below what is there; and writes wait for it anyway
+    if core.holes or core.stranded.pages:
         _evict_stranded(core, pool, units)
         if units <= pool.available:
             return True
@@ -121,7 +124,9 @@ def _drain_tail(core: Core, run: Run, tier: int, lower: int, pages: int) -> bool
 
 
 def _evict_stranded(core: Core, pool: Pool, units: int) -> None:
-    """Give up pages below holes first: nobody can match them. Goes only where the pool's tier has pages."""
+    """Give up first what nobody can match: stranded chains, then pages below holes."""
+    if core.stranded.pages and pool.tier == core.durable_tier:
+        give_room(core, pool, units)
     for hole in list(core.holes):
         if hole.id not in core.runs or hole.live:
             core.holes.discard(hole)

@@ -25,6 +25,7 @@ from hicache.engine.holders import (
 )
 from hicache.engine.options import EngineOptions
 from hicache.engine.pools import Pool, Segments
+from hicache.engine.stranded import Stranded
 from hicache.errors import ErrorCode
 from hicache.policy import make_admission, make_policy
 from hicache.policy.admission import NO_ADMISSION
@@ -72,6 +73,11 @@ class State:
         self.ahead: dict[int, int] = {}  # runs copied down as cold ones -> their last use then
         self.holes: set[Run] = set()  # runs in no tier, below which something remains
         self.gaps: set[Run] = set()  # runs that the durable tier has lost, below which it holds pages
+        self.stranded = Stranded()  # pages of the durable tier that hang below pages which nobody has
+        self.returned: set[Run] = set()  # runs that have come while there are such
+        self.recovering: set[int] = set()  # namespaces of which the durable tier still holds unknown pages
+        self.chain_ends: dict[int, int] = {}  # runs in which a chain of these ends -> its number
+        self.hot: set[int] = set()  # runs in which used paths end, since the durable tier was told
         # (run, tier) whose bytes are known to be wrong while pins keep them.
         self.condemned: set[tuple[int, int]] = set()
         # What admission said of a run: its last use then, for which tier, and the verdict.

@@ -97,17 +97,21 @@ class Steps(Names):
                 if not tail.pins[tier] and not tail.below[tier]:
                     policy.expose(tail.id)
         self._know_alike(run, tail)
+        if self.chain_ends and run.id in self.chain_ends:
+            _end_chain_in(self, tail, self.chain_ends.pop(run.id))
         return tail
 
     def _know_alike(self, run: Run, other: Run) -> None:
         """What is known of one run holds for the other, too."""
-        for known in (self.holes, self.gaps, self.warmed):
+        for known in (self.holes, self.gaps, self.warmed, self.returned):
             if run in known:
                 known.add(other)
         if run.id in self.backlog:
             self.backlog[other.id] = self.backlog[run.id]
         if run.id in self.ahead:
             self.ahead[other.id] = self.ahead[run.id]
+        if run.id in self.hot:
+            self.hot.add(other.id)
         if run.id in self.verdicts:
             self.verdicts[other.id] = self.verdicts[run.id]
         if self.condemned:
@@ -116,23 +120,30 @@ class Steps(Names):
     def forget_run(self, run: Run) -> None:
         """The run is no more."""
         del self.runs[run.id]
-        if self.ahead or self.verdicts:
+        if self.ahead or self.verdicts or self.hot:
             self.ahead.pop(run.id, None)
             self.verdicts.pop(run.id, None)
-        for known in (self.holes, self.gaps, self.warmed):
+            self.hot.discard(run.id)
+        for known in (self.holes, self.gaps, self.warmed, self.returned):
             if known:
                 known.discard(run)
+        if self.chain_ends and run.id in self.chain_ends:
+            namespace_of(run).recovered[self.chain_ends.pop(run.id)] = None
         if self.condemned:
             self.condemned -= {(run.id, tier) for tier in self.tier_range}
 
     def merge(self, run: Run) -> bool:
         """Join the run with the next one of its node if the two have become alike."""
+        if self.chain_ends and run.id in self.chain_ends:
+            return False  # chains are still to come that hang below its end
         if self.warmed and self._differ_in_use(run):
             return False
         absorbed = run.tree.try_merge(run, run.extra.many_hits)  # type: ignore[attr-defined]  # hot
         if absorbed is None:
             return False
         self._know_alike(absorbed, run)
+        if self.chain_ends and absorbed.id in self.chain_ends:
+            _end_chain_in(self, run, self.chain_ends.pop(absorbed.id))
         self.forget_run(absorbed)
         for tier, state in enumerate(run.state):
             if state == RESIDENT:
@@ -183,6 +194,8 @@ class Steps(Names):
                 policy.expose(above.id)
         if state != ABSENT and tier == self.durable_tier and self.gaps:
             self.gaps.discard(run)
+        if self.stranded.pages and state == RESIDENT and old != DRAINING:
+            self.returned.add(run)
         counts = self.counters.pages[tier]
         counts[old] -= run.pages
         counts[state] += run.pages
@@ -267,3 +280,9 @@ class Steps(Names):
         """
         self.backlog[run.id] = tier
         self.backlog_grew = True
+
+
+def _end_chain_in(state: Names, run: Run, number: int) -> None:
+    """The recovered chain of this number ends in the run from now on."""
+    state.chain_ends[run.id] = number
+    namespace_of(run).recovered[number] = run

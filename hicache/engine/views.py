@@ -124,7 +124,7 @@ def stats(core: Core) -> EngineStats:
         len({id(run.node) for run in core.runs.values()}),
         len(core.runs),
         sum(run.pages for run in live),
-        sum(run.pages for run in live if _stranded(core, run)) if core.holes else 0,
+        core.stranded.pages + (sum(run.pages for run in live if _stranded(core, run)) if core.holes else 0),
     )
 
 

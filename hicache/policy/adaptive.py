@@ -1,14 +1,15 @@
 """Our own: keeps the pages whose room pays best, by what was learned of pages like them.
 
 A run is of a kind: how often it was used (0 to 3 times after it came), how deep it begins (at the root, one page
-down, deeper), and, if never used again, how many pages came with it. ``hazard.py`` counts when pages of each kind come
-back, those that have left included, and turns that into what a page of a kind and an age is worth. A victim is the
-candidate that is worth least among ``sample`` drawn from all; worths that differ by less than a step count as equal,
-and among equals the oldest goes, and of one age the deepest: where nothing is to be learned, it is (sampled) LRU.
+down, deeper), and, if never used again, how many pages came with it. ``hazard.py`` counts when pages of each kind
+come back, those that have left included, and turns that into what a page of a kind and an age is worth. A victim is
+the candidate that is worth least among ``sample`` drawn from all; worths that differ by less than a step count as
+equal, and among equals the oldest goes, and of one age the deepest: where nothing is to be learned, it is (sampled)
+LRU.
 
 Ghosts are kept by piece, not by page: the first page's id stands for what left with it. An arriving stretch that
-begins with such a page is taken for that piece, which costs one look-up; that pages behind it may differ only blurs a
-statistic. Everything random comes from one seeded generator, and a plan that is aborted does not move it.
+begins with such a page is taken for that piece, which costs one look-up; that pages behind it may differ only blurs
+a statistic. Everything random comes from one seeded generator, and a plan that is aborted does not move it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from math import log2
 from hicache.errors import ViolationError
 from hicache.policy.base import Plan, RunInfo
 from hicache.policy.ghosts import GhostTable
-from hicache.policy.hazard import BUCKETS, HazardTable
+from hicache.policy.hazard import HazardTable
 
 _DEPTHS = 3
 _SIZES = 8
@@ -141,7 +142,9 @@ class AdaptivePolicy:
         """The last pages of a run have become a run of their own: hidden, with the same history. O(1)."""
         head = self.find(run)
         if not 0 < tail_pages < head.pages:
-            raise ViolationError(f"policy: run {run} of {head.pages} pages cannot give {tail_pages} to a tail")
+            raise ViolationError(
+                f"policy: run {run} of {head.pages} pages cannot give {tail_pages} to a tail"
+            )
         record = _Run(tail, tail_pages, head.depth + head.pages - tail_pages, head.last)
         record.uses, record.size, record.kind = head.uses, head.size, head.kind
         self._enter(record)
@@ -282,7 +285,8 @@ class AdaptivePlan:
         steps, now, count, state = policy.steps, policy.now, len(exposed), self._state
         sample = policy.sample
         best, least, oldest = exposed[0], 1 << 60, 0
-        for at in range(min(sample, count)):
+        for turn in range(min(sample, count)):
+            at = turn
             if count > sample:
                 state = (state * _LCG_MUL + _LCG_ADD) & _LCG_MASK
                 at = (state >> 32) * count >> 32
@@ -296,7 +300,11 @@ class AdaptivePlan:
                 step = steps[record.kind][4 * (bits - 2) + (age >> bits - 3 & 3)]
             if step > least:
                 continue
-            if step < least or last < oldest or (last == oldest and (record.depth, record.run) > (best.depth, best.run)):
+            if (
+                step < least
+                or last < oldest
+                or (last == oldest and (record.depth, record.run) > (best.depth, best.run))
+            ):
                 best, least, oldest = record, step, last
         self._state = state
         return best

@@ -1,9 +1,10 @@
 """ARC over runs.
 
-Megiddo and Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003: T1 holds what was used once, T2 what was used again, each
-an LRU; B1 and B2 remember what left them. A hit in B1 says that T1 is too small and raises its target p, one in
-B2 lowers it. T1 and B1 together hold at most as many pages as the pool, all four at most twice as many.
-The target moves when the run arrives, that is after room was made for it; the paper moves it before.
+Megiddo and Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003: T1 holds what was used once, T2
+what was used again, each an LRU; B1 and B2 remember what left them. A hit in B1 says that T1 is too small and
+raises its target p, one in B2 lowers it. T1 and B1 together hold at most as many pages as the pool, all four at
+most twice as many. The target moves when the run arrives, that is after room was made for it; the paper moves it
+before.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class ArcPolicy(SegmentedPolicy):
         return self.b1.leading(ghosts) or self.b2.leading(ghosts)
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         in_b1, in_b2 = len(self.b1), len(self.b2)
         if self.b1.recall(ghosts) >= 0:
             self.target = min(self.full, self.target + info.pages * max(1.0, in_b2 / in_b1))

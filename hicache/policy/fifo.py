@@ -19,6 +19,7 @@ class FifoPolicy(SegmentedPolicy):
         self.arrivals = 0
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         self.arrivals += 1
         record.place(self.arrivals)
 

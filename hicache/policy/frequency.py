@@ -1,8 +1,9 @@
 """Recency plus log-frequency, with ghosts.
 
-The idea of LRFU (Lee et al., "LRFU: a spectrum of policies that subsumes the LRU and LFU policies", IEEE ToC 50(12), 2001), one value that
-weighs both, in a form that needs no re-ranking: the time of the last use plus ``weight`` turnovers of the pool for each
-doubling of the uses. Time is counted in pages that arrive. Ghosts (``ghosts`` times the pool's pages) keep the uses.
+The idea of LRFU (Lee et al., "LRFU: a spectrum of policies that subsumes the LRU and LFU policies", IEEE ToC
+50(12), 2001), one value that weighs both, in a form that needs no re-ranking: the time of the last use plus
+``weight`` turnovers of the pool for each doubling of the uses. Time is counted in pages that arrive. Ghosts
+(``ghosts`` times the pool's pages) keep the uses.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class FrequencyPolicy(SegmentedPolicy):
         return self.clock + bonus << _TICK_BITS | record.last
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         record.hits = max(0, self.out.recall(ghosts)) + 1
         record.place(self.rank(record))
 

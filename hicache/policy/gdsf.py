@@ -1,10 +1,11 @@
 """GDSF over runs, and PGDSF, whose cost knows the depth.
 
-GDSF: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy", HP Labs HPL-98-69R1: the key is uses times cost over
-size, plus the key of the last object evicted. A run's cost grows with its pages as its size does, so what counts is
-the cost of one page. PGDSF: Jin et al., "RAGCache", 2024, where it is the prefill time of a node after its prefix: here
-1 + depth / ``attention`` times what the caller said, ``attention`` being the depth in pages at which attention
-costs as much as the rest. ``ghosts`` (pages, as a multiple of the pool) keep the uses of what left; the papers have none.
+GDSF: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency caching policy", HP Labs
+HPL-98-69R1: the key is uses times cost over size, plus the key of the last object evicted. A run's cost grows with
+its pages as its size does, so what counts is the cost of one page. PGDSF: Jin et al., "RAGCache", 2024, where it is
+the prefill time of a node after its prefix: here 1 + depth / ``attention`` times what the caller said,
+``attention`` being the depth in pages at which attention costs as much as the rest. ``ghosts`` (pages, as a
+multiple of the pool) keep the uses of what left; the papers have none.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class GdsfPolicy(SegmentedPolicy):
         return self.age + record.hits * record.note << _TICK_BITS | record.last
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         deep = 1.0 + info.depth / self.attention if self.attention else 1.0
         record.note = int(_UNIT * (info.cost or 1.0) * deep)
         record.hits = max(0, self.out.recall(ghosts)) + 1

@@ -23,7 +23,13 @@ class GhostTable:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.size = 0
-        self._reset(_FIRST_ROOM)
+        room = _FIRST_ROOM
+        self._keys = array("Q", bytes(8 * (room + 1)))
+        self._notes = array("q", bytes(8 * (room + 1)))
+        self._before = array("I", bytes(4 * (room + 1)))  # place 0 is the list's head
+        self._after = array("I", [0, *range(2, room + 1), 0])  # of free places: the next free one
+        self._free = 1
+        self._clear_index(room)
 
     def __len__(self) -> int:
         return self.size
@@ -130,15 +136,6 @@ class GhostTable:
         """What the arrays take."""
         arrays = (self._index, self._keys, self._notes, self._after, self._before)
         return sum(each.itemsize * len(each) for each in arrays)
-
-    def _reset(self, room: int) -> None:
-        self._keys = array("Q", bytes(8 * (room + 1)))
-        self._notes = array("q", bytes(8 * (room + 1)))
-        self._before = array("I", bytes(4 * (room + 1)))  # place 0 is the list's head
-        self._after = array("I", [0, *range(2, room + 1), 0])  # of free places: the next free one
-        self._after[0] = 0
-        self._free = 1
-        self._clear_index(room)
 
     def _clear_index(self, room: int) -> None:
         bits = (2 * room - 1).bit_length()

@@ -1,14 +1,15 @@
 """How soon pages of a kind are used again: counts of reuse by kind and age, and the worth that follows.
 
 A *lifetime* of a page begins with a use and ends with the next one (a reuse), or is lost sight of. For each kind of
-page, ages in buckets of a quarter of an octave: how many lifetimes were reused at that age, and how many were seen to
-reach it. Their quotient is the hazard, the chance to be reused at that age after having waited so long; little data is
-filled up from all kinds together, and that from a prior that falls with age, which makes it LRU.
+page, ages in buckets of a quarter of an octave: how many lifetimes were reused at that age, and how many were seen
+to reach it. Their quotient is the hazard, the chance to be reused at that age after having waited so long; little
+data is filled up from all kinds together, and that from a prior that falls with age, which makes it LRU.
 
 The worth of a page of age a is the best ratio, over all ages b > a, of the chance that it is reused before b to the
-time that it takes room until its reuse or b (Gittins' index, as a rule of optimal stopping; with ages and hit counts
-only it is what LHD, Beckmann et al., NSDI'18, estimates). So a young page whose kind comes back after a pause is worth
-keeping through the pause if the pause is short enough, and a kind that hardly comes back goes at once.
+time that it takes room until its reuse or b (Gittins' index, as a rule of optimal stopping; with ages and hit
+counts only it is what LHD, Beckmann et al., NSDI'18, estimates). So a young page whose kind comes back after a
+pause is worth keeping through the pause if the pause is short enough, and a kind that hardly comes back goes at
+once.
 """
 
 from __future__ import annotations
@@ -35,9 +36,7 @@ def _first_age(index: int) -> int:
 
 
 _WIDTHS = [float(_first_age(index + 1) - _first_age(index)) for index in range(BUCKETS)]
-_PRIORS = [
-    _PRIOR_HAZARD * (1.0 if index >= 8 else 0.25 * width) for index, width in enumerate(_WIDTHS)
-]
+_PRIORS = [_PRIOR_HAZARD * (1.0 if index >= 8 else 0.25 * width) for index, width in enumerate(_WIDTHS)]
 
 
 class HazardTable:
@@ -98,8 +97,10 @@ def _hazards(reused: list[float], gone: list[float], prior: list[float], weight:
 
 
 def worths(hazards: list[float]) -> list[float]:
-    """Gittins' index of each bucket, from the last to the first: a stretch takes over what follows it while that
-    is worth more than itself. O(buckets)."""
+    """Gittins' index of each bucket. O(buckets).
+
+    From the last to the first: a stretch takes over what follows it while that is worth more than itself.
+    """
     result = [0.0] * BUCKETS
     stretches: list[tuple[float, float, float]] = []  # chance of reuse, time spent, chance to outlast it
     for index in range(BUCKETS - 1, -1, -1):

@@ -28,6 +28,7 @@ class LfuPolicy(SegmentedPolicy):
         return record.hits + self.age << _TICK_BITS | record.last
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         record.place(self.rank(record))
 
     def hit(self, run: int, now: int) -> None:

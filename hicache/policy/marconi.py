@@ -1,9 +1,10 @@
 """Recency and compute saved per byte, after Marconi.
 
-Pan et al., "Marconi: prefix caching for the era of hybrid LLMs", MLSys 2025: a node's utility is its recency plus ``alpha`` times the
-FLOPs that reusing it saves for each byte it takes, both scaled to [0, 1]. Here recency is the time of the last use in
-turnovers of the pool; the FLOPs of a page grow with its depth by attention, and saved FLOPs per byte are scaled by
-``d / (d + attention)``, ``attention`` being the depth in pages at which attention costs as much as the rest.
+Pan et al., "Marconi: prefix caching for the era of hybrid LLMs", MLSys 2025: a node's utility is its recency plus
+``alpha`` times the FLOPs that reusing it saves for each byte it takes, both scaled to [0, 1]. Here recency is the
+time of the last use in turnovers of the pool; the FLOPs of a page grow with its depth by attention, and saved FLOPs
+per byte are scaled by ``d / (d + attention)``, ``attention`` being the depth in pages at which attention costs as
+much as the rest.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class MarconiPolicy(SegmentedPolicy):
         return self.clock + int(self.alpha * self.full * saved) << _TICK_BITS | record.last
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         record.place(self.rank(record))
 
     def hit(self, run: int, now: int) -> None:

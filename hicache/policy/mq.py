@@ -1,9 +1,9 @@
 """MQ over runs: several LRU queues by the logarithm of the number of uses.
 
-Zhou, Philbin and Li, "The multi-queue replacement algorithm for second level buffer caches", USENIX ATC 2001: a run used n times
-stands in queue log2(n); one that was not used for a life time goes down a queue. Victims come from the lowest queue.
-Ghosts (Qout, four times the pool) keep the number of uses. Life time is counted in pages that arrive, as a multiple
-of the pool.
+Zhou, Philbin and Li, "The multi-queue replacement algorithm for second level buffer caches", USENIX ATC 2001: a run
+used n times stands in queue log2(n); one that was not used for a life time goes down a queue. Victims come from the
+lowest queue. Ghosts (Qout, four times the pool) keep the number of uses. Life time is counted in pages that arrive,
+as a multiple of the pool.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class MqPolicy(SegmentedPolicy):
         return self.clock + int(self.life * self.full)
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         record.hits = max(0, self.out.recall(ghosts)) + 1
         record.segment = self.level(record.hits)
         record.note = self.expiry()

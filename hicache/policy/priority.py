@@ -1,8 +1,9 @@
 """Priorities and a time to live, LRU among equals.
 
-What operators ask for and engines offer (vLLM and TensorRT-LLM have retention priorities): request classes named ``low``
-go first, those named ``high`` last, the others between; several names are joined by ``+``. What was not used for
-``ttl`` ticks (uses of the cache; 0: never) goes before all others, so that a priority decays instead of holding for ever.
+What operators ask for and engines offer (vLLM and TensorRT-LLM have retention priorities): request classes named
+``low`` go first, those named ``high`` last, the others between; several names are joined by ``+``. What was not
+used for ``ttl`` ticks (uses of the cache; 0: never) goes before all others, so that a priority decays instead of
+holding for ever.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class PriorityPolicy(SegmentedPolicy):
         self.ttl = ttl
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         record.segment = LOW if info.cls in self.low else HIGH if info.cls in self.high else NORMAL
         record.place(record.last)
 

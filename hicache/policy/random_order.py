@@ -36,6 +36,7 @@ class RandomPolicy(SegmentedPolicy):
         self.time = 0
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         record.place(self.time)
 
     def hit(self, run: int, now: int) -> None:

@@ -47,7 +47,9 @@ def _parameters(make: Callable[..., Policy]) -> dict[str, object]:
 
 
 ZOO: Mapping[str, Entry] = {
-    "adaptive": Entry(AdaptivePolicy, "ours: hazard by kind and age, Gittins index", "uses, last use, size, kind"),
+    "adaptive": Entry(
+        AdaptivePolicy, "ours: hazard by kind and age, Gittins index", "uses, last use, size, kind"
+    ),
     "arc": Entry(ArcPolicy, "Megiddo & Modha, FAST'03", "segment, last use"),
     "fifo": Entry(FifoPolicy, "Belady, IBM Systems Journal 1966", "arrival"),
     "gdsf": Entry(GdsfPolicy, "Cherkasova, HPL-98-69R1", "uses, cost, last use"),
@@ -111,5 +113,7 @@ def _own(name: str) -> Policy:
     try:
         made: Policy = getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"policy {name!r} cannot be loaded: {error}", hint="is its folder in PYTHONPATH?") from error
+        raise ConfigError(
+            f"policy {name!r} cannot be loaded: {error}", hint="is its folder in PYTHONPATH?"
+        ) from error
     return made

@@ -1,9 +1,9 @@
 """S3-FIFO over runs.
 
-Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023: what comes goes to S, a FIFO of a tenth of the pool;
-what was used more than once there goes on to M when its turn comes, the rest leaves and is remembered in G (as many
-pages as M); what comes back while remembered goes to M at once. M gives what was used another round, as often as its
-counter (at most 3) says.
+Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023: what comes goes to S, a FIFO of a tenth
+of the pool; what was used more than once there goes on to M when its turn comes, the rest leaves and is remembered
+in G (as many pages as M); what comes back while remembered goes to M at once. M gives what was used another round,
+as often as its counter (at most 3) says.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class S3FifoPolicy(SegmentedPolicy):
         return self.ghosts.leading(ghosts)
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         self.arrivals += 1
         record.segment = MAIN if self.ghosts.recall(ghosts) >= 0 else SMALL
         record.place(self.arrivals)

@@ -181,6 +181,7 @@ class SegmentedPlan(OrderedPlan):
         self.moved: dict[int, tuple[int, int, Any]] = {}  # run -> segment, key, note
 
     def choose(self) -> Record | None:
+        """The first of segment 0."""
         return self.take(0)
 
     def peek(self, segment: int) -> Tally | None:
@@ -196,7 +197,11 @@ class SegmentedPlan(OrderedPlan):
         """Take out the first candidate of a segment."""
         queue = self.queues[segment]
         record = queue.peek()
-        if self.own is not None and self.own[segment] and (record is None or self.own[segment][0] < record.key):
+        if (
+            self.own is not None
+            and self.own[segment]
+            and (record is None or self.own[segment][0] < record.key)
+        ):
             record = self.policy.records[heapq.heappop(self.own[segment]) & 0xFFFF_FFFF_FFFF_FFFF]
         elif record is not None:
             queue.pop()
@@ -213,6 +218,7 @@ class SegmentedPlan(OrderedPlan):
         self.sizes[segment] += record.pages
 
     def show(self, record: Record) -> None:
+        """A candidate of its own segment."""
         self._push(record.segment, record.key)  # type: ignore[attr-defined]  # a Tally
 
     def _push(self, segment: int, key: int) -> None:

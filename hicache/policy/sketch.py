@@ -1,8 +1,8 @@
 """How often an id was seen, about: a count-min sketch of one byte a counter.
 
-Cormode and Muthukrishnan, "An improved data stream summary: the count-min sketch and its applications", J. Algorithms 55(1), 2005, with the conservative update (only the
-smallest counters grow) and the halving of TinyLFU. An estimate is never below the true count since the last halvings,
-short of the ceiling of 255.
+Cormode and Muthukrishnan, "An improved data stream summary: the count-min sketch and its applications", J.
+Algorithms 55(1), 2005, with the conservative update (only the smallest counters grow) and the halving of TinyLFU.
+An estimate is never below the true count since the last halvings, short of the ceiling of 255.
 """
 
 from __future__ import annotations
@@ -25,15 +25,22 @@ class CountMin:
     def estimate(self, ghost: int) -> int:
         """How often it was seen, at least."""
         shift = self._shift
-        return min(
-            row[(ghost * mix & _WORD) >> shift] for row, mix in zip(self._rows, _ROWS, strict=True)
-        )
+        least = 255
+        for row, mix in zip(self._rows, _ROWS, strict=True):
+            count = row[(ghost * mix & _WORD) >> shift]
+            if count < least:
+                if not count:
+                    return 0  # most that are asked for are new
+                least = count
+        return least
 
     def raise_to(self, ghost: int, count: int) -> None:
         """It was seen that often, at least."""
-        count = min(count, 255)
+        if count > 255:
+            count = 255
+        shift = self._shift
         for row, mix in zip(self._rows, _ROWS, strict=True):
-            at = (ghost * mix & _WORD) >> self._shift
+            at = (ghost * mix & _WORD) >> shift
             if row[at] < count:
                 row[at] = count
 

@@ -1,9 +1,9 @@
 """Segmented LRU over runs, its protected segment capped.
 
-Karedla, Love and Wherry, "Caching strategies to improve disk system performance", IEEE Computer 27(3), 1994: what comes
-goes to the probationary segment, what is hit there to the protected one; when that is over its share, its least
-recently used go back to the young end of probation. Without the cap it collapses on agent traces: everything was
-hit once.
+Karedla, Love and Wherry, "Caching strategies to improve disk system performance", IEEE Computer 27(3), 1994: what
+comes goes to the probationary segment, what is hit there to the protected one; when that is over its share, its
+least recently used go back to the young end of probation. Without the cap it collapses on agent traces: everything
+was hit once.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class SlruPolicy(SegmentedPolicy):
         self.protected = protected
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         record.place(record.last)
 
     def hit(self, run: int, now: int) -> None:

@@ -1,9 +1,9 @@
 """T-LRU: LRU that first takes what does not make the slow requests slower.
 
-Zhang et al., "Tail-optimized caching for LLM inference", NeurIPS 2025: a prompt that can be computed within the latency target without
-any cache needs none, so its pages are "free" and go first. Here a run is free if the prompt that it ends is at
-most ``short`` pages long; free runs go first, LRU among them, then the others, LRU. The paper also frees
-the last pages of long prompts; a run leaves from its tail, so those go first anyway when it is its turn.
+Zhang et al., "Tail-optimized caching for LLM inference", NeurIPS 2025: a prompt that can be computed within the
+latency target without any cache needs none, so its pages are "free" and go first. Here a run is free if the prompt
+that it ends is at most ``short`` pages long; free runs go first, LRU among them, then the others, LRU. The paper
+also frees the last pages of long prompts; a run leaves from its tail, so those go first anyway when it is its turn.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class TailLruPolicy(SegmentedPolicy):
         self.short = short
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         record.segment = int(info.depth + info.pages > self.short)
         record.place(record.last)
 

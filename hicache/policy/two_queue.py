@@ -1,8 +1,9 @@
 """2Q over runs (the full version).
 
-Johnson and Shasha, "2Q: a low overhead high performance buffer management replacement algorithm", VLDB 1994: what comes
-goes to A1in, a FIFO of a quarter of the pool, where hits change nothing; what leaves it is remembered in A1out (half
-the pool's pages). What comes back while remembered goes to Am, an LRU, which gives victims while A1in is under its share.
+Johnson and Shasha, "2Q: a low overhead high performance buffer management replacement algorithm", VLDB 1994: what
+comes goes to A1in, a FIFO of a quarter of the pool, where hits change nothing; what leaves it is remembered in
+A1out (half the pool's pages). What comes back while remembered goes to Am, an LRU, which gives victims while A1in
+is under its share.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class TwoQueuePolicy(SegmentedPolicy):
         return self.out.leading(ghosts)
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         if self.out.recall(ghosts) >= 0:
             record.segment = AM
             record.place(record.last)

@@ -1,9 +1,10 @@
 """Workload-aware: reuse by request class and turn, with exponential reuse times.
 
-Wang et al., "KVCache cache in the wild: characterizing and optimizing KVCache cache at a large cloud provider", USENIX ATC 2025: requests of one category (class,
-and whether first or later turn) are reused alike, with exponentially distributed reuse times. A run's priority is the
-chance that it is used within the next ``life`` turnovers of the pool given its age, by its category's record so far;
-the least likely goes first, of equals the deepest. Within a category that is LRU, so only the heads are compared.
+Wang et al., "KVCache cache in the wild: characterizing and optimizing KVCache cache at a large cloud provider",
+USENIX ATC 2025: requests of one category (class, and whether first or later turn) are reused alike, with
+exponentially distributed reuse times. A run's priority is the chance that it is used within the next ``life``
+turnovers of the pool given its age, by its category's record so far; the least likely goes first, of equals the
+deepest. Within a category that is LRU, so only the heads are compared.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ class WorkloadPolicy(SegmentedPolicy):
         self.waits[category] += wait
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         note = self.out.recall(ghosts)
         if note >= 0:
             self.learn(note % _CATEGORIES, self.clock - note // _CATEGORIES)
@@ -94,7 +96,9 @@ class _WorkloadPlan(SegmentedPlan):
     policy: WorkloadPolicy
 
     def choose(self) -> Record | None:
-        heads = [head for head in map(self.peek, range(2 * len(self.policy._classes) + 2)) if head is not None]
+        heads = [
+            head for head in map(self.peek, range(2 * len(self.policy._classes) + 2)) if head is not None
+        ]
         if not heads:
             return None
         least = min(heads, key=lambda head: (self.policy.chance(head), head.key))

@@ -1,9 +1,9 @@
 """W-TinyLFU over runs.
 
-Einziger, Friedman and Manes, "TinyLFU: a highly efficient cache admission policy", ACM ToS 13(4), 2017: what comes goes to a small LRU window. What
-falls out of it competes with the victim of the main cache, an SLRU: the one used less often, by a sketch of all
-recent uses, leaves. A run's uses are counted in its record and written to the sketch when it leaves; all counts are
-halved every ``period`` turnovers of the pool.
+Einziger, Friedman and Manes, "TinyLFU: a highly efficient cache admission policy", ACM ToS 13(4), 2017: what comes
+goes to a small LRU window. What falls out of it competes with the victim of the main cache, an SLRU: the one used
+less often, by a sketch of all recent uses, leaves. A run's uses are counted in its record and written to the sketch
+when it leaves; all counts are halved every ``period`` turnovers of the pool.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class WTinyLfuPolicy(SegmentedPolicy):
         return record.hits >> self.era - record.note
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
+        """Its first place."""
         self._age()
         record.hits = 1 + (self.sketch.estimate(ghosts[0]) if ghosts else 0)
         record.note = self.era

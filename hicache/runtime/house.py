@@ -11,6 +11,7 @@ from hicache.engine.actions import Action
 from hicache.errors import ConfigError
 from hicache.runtime.clock import Clock
 from hicache.runtime.copier import Copier
+from hicache.runtime.heat import HeatTeller
 from hicache.runtime.loop import EngineLoop
 from hicache.runtime.namespaces import NamespaceBook
 from hicache.runtime.options import ServiceOptions
@@ -20,6 +21,7 @@ from hicache.runtime.recorder import Recorder
 from hicache.runtime.recovery import Recoverer
 from hicache.runtime.regions import RegionRegistry
 from hicache.runtime.stores import Stores, open_stores
+from hicache.runtime.watch import Watch
 from hicache.runtime.workers import Wake, Workers, resolve
 from hicache.types import Completion, Namespace, Op
 
@@ -52,6 +54,10 @@ class House:
         self.performer = Performer(self.ports, self.copier, regions, self.loop.handle)
         for port in self.ports:
             port.on_local = wake.ring
+            port.now_ms = clock.now_ms
+        self._clock = clock
+        self._watches = [Watch(port, clock) for port in self.ports if port.spec.durable]
+        self.heat = HeatTeller(self.engine, stores.disk, clock)
         self.recoverer: Recoverer | None = None
         self._recovering: asyncio.Task[None] | None = None
         self.recorder: Recorder | None = None
@@ -89,11 +95,15 @@ class House:
         port = next(port for port in self.ports if port.store is disk)
         port.hold_writes()
         stored = disk.namespaces()
+        start_ms = self._clock.now_ms()
+        offset_ms = start_ms - int(self._clock.wall_s() * 1000)
+        self.heat.start()
         self.recoverer = Recoverer(
             disk.recover,
             port,
             namespace=lambda digest: self.open_namespace(stored[digest])[0],
             handle=self.loop.handle,
+            clock_ms=lambda wall_ms: min(wall_ms + offset_ms, start_ms - 1),
         )
         self._recovering = asyncio.get_running_loop().create_task(self.recoverer.run())
 
@@ -138,6 +148,9 @@ class House:
         if self.recoverer is not None:
             self.recoverer.stop()
         await self.recovered()
+        for watch in self._watches:
+            watch.close()
+        self.heat.stop()
         self.loop.close()
         if self.recorder is not None:
             await asyncio.to_thread(self.recorder.close)
@@ -158,7 +171,7 @@ class House:
 async def open_house(options: ServiceOptions, clock: Clock, regions: RegionRegistry) -> House:
     """Open the stores (on a thread: a lock, a file to map) and wire everything. Raises as ``open_stores`` does."""
     wake = Wake(asyncio.get_running_loop())
-    stores = await asyncio.to_thread(open_stores, options, wake.ring)
+    stores = await asyncio.to_thread(open_stores, options, wake.ring, lambda: int(clock.wall_s() * 1000))
     house = House(options, clock, stores, wake, regions)
     wake.call = house.poll
     try:

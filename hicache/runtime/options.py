@@ -7,6 +7,7 @@ import dataclasses
 from hicache.engine import EngineOptions
 from hicache.errors import ConfigError
 from hicache.policy.admission import NO_ADMISSION
+from hicache.tier.codec_names import LOSSLESS, PAGE_CODECS
 from hicache.types import LARGE_ALIGN_BYTES, TierKind, TierSpec, WritePolicy
 
 GENERATION_BYTES = 8  # width of the counters that clients read beside each host slot
@@ -23,10 +24,13 @@ class ServiceOptions:
     A tier is left out by leaving its size 0; one must be there. ``device``: "" or "cpu". Segment sizes of 0 are
     derived from the tier's capacity (``segment_bytes_for``). ``workers``: threads that copy clients' pages in.
     ``bounce_bytes``: buffers for copies between tiers of which neither can be addressed. ``copy_chunk_bytes``: how
-    much of a copy one worker does at a time. ``disk_sync``: fsync each commit, for power cuts. ``digest``: keep a
-    running digest of the engine's actions. ``device_policy``, ``disk_admission`` and the like: "" as ``policy``,
-    ``admission``. ``record``: a file for what is looked up and stored, of ``record_bytes`` at most; then it moves on,
-    ``record_files`` are kept; ``record_salt``: write the salt of its ids into it.
+    much of a copy one worker does at a time. ``disk_sync``: fsync each commit, for power cuts. ``disk_codec``: how
+    pages of lossless namespaces are compressed; ``disk_quarantine_bytes``: of damaged records that are kept for
+    study, within ``disk_bytes``. ``scrub_bytes_per_s``: how fast the disk's contents are verified in the
+    background, 0: not. ``digest``: keep a running digest of the engine's actions. ``device_policy``,
+    ``disk_admission`` and the like: "" as ``policy``, ``admission``. ``record``: a file for what is looked up and
+    stored, of ``record_bytes`` at most; then it moves on, ``record_files`` are kept; ``record_salt``: write the
+    salt of its ids into it.
     """
 
     device: str = ""
@@ -39,6 +43,9 @@ class ServiceOptions:
     disk_sync: bool = False
     disk_readers: int = 2
     disk_compress_workers: int = 2
+    disk_codec: str = LOSSLESS
+    disk_quarantine_bytes: int = 64 << 20
+    scrub_bytes_per_s: int = 8 << 20
     policy: str = "lru"
     device_policy: str = ""
     host_policy: str = ""
@@ -97,6 +104,8 @@ class ServiceOptions:
                 ("--disk-bytes", "--disk-path") if self.disk_path else ("--disk-path", "--disk-bytes")
             )
             raise ConfigError(f"{given} is set and {missing} is not", hint="they go together")
+        if self.disk_codec not in PAGE_CODECS:
+            raise ConfigError(f"--disk-codec: {self.disk_codec!r} is not one of {', '.join(PAGE_CODECS)}")
         if not (self.device_bytes or self.host_bytes or self.disk_bytes):
             raise ConfigError(
                 "no tier is configured", hint="set --host-bytes, --device-bytes or --disk-bytes"

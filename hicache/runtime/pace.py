@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hicache.engine.actions import FetchResult
+    from hicache.runtime.ports import TierPort
+
 #: A period of work counts by this share; periods before it by the rest.
 NEWEST_SHARE = 0.3
 #: Work is averaged over periods of at least this length, so that small copies do not make the figure jump.
@@ -44,3 +51,21 @@ class Pace:
         if not self.bytes_per_s:
             return 0
         return max(int(max(size_bytes, self.in_flight_bytes) * 1000 / self.bytes_per_s), 1)
+
+
+def pending(ports: Sequence[TierPort], lease_port: TierPort, result: FetchResult) -> tuple[int, int]:
+    """Pages of a lease that are still on their way, and in how many ms the last may be there.
+
+    By the measured pace of the slowest tier that they come from. 0 ms: nothing is pending, or nothing was promoted
+    from there yet.
+    """
+    if not result.operation:
+        return 0, 0
+    pages = result.matched_pages - result.granted_pages
+    sources = [
+        port.pace
+        for port, served in zip(ports, result.tier_pages, strict=True)
+        if served and port is not lease_port
+    ]
+    size_bytes = pages * result.page_bytes
+    return pages, max((pace.wait_ms(size_bytes) for pace in sources), default=0)

@@ -38,7 +38,9 @@ class Performer:
         }
         for port in ports:
             port.on_latched = self._latched
+            port.on_restored = self._restored
             port.on_opened = self._opened
+        self.on_tier: Callable[[str, bool], None] = lambda _name, _well: None
 
     def perform(self, action: Action) -> None:
         """Start one action."""
@@ -84,3 +86,8 @@ class Performer:
 
     def _latched(self, port: TierPort) -> None:
         self._handle(events.TierLatched(port.index, port.health.readable))
+        self.on_tier(port.spec.name, False)  # noqa: FBT003
+
+    def _restored(self, port: TierPort) -> None:
+        self._handle(events.TierRestored(port.index))
+        self.on_tier(port.spec.name, True)  # noqa: FBT003

@@ -2,7 +2,8 @@
 
 Beyond that a port keeps three things in order. Writes to a durable tier wait until its recovery has read it (*hold*).
 A segment is closed only when no batch moves its pages. And it watches the medium: a write fault latches the tier to
-read-only, repeated read faults take it off; both are told once.
+read-only, repeated read faults take it off; both are told once. From then on PUTs are refused without a try, deletes
+are owed, and probes (``runtime/watch.py``) find out when the medium is well again.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 Then = Callable[[Completion], None]
 READ_FAULTS_TO_GIVE_UP = 3
+DELETES_PER_BATCH = 4096
 
 
 class SlottedStore(PageStore, Protocol):
@@ -53,6 +55,8 @@ class Health:
         self.writable = True
         self.readable = True
         self.read_faults = 0  # in a row
+        self.reason = ""  # why it is not ok
+        self.since_ms = 0  # when it ceased to be
 
     @property
     def state(self) -> str:
@@ -69,10 +73,15 @@ class Health:
             if self.readable and self.read_faults >= READ_FAULTS_TO_GIVE_UP:
                 self.readable = self.writable = False
                 return True
-        elif op is Op.PUT and faults and self.writable:
+        elif op in {Op.PUT, Op.DELETE} and faults and self.writable:
             self.writable = False
             return True
         return False
+
+    def restore(self) -> None:
+        """The medium is well again."""
+        self.writable = self.readable = True
+        self.read_faults, self.reason, self.since_ms = 0, "", 0
 
 
 class TierPort:
@@ -97,6 +106,9 @@ class TierPort:
         self.bytes_out = 0
         self.pace = Pace()  # of promotions out of the tier
         self.on_latched: Callable[[TierPort], None] = lambda _: None
+        self.on_ill: Callable[[], None] = lambda: None  # it has just latched, and everybody knows
+        self.on_restored: Callable[[TierPort], None] = lambda _: None
+        self.now_ms: Callable[[], int] = lambda: 0
         self.on_opened: Callable[[TierPort, int, str], None] = lambda _port, _segment, _domain: None
         self.on_local: Callable[[], None] = lambda: None  # something for ``poll`` that no store rang for
         self._ids = itertools.count(1)
@@ -107,6 +119,19 @@ class TierPort:
         self._moving: Counter[int] = Counter()  # batches under way, by segment
         self._closing: dict[int, Callable[[], None]] = {}
         self._closed = False
+        self._given_ms: dict[int, int] = {}  # when the store got each batch, oldest first
+        self._owed: dict[bytes, None] = {}  # deletes that the medium did not take
+        self._failed_get: tuple[bytes, int] | None = None  # a page to try when the medium may be read again
+
+    @property
+    def oldest_batch_ms(self) -> int:
+        """How long the store has been busy with its oldest batch."""
+        return self.now_ms() - next(iter(self._given_ms.values())) if self._given_ms else 0
+
+    @property
+    def degraded_ms(self) -> int:
+        """How long the tier has not been well."""
+        return self.now_ms() - self.health.since_ms if self.health.reason else 0
 
     @property
     def in_flight(self) -> int:
@@ -139,16 +164,31 @@ class TierPort:
             self._give(batch)
 
     def _give(self, batch: Batch) -> None:
+        health = self.health
+        if not health.writable and batch.op is Op.DELETE:
+            self._owed.update(dict.fromkeys(batch.keys))
+            self._answer(batch, Outcome.OK)
+        elif not (health.writable if batch.op is Op.PUT else health.readable or batch.op is not Op.GET):
+            self._answer(batch, Outcome.FAULT, f"tier {self.spec.name} is {health.state}: {health.reason}")
+        else:
+            self._submit(batch)
+
+    def _submit(self, batch: Batch) -> None:
         try:
             self.store.submit(batch)
         except HicacheError as error:
             _log.error("tier %s refused a %s batch: %s", self.spec.name, batch.op.value, error)
-            self._refuse(batch, str(error))
+            self._answer(batch, Outcome.FAULT, str(error))
+        else:
+            self._given_ms[batch.id] = self.now_ms()
 
-    def _refuse(self, batch: Batch, reason: str) -> None:
-        pages = 0 if batch.op is Op.FLUSH else len(batch.keys) or len(batch.slots)
+    def _answer(self, batch: Batch, outcome: Outcome, reason: str = "") -> None:
+        """Complete a batch that the store does not see."""
+        pages = (
+            0 if batch.op is Op.FLUSH else len(batch.keys) or len(batch.slots) or int(batch.op is Op.PROBE)
+        )
         nothing = (0,) * pages
-        self._local.append(Completion(batch.id, (Outcome.FAULT,) * pages, nothing, nothing, reason))
+        self._local.append(Completion(batch.id, (outcome,) * pages, nothing, nothing, reason))
         self.on_local()
 
     def poll(self) -> int:
@@ -157,11 +197,8 @@ class TierPort:
         for completion in self.store.poll():
             batch, then = self._settle(completion)
             self._count(batch, completion)
-            if self.spec.durable and self.health.judge(batch.op, completion):
-                _log.error(
-                    "tier %s is %s from now on: %s", self.spec.name, self.health.state, completion.error
-                )
-                self.on_latched(self)
+            if self.spec.durable:
+                self._watch(batch, completion)
             found += 1
             then(completion)
         while self._local:
@@ -171,8 +208,58 @@ class TierPort:
             then(completion)
         return found
 
+    def _watch(self, batch: Batch, completion: Completion) -> None:
+        """See what a completion says of the medium."""
+        if Outcome.FAULT in completion.outcomes:
+            pairs = zip(batch.keys, completion.outcomes, strict=False)
+            failed = [key for key, outcome in pairs if outcome is Outcome.FAULT]
+            if batch.op is Op.DELETE:
+                self._owed.update(dict.fromkeys(failed))
+            elif batch.op is Op.GET and failed:
+                self._failed_get = failed[0], batch.page_bytes
+        if not self.health.judge(batch.op, completion):
+            return
+        self.health.reason = completion.error or f"{batch.op.value} failed"
+        self.health.since_ms = self.health.since_ms or self.now_ms()
+        _log.error("tier %s is %s from now on: %s", self.spec.name, self.health.state, self.health.reason)
+        self.on_latched(self)
+        self.on_ill()
+
+    # --- after a latch
+
+    def probe(self, then: Callable[[bool], None]) -> None:
+        """Try the medium: a small write, and a read where reads had failed. ``then`` gets whether it is well."""
+
+        def read(completion: Completion) -> None:
+            if Outcome.FAULT in completion.outcomes:
+                then(False)  # noqa: FBT003
+            elif self.health.readable or self._failed_get is None:
+                then(True)  # noqa: FBT003
+            else:
+                key, page_bytes = self._failed_get
+                self._try(Op.GET, lambda got: then(Outcome.FAULT not in got.outcomes), key, page_bytes)
+
+        self._try(Op.PROBE, read)
+
+    def _try(self, op: Op, then: Then, key: bytes = b"", page_bytes: int = 0) -> None:
+        """A batch of its own, past what is held or refused."""
+        buffers = [memoryview(bytearray(page_bytes))] if key else []
+        batch = Batch(next(self._ids), op, page_bytes, (), [key] if key else (), buffers)
+        self._waiting[batch.id] = (batch, then)
+        self._submit(batch)
+
+    def restore(self) -> None:
+        """The medium is well: what is owed goes first, then everything goes on."""
+        self.health.restore()
+        self._failed_get = None
+        owed, self._owed = list(self._owed), {}
+        for start in range(0, len(owed), DELETES_PER_BATCH):
+            self.submit_now(Op.DELETE, owed[start : start + DELETES_PER_BATCH])
+        self.on_restored(self)
+
     def _settle(self, completion: Completion) -> tuple[Batch, Then]:
         batch, then = self._waiting.pop(completion.id)
+        self._given_ms.pop(completion.id, None)
         for segment in {slot // SLOTS_PER_SEGMENT for slot in batch.slots}:
             self._moving[segment] -= 1
             if not self._moving[segment]:
@@ -206,6 +293,11 @@ class TierPort:
         held, self._held = self._held or deque(), None
         for batch in held:
             self._give(batch)
+
+    def _try_owed(self) -> None:
+        batch = Batch(next(self._ids), Op.DELETE, keys=list(self._owed))
+        self._waiting[batch.id] = (batch, lambda _: None)
+        self._submit(batch)
 
     # --- segments and slots
 
@@ -260,5 +352,7 @@ class TierPort:
         self._closed = True
         held, self._held = self._held or deque(), None
         for batch in held:
-            self._refuse(batch, f"tier {self.spec.name} was closed")
+            self._answer(batch, Outcome.FAULT, f"tier {self.spec.name} was closed")
+        if self._owed:  # one more try: what is not deleted comes back at the next start
+            self._try_owed()
         self.store.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
+import gc
 import itertools
 import logging
 from collections.abc import Callable, Generator, Iterator
@@ -23,8 +24,14 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Pages in one event: the loop is busy with it for a few milliseconds.
-PAGES_PER_EVENT = 512
+#: How much one event brings, so that the loop is busy with it for a millisecond or two: a page counts 1, a chain as
+#: much as CHAIN_PAGES of them.
+PAGES_PER_EVENT = 1024
+CHAIN_PAGES = 8
+#: Events after which what has come is taken out of the garbage collector's sight: it would look through all of it
+#: again and again, for tenths of a second. Runs and nodes are freed by their counts.
+EVENTS_PER_FREEZE = 64
+STRANDED = -2  # the parent of a chain whose parent is not stored
 ORPHANS_PER_BATCH = 4096
 
 
@@ -37,7 +44,7 @@ class Chain(Protocol):
 
     @property
     def parent(self) -> int:
-        """Number, among the namespace's chains, of the one before; -1 at the root."""
+        """Number, among the namespace's chains, of the one before; -1 at the root, -2 if it is not stored."""
 
     @property
     def symbols(self) -> bytes:
@@ -50,6 +57,9 @@ class Chain(Protocol):
     @property
     def charges(self) -> list[int]:
         """Bytes of capacity, one a page."""
+
+    # A store may say more: ``last_use_ms`` (wall clock, 0 unknown), ``hits``, and ``parent_key`` of a chain whose
+    # ``parent`` is -2: the page before it is not stored.
 
 
 class Chains(Protocol):
@@ -81,15 +91,28 @@ class _Part:
     symbols: list[bytes] = dataclasses.field(default_factory=list)
     keys: list[list[bytes]] = dataclasses.field(default_factory=list)
     charges: list[list[int]] = dataclasses.field(default_factory=list)
+    last_use_ms: list[int] = dataclasses.field(default_factory=list)
+    hits: list[int] = dataclasses.field(default_factory=list)
+    parent_keys: list[bytes] = dataclasses.field(default_factory=list)
     pages: int = 0
     last: bool = False
 
-    def add(self, parent: int, symbols: bytes, keys: list[bytes], charges: list[int]) -> None:
+    def add(self, chain: Chain, parent: int, start: int) -> None:
+        """A piece of a chain, from page ``start`` on."""
+        end = min(start + PAGES_PER_EVENT, len(chain.keys))
+        width = len(chain.symbols) // len(chain.keys)
         self.parents.append(parent)
-        self.symbols.append(symbols)
-        self.keys.append(keys)
-        self.charges.append(charges)
-        self.pages += len(keys)
+        self.symbols.append(chain.symbols[start * width : end * width])
+        self.keys.append(chain.keys[start:end])
+        self.charges.append(chain.charges[start:end])
+        self.last_use_ms.append(getattr(chain, "last_use_ms", 0))
+        self.hits.append(getattr(chain, "hits", 0))
+        self.parent_keys.append(getattr(chain, "parent_key", b"") if parent == STRANDED else b"")
+        self.pages += end - start
+
+    @property
+    def full(self) -> bool:
+        return self.pages + CHAIN_PAGES * len(self.keys) >= PAGES_PER_EVENT
 
 
 _END = _Part(b"")
@@ -102,15 +125,12 @@ def parts(chains: Iterator[Chain]) -> Generator[_Part, None, None]:
         count = 0
         part = _Part(fingerprint)
         for chain in group:
-            width = len(chain.symbols) // len(chain.keys)
-            parent = ends[chain.parent] if chain.parent >= 0 else -1
+            parent = ends[chain.parent] if chain.parent >= 0 else chain.parent
             for start in range(0, len(chain.keys), PAGES_PER_EVENT):
-                end = start + PAGES_PER_EVENT
-                symbols = chain.symbols[start * width : end * width]
-                part.add(parent, symbols, chain.keys[start:end], chain.charges[start:end])
+                part.add(chain, parent, start)
                 parent = count
                 count += 1
-                if part.pages >= PAGES_PER_EVENT:
+                if part.full:
                     yield part
                     part = _Part(fingerprint)
             ends.append(parent)
@@ -121,8 +141,8 @@ def parts(chains: Iterator[Chain]) -> Generator[_Part, None, None]:
 class Recoverer:
     """Reads one store and hands what it holds to the engine.
 
-    ``namespace``: the engine's number of a stored namespace. Whatever fails is told in ``report``; what was not read
-    stays on the medium, unknown, until the next start.
+    ``namespace``: the engine's number of a stored namespace. ``clock_ms``: a wall clock's time in the engine's clock.
+    Whatever fails is told in ``report``; what was not read stays on the medium, unknown, until the next start.
     """
 
     def __init__(
@@ -132,12 +152,15 @@ class Recoverer:
         *,
         namespace: Callable[[bytes], int],
         handle: Callable[[Recovered], None],
+        clock_ms: Callable[[int], int] = lambda wall_ms: wall_ms,
     ) -> None:
         self._read = read
         self._port = port
         self._namespace = namespace
         self._handle = handle
+        self._clock_ms = clock_ms
         self._stopping = False
+        self._events = 0
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "hicache-recovery", initializer=background)
         self.report = RecoveryReport()
 
@@ -182,8 +205,24 @@ class Recoverer:
 
     def _hand(self, part: _Part) -> None:
         number = self._namespace(part.fingerprint)
-        columns = (part.parents, part.symbols, part.keys, part.charges)
-        self._handle(Recovered(number, self._port.index, *columns, done=part.last))
+        last_use_ms = [self._clock_ms(wall_ms) for wall_ms in part.last_use_ms]
+        self._handle(
+            Recovered(
+                number,
+                self._port.index,
+                part.parents,
+                part.symbols,
+                part.keys,
+                part.charges,
+                part.last,
+                last_use_ms,
+                part.hits,
+                part.parent_keys,
+            )
+        )
+        self._events += 1
+        if self._events % EVENTS_PER_FREEZE == 0:
+            gc.freeze()
         self.report.pages += part.pages
         self.report.chains += len(part.parents)
 

@@ -10,6 +10,7 @@ One asyncio loop's thread owns it; all methods are called there. Copies run on w
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import secrets
 import sys
@@ -26,6 +27,7 @@ from hicache.runtime.extents import ExtentColumns, extents
 from hicache.runtime.house import House, open_house, refuse_optimised
 from hicache.runtime.operators import OperatorCalls
 from hicache.runtime.options import ServiceOptions
+from hicache.runtime.pace import pending
 from hicache.runtime.pages import PageCalls
 from hicache.runtime.reader import PageReader
 from hicache.runtime.recovery import RecoveryReport
@@ -47,10 +49,12 @@ class Service:
     """A running cache. Make it, ``await start()``, in the end ``await close()`` (after ``drain`` to save pages).
 
     The calls that move pages are bound to the service when it starts: ``match fetch renew release lease_view read_pages
-    prefetch wait_operation cancel_operation`` (``pages.PageCalls``), ``reserve commit begin_write abort``
-    (``storing.StoreCalls``), ``pin unpin evict clear`` (``operators.OperatorCalls``).
+    prefetch wait_operation cancel_operation`` (``pages.PageCalls``), ``pending`` (``pace``),
+    ``reserve commit begin_write abort`` (``storing.StoreCalls``), ``pin unpin evict clear``
+    (``operators.OperatorCalls``).
 
     ``on_draining``: called with the grace in ms when a drain begins, and with 0 when the service fails.
+    ``on_tier``: called with a durable tier's name and whether it is well, when it latches and when it comes back.
     ``regions``: shared memory. ``epoch``: 16 random bytes that name this run.
     """
 
@@ -60,6 +64,7 @@ class Service:
         self.specs: tuple[TierSpec, ...] = options.specs()
         self.regions = RegionRegistry()
         self.on_draining: list[Callable[[int], object]] = []
+        self.on_tier: list[Callable[[str, bool], object]] = []
         self.latencies = Latencies()
         self._clock = clock if clock is not None else Clock()
         self._door = Door()
@@ -85,6 +90,7 @@ class Service:
         self._window = Window(self.specs)
         self._bind(house)
         house.loop.on_failed = self._failed
+        house.performer.on_tier = self._tier
         self._started_ms = self._clock.now_ms()
         self._door.state = SERVING
         house.start_recovery()
@@ -109,6 +115,7 @@ class Service:
             pages.renew,
             pages.release,
         )
+        self.pending = functools.partial(pending, house.ports, house.lease_port)
         self.lease_view, self.read_pages, self.prefetch = pages.lease_view, pages.read_pages, pages.prefetch
         self.wait_operation, self.cancel_operation = pages.wait_operation, pages.cancel_operation
         stores = StoreCalls(
@@ -161,6 +168,10 @@ class Service:
     def _failed(self) -> None:
         self._door.state = FAILED
         self._tell(0)
+
+    def _tier(self, name: str, well: bool) -> None:  # noqa: FBT001
+        for callback in self.on_tier:
+            callback(name, well)
 
     def _tell(self, grace_ms: int) -> None:
         for callback in self.on_draining:
@@ -218,24 +229,6 @@ class Service:
     def extents(self, result: FetchResult) -> ExtentColumns:
         """Where the granted pages lie; empty columns where the lease's tier cannot be mapped."""
         return extents(self.regions, self._running.lease_port, result)
-
-    def pending(self, result: FetchResult) -> tuple[int, int]:
-        """Pages of a lease that are still on their way, and in how many ms the last may be there.
-
-        By the measured pace of the slowest tier that they come from. 0 ms: nothing is pending, or nothing was
-        promoted from there yet.
-        """
-        if not result.operation:
-            return 0, 0
-        house = self._running
-        pages = result.matched_pages - result.granted_pages
-        sources = [
-            port.pace
-            for port, served in zip(house.ports, result.tier_pages, strict=True)
-            if served and port is not house.lease_port
-        ]
-        size_bytes = pages * result.page_bytes
-        return pages, max((pace.wait_ms(size_bytes) for pace in sources), default=0)
 
     def stats(self) -> ServiceStats:
         """A snapshot of all counts."""

@@ -38,6 +38,9 @@ class TierStats:
     admitted_pages: int
     refused_pages: int
     queued_batches: int
+    oldest_batch_ms: int = 0
+    degraded_ms: int = 0
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,6 +81,9 @@ def tier_stats(engine: EngineStats, ports: Sequence[TierPort]) -> tuple[TierStat
             admitted_pages=counts.admitted_pages[port.index],
             refused_pages=counts.refused_pages[port.index],
             queued_batches=port.in_flight,
+            oldest_batch_ms=port.oldest_batch_ms,
+            degraded_ms=port.degraded_ms,
+            reason=port.health.reason,
         )
         for view, port in zip(engine.tiers, ports, strict=True)
     )
@@ -96,13 +102,26 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
     totals["differing_pages"] = house.performer.differing_pages
     totals["recorded_entries"] = house.recorder.recorded if house.recorder is not None else 0
     totals["unrecorded_entries"] = house.recorder.dropped if house.recorder is not None else 0
+    scrub = disk.scrub_stats if disk is not None else None
+    totals["scrubbed_pages"] = scrub.pages if scrub is not None else 0
+    totals["scrub_corrupt_pages"] = scrub.corrupt_pages if scrub is not None else 0
+    totals["scrub_passes"] = scrub.passes if scrub is not None else 0
+    totals["quarantined_pages"] = disk.stats.quarantined_pages if disk is not None else 0
+    if disk is not None:
+        for kind, count in dict(disk.stats.corrupt).items():
+            totals[f"bad_records_{kind.replace('-', '_')}"] = count
     gauges = {
         "stranded_pages": engine.stranded_pages,
         "copies_in_flight": house.copier.in_flight,
+        "scrub_last_pass_ms": scrub.last_pass_ms if scrub is not None else 0,
         "copy_chunks_queued": house.copier.queued,
         "calls_waiting": house.loop.open_requests,
         "regions_retiring": house.regions.retiring,
         "recovering": int(report is not None and not report.done),
+        "disk_degraded_ms": max((port.degraded_ms for port in house.ports), default=0),
+        "disk_oldest_batch_ms": max(
+            (port.oldest_batch_ms for port in house.ports if port.spec.durable), default=0
+        ),
         "disk_file_bytes": disk.used_bytes if disk is not None else 0,
     }
     return ServiceStats(

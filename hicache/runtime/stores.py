@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hicache.errors import ConfigError
@@ -28,13 +29,13 @@ class Stores:
         return tuple(port.spec for port in self.ports)
 
 
-def open_stores(options: ServiceOptions, notify: Notify) -> Stores:
-    """Open every configured tier, or none: what was opened before a failure is closed again.
+def open_stores(options: ServiceOptions, notify: Notify, wall_ms: Callable[[], int] = lambda: 0) -> Stores:
+    """Open every configured tier, or none: what was opened before a failure is closed again. ``wall_ms``: unix time.
 
     Raises ConfigError (a folder in use, a missing package), ExhaustedError, UnavailableError.
     """
     with contextlib.ExitStack() as opened:
-        disk = _open_disk(options, notify) if options.disk_bytes else None
+        disk = _open_disk(options, notify, wall_ms) if options.disk_bytes else None
         if disk is not None:
             opened.callback(disk.close)
         ports: list[TierPort] = []
@@ -50,9 +51,9 @@ def open_stores(options: ServiceOptions, notify: Notify) -> Stores:
     return Stores(tuple(ports), disk)
 
 
-def _open_disk(options: ServiceOptions, notify: Notify) -> DiskStore:
+def _open_disk(options: ServiceOptions, notify: Notify, wall_ms: Callable[[], int]) -> DiskStore:
     try:
-        from hicache.tier.disk import DiskStore
+        from hicache.tier.disk import DiskStore, Layout
     except ImportError as error:
         raise ConfigError(f"--disk-path: the disk tier needs lmdb and zstandard: {error}") from error
     try:
@@ -60,9 +61,15 @@ def _open_disk(options: ServiceOptions, notify: Notify) -> DiskStore:
             options.disk_path,
             options.disk_bytes,
             notify,
+            layout=Layout(
+                quarantine_bytes=options.disk_quarantine_bytes,
+                scrub_bytes_per_s=options.scrub_bytes_per_s,
+            ),
+            page_codec=options.disk_codec,
             sync=options.disk_sync,
             readers=options.disk_readers,
             compress_workers=options.disk_compress_workers,
+            wall_ms=wall_ms,
         )
     except ConfigError as error:
         raise ConfigError(f"--disk-path: {error.message}", hint=error.hint) from error

@@ -118,7 +118,9 @@ class LeafCache:
         if free >= need:
             return need
         plan = self.policy.begin()
-        gained, chosen, gone = free, [], {}
+        gained = free
+        chosen: list[tuple[_Run, int]] = []
+        gone: dict[int, int] = {}
         while gained < need:
             ident = plan.next()
             if ident is None:
@@ -169,7 +171,12 @@ class LeafCache:
                 self._next_id += 1
                 run = _Run(self._next_id, piece, above, depth)
                 self._runs[run.ident] = self._first[piece[0]] = run
-                policy.insert(run.ident, RunInfo(len(piece), depth, None, cls, turn, 1.0), self._tick, piece if ghosts else ())
+                policy.insert(
+                    run.ident,
+                    RunInfo(len(piece), depth, None, cls, turn, 1.0),
+                    self._tick,
+                    piece if ghosts else (),
+                )
                 if above is not None:
                     above.below += 1
                 above = run

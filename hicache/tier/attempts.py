@@ -27,6 +27,7 @@ class Attempts:
         self._home = home
         self._stats = stats
         self._on_error = on_error
+        self._last = ""  # a disk that stays broken is logged once
 
     def run(self, work: Callable[[], None]) -> str:
         """Do something with the medium: empty when it worked, ``FULL`` when a map is full, or what failed."""
@@ -37,11 +38,14 @@ class Attempts:
             return FULL
         except Exception as exc:  # noqa: BLE001 - the loop's edge: EIO, ENOSPC, or a bug; the FAULT of these operations
             text = explain(exc, self._home)
-            _log.error("disk: a commit failed: %s", text)
+            if text != self._last:
+                _log.error("disk: a commit failed: %s", text)
+            self._last = text
             self._stats.faults += 1
             self._on_error(text)
             return text
         self._stats.commits += 1
+        self._last = ""
         return ""
 
 

@@ -39,7 +39,7 @@ from hicache.tier.encoder import Encoder, PagePut
 from hicache.tier.folder import Folder
 from hicache.tier.geometry import USABLE_PART, divide
 from hicache.tier.lmdb_env import Medium, raise_malloc_thresholds
-from hicache.tier.ops import DeleteKeys, Flush, Probe, SaveHeat, SaveNamespace, Upkeep, WriterStats
+from hicache.tier.ops import DeleteKeys, Flush, Probe, Purge, SaveHeat, SaveNamespace, Upkeep, WriterStats
 from hicache.tier.outbox import Outbox, Pending
 from hicache.tier.placing import Placing
 from hicache.tier.quarantine import Quarantine, open_quarantine
@@ -47,6 +47,7 @@ from hicache.tier.reader import Readers
 from hicache.tier.recovery import RecoveredChain, Recovery
 from hicache.tier.remove import Remover
 from hicache.tier.rows import pack_namespace
+from hicache.tier.scrub import CURSOR_FILE, Scrubber, ScrubOptions, ScrubStats
 from hicache.tier.shelf import Look, Shelf
 from hicache.tier.upkeep import Upkeep as Keeper
 from hicache.tier.writer import Crew, Writer
@@ -65,11 +66,13 @@ class Layout:
 
     ``shard_bytes``: map of a new shard, 0 chooses by the capacity. ``quarantine_bytes``: bound on damaged records kept
     for study, at most a 64th of the capacity, inside of it; 0 keeps none. ``medium``: tests make it fail.
+    ``scrub_bytes_per_s``: rate at which a background thread verifies what is stored; 0: it does not.
     """
 
     shard_bytes: int = 0
     quarantine_bytes: int = 64 << 20
     medium: Medium = dataclasses.field(default_factory=Medium)
+    scrub_bytes_per_s: int = 0
 
 
 class DiskStore:
@@ -102,8 +105,7 @@ class DiskStore:
         for lossless namespaces: one that names another codec gets that.
         group_bytes: raw bytes of pages in one transaction; less for small capacities.
         backlog_bytes: raw bytes of pages encoded and not yet committed.
-        tune_malloc: raise glibc's thresholds, process-wide.
-        wall_ms: unix time, stored with each page as its first use.
+        tune_malloc: raise glibc's thresholds, process-wide. wall_ms: unix time, stored with each page.
 
         Raises ConfigError for a folder that cannot be used, UnavailableError when LMDB does not open it.
         """
@@ -124,6 +126,7 @@ class DiskStore:
                 self._folder.path, self._geometry, sync=sync, readers=readers, medium=layout.medium
             )
             opened.callback(self._shelf.close)
+            self._geometry = self._shelf.geometry
             quarantine = open_quarantine(self._folder.path, self._geometry.quarantine_bytes)
             opened.pop_all()
         self._namespaces = self._shelf.namespaces()
@@ -134,6 +137,18 @@ class DiskStore:
         self._writer = Writer(crew, group_bytes=min(group_bytes, self._geometry.shard_bytes // 8))
         look = functools.partial(Look, self._shelf)
         self._readers = Readers(look, readers, purge=lambda op: self._writer.submit([op]))
+        self._scrubber = self._start_scrubber(layout.scrub_bytes_per_s, wall_ms)
+
+    def _start_scrubber(self, bytes_per_s: int, wall_ms: Callable[[], int]) -> Scrubber | None:
+        if not bytes_per_s:
+            return None
+
+        def purge(key: bytes, raw_bytes: int) -> None:
+            pending = Pending(Batch(0, Op.GET, raw_bytes, keys=[key]), 1, Outbox(lambda: None))
+            self._writer.submit([Purge(pending, (0,))])
+
+        options = ScrubOptions(bytes_per_s, self._folder.path / CURSOR_FILE, wall_ms)
+        return Scrubber(lambda: Look(self._shelf), purge, options)
 
     def _hire(self, quarantine: Quarantine, medium: Medium, wall_ms: Callable[[], int]) -> Crew:
         shelf, stats = self._shelf, WriterStats()
@@ -149,6 +164,8 @@ class DiskStore:
 
     def put_namespace(self, namespace_fingerprint: bytes, namespace: Namespace) -> None:
         """Store a namespace; it is durable before any page submitted after it. Does not wait.
+
+        As long as the folder holds no page at all there is nowhere to write it, and a restart forgets it.
 
         Raises InvalidArgumentError when the fingerprint is not the namespace's.
         """
@@ -198,9 +215,9 @@ class DiskStore:
         copies = recovery.copies
         self._writer.submit([Upkeep(lambda: self._keeper.drop_copies(copies)), Upkeep(self._keeper.resume)])
 
-    def _surplus(self) -> list[bytes]:
+    def _surplus(self, usable_bytes: int) -> list[bytes]:
         """Pages that nothing will match, or that are too many for the capacity; for the writer's thread."""
-        found = Recovery(lambda: Look(self._shelf), self.namespaces(), usable_bytes=self.usable_bytes)
+        found = Recovery(lambda: Look(self._shelf), self.namespaces(), usable_bytes=usable_bytes)
         chains = iter(found)
         next(chains, None)  # the first chain comes after all rows were read
         chains.close()
@@ -222,6 +239,11 @@ class DiskStore:
     def stats(self) -> WriterStats:
         """Counters of the writer; read only."""
         return self._stats
+
+    @property
+    def scrub_stats(self) -> ScrubStats:
+        """What the scrubber did; zeros where there is none."""
+        return self._scrubber.stats if self._scrubber is not None else ScrubStats()
 
     def compact(self) -> None:
         """Give back what sparse files hold, shard by shard, in the background: see ``progress``.
@@ -271,13 +293,15 @@ class DiskStore:
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
+        if self._scrubber is not None:
+            self._scrubber.close()
         self._readers.close()  # readers hand corrupt pages to the writer
         self._encoder.close()
         self._writer.close()
         try:
             self._shelf.sync()
             clean = True
-        except lmdb.Error as exc:
+        except (lmdb.Error, OSError) as exc:
             _log.error("disk: the last sync failed: %s", exc)
             clean = False
         self._shelf.close()

@@ -20,6 +20,7 @@ from hicache.tier.shelf import Shard, Shelf
 _log = logging.getLogger(__name__)
 
 _STEP_BYTES = 8 << 20
+_STEP_PART = 16  # of a shard: small enough to find room in another one
 _STEP_PAGES = 1024
 _ROW_BYTES = 4096  # a record's share of the trees, at most
 
@@ -78,15 +79,18 @@ class Evacuation:
 
     def _next(self) -> tuple[list[bytes], int]:
         """Keys of the next pages, and the bytes they take."""
-        keys, size = [], 0
+        keys: list[bytes] = []
+        size = 0
         source = self.source
+        limit = min(_STEP_BYTES, source.info.map_bytes // _STEP_PART)
         with source.db.env.begin(buffers=True) as txn:
             for key, value in txn.cursor(db=source.db.pages):
                 record = value if len(value) > DISK_PAGE_BYTES else get_record(txn, source.db, bytes(key))
-                keys.append(bytes(key))
-                size += (len(record) if record is not None else 0) + _ROW_BYTES
-                if size >= _STEP_BYTES or len(keys) >= _STEP_PAGES:
+                more = (len(record) if record is not None else 0) + _ROW_BYTES
+                if keys and (size + more > limit or len(keys) >= _STEP_PAGES):
                     break
+                keys.append(bytes(key))
+                size += more
         return keys, size
 
     def _copy(self, keys: Sequence[bytes], target: Shard) -> bool:

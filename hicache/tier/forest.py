@@ -7,6 +7,7 @@ pointer doubling, which carries a value along paths of any length in a logarithm
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ class Rows:
     last_use_ms: Ints
     hits: npt.NDArray[np.uint32]
     shards: npt.NDArray[np.int16]
+    symbols: npt.NDArray[np.void] | None = None  # where they are short; else they are read again
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -41,7 +43,21 @@ class Rows:
             self.last_use_ms[which],
             self.hits[which],
             self.shards[which],
+            None if self.symbols is None else self.symbols[which],
         )
+
+    @staticmethod
+    def joined(parts: list[Rows]) -> Rows:
+        """Some rows after the others. ``parts`` is emptied column by column, so that little is held twice."""
+        columns: list[Any] = []
+        split = [[getattr(part, field.name) for field in dataclasses.fields(Rows)] for part in parts]
+        parts.clear()
+        for at in range(len(split[0])):
+            column = [part[at] for part in split]
+            columns.append(None if column[0] is None else np.concatenate(column))
+            for part in split:
+                part[at] = None
+        return Rows(*columns)
 
     def without_copies(self) -> tuple[Rows, list[tuple[bytes, int]]]:
         """Each page once; of every copy left out its key and its shard."""

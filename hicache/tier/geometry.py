@@ -15,12 +15,15 @@ from hicache.tier.rows import DISK_PAGE_BYTES
 USABLE_PART = 0.85
 #: Puts beyond this part of a map are refused: deletes need free pages, too, for copy-on-write.
 FILL_LIMIT = 0.95
+#: And beyond this much before its end: a small delete copies some six pages of the trees and of the list of free
+#: pages, and these come back two commits later.
+COPY_BYTES = 128 << 10
 #: From this capacity on there are several shards.
 SEVERAL_FROM_BYTES = 256 << 20
 #: SHARD, lock.mdb and the folder of one shard.
 SHARD_FILES_BYTES = 32 << 10
 #: Below this a shard is not worth its files.
-MIN_SHARD_BYTES = 256 << 10
+MIN_SHARD_BYTES = 512 << 10
 #: Lock, FORMAT, STATE and its replacement, folders, the file a probe writes; file-system metadata by the size.
 PROBE_BYTES = 32 << 10
 _OTHER_FILES_BYTES = (96 << 10) + PROBE_BYTES
@@ -50,15 +53,15 @@ class Geometry:
     def usable_bytes(self) -> int:
         """The sum of charges up to which pages find room."""
         shards = max(1, (self.data_bytes - self.reserve_bytes) // (self.shard_bytes + SHARD_FILES_BYTES))
-        files = shards * SHARD_FILES_BYTES
-        return int((self.data_bytes - self.reserve_bytes - files) * USABLE_PART)
+        maps = self.data_bytes - self.reserve_bytes - shards * SHARD_FILES_BYTES
+        return min(int(maps * USABLE_PART), maps - shards * COPY_BYTES * 5 // 4)
 
     def map_bytes(self, size_class_bytes: int, free_bytes: int) -> int:
         """Map of a new shard for a class when so many bytes are free for it and its files; 0: not worth it."""
         wanted = max(self.shard_bytes, min(size_class_bytes * _CLASS_PAGES, self.data_bytes // 4))
         possible = _whole(min(wanted, free_bytes - SHARD_FILES_BYTES))
-        least = self.shard_bytes // 4 if self.several else min(MIN_SHARD_BYTES, self.shard_bytes)
-        return possible if possible >= least else 0
+        least = max(MIN_SHARD_BYTES, self.shard_bytes // 4 if self.several else 0)
+        return possible if possible >= min(least, self.shard_bytes) else 0
 
 
 def divide(capacity_bytes: int, quarantine_bytes: int, shard_bytes: int = 0) -> Geometry:

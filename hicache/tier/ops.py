@@ -117,14 +117,13 @@ def parts(group: Sequence[WriteOp]) -> Iterator[list[WriteOp]]:
 
 
 def delete_order(
-    homes: Mapping[bytes, Sequence[Shard]], parents: Mapping[bytes, bytes], last: Shard | None
+    homes: Mapping[bytes, Sequence[Shard]], parents: Mapping[bytes, bytes]
 ) -> list[tuple[Shard, list[bytes]]]:
     """Transactions that remove every copy, a page never before its descendants in another shard.
 
     Args:
         homes: the shards that hold each doomed page.
         parents: the parent's key of each.
-        last: the shard to leave for the end where that is possible, so that puts can share its transaction.
     """
     waiting: dict[int, dict[bytes, None]] = {}
     shards: dict[int, Shard] = {}
@@ -135,15 +134,14 @@ def delete_order(
             waiting.setdefault(shard.info.number, {})[key] = None
             if parents.get(key) in homes and parents[key] != key:
                 children[parents[key]] = children.get(parents[key], 0) + 1
-    order = sorted(waiting, key=lambda number: last is not None and number == last.info.number)
     steps = []
     while any(waiting.values()):
-        for number in order:
-            taken = _take_free(waiting[number], parents, children)
-            if taken:
-                break
-        else:  # only rows that lie about their parents get here
-            number = next(n for n in order if waiting[n])
+        number, taken = next(
+            ((n, taken) for n, doomed in waiting.items() if (taken := _take_free(doomed, parents, children))),
+            (-1, []),
+        )
+        if not taken:  # only rows that lie about their parents get here
+            number = next(n for n in waiting if waiting[n])
             taken = list(waiting[number])
             waiting[number].clear()
         steps.append((shards[number], taken))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import lmdb
@@ -33,10 +33,11 @@ from hicache.tier.rows import (
 from hicache.tier.shelf import Look, Shard
 from hicache.types import Namespace
 
-_HEAD = np.dtype(
-    [("charge", "<u8"), ("last_use_ms", "<u8"), ("hits", "<u4"), ("space", "V32"), ("parent", "V32")]
-)
-assert _HEAD.itemsize == SYMBOL_AT, "the flat head is a row's"
+_FIELDS = [("charge", "<u8"), ("last_use_ms", "<u8"), ("hits", "<u4"), ("space", "V32"), ("parent", "V32")]
+assert np.dtype(_FIELDS).itemsize == SYMBOL_AT, "the flat head is a row's"
+#: Symbols up to this size are kept from the first reading: reading a row again costs two microseconds.
+_SHORT_SYMBOL_BYTES = 64
+_PACK_BYTES = 2 << 20  # of keys
 _PAGES_PER_BLOCK = 1 << 14
 
 
@@ -61,35 +62,42 @@ class RecoveredChain:
 
 
 class _Table:
-    """Rows of one namespace, flat."""
+    """Rows of one namespace: bytes as they come, packed into columns every so often."""
 
-    __slots__ = ("heads", "keys", "shards")
+    __slots__ = ("_head", "_packed", "heads", "kept_bytes", "keys", "shard", "width")
 
-    def __init__(self) -> None:
+    def __init__(self, symbol_bytes: int) -> None:
+        self.width = SYMBOL_AT + symbol_bytes
+        short = symbol_bytes <= _SHORT_SYMBOL_BYTES
+        self._head = np.dtype([*_FIELDS, ("symbol", f"V{symbol_bytes}")] if short else _FIELDS)
+        self.kept_bytes = self._head.itemsize
+        self._packed: list[Rows] = []
         self.keys = bytearray()
         self.heads = bytearray()
-        self.shards: list[tuple[int, Shard]] = []  # (rows so far, the shard they are from)
+        self.shard = 0  # index, among the shards looked at, of the one that the bytes are from
 
-    def rows(self) -> Rows:
-        """As arrays. The buffers are given up."""
-        keys = np.frombuffer(self.keys, dtype="V32")
-        heads = np.frombuffer(self.heads, dtype=_HEAD)
-        shards = np.zeros(len(keys), dtype=np.int16)
-        start = 0
-        for index, (end, _) in enumerate(self.shards):
-            shards[start:end] = index
-            start = end
-        charges = heads["charge"] & np.uint64(CHARGE_MASK)
-        rows = Rows(
-            keys,
-            heads["parent"].copy(),
-            charges.astype(np.int64),
-            heads["last_use_ms"].astype(np.int64),
-            heads["hits"].copy(),
-            shards,
+    def pack(self) -> None:
+        """Turn the bytes into columns."""
+        if not self.keys:
+            return
+        heads = np.frombuffer(self.heads, dtype=self._head)
+        self._packed.append(
+            Rows(
+                np.frombuffer(self.keys, dtype="V32"),
+                heads["parent"].copy(),
+                (heads["charge"] & np.uint64(CHARGE_MASK)).astype(np.int64),
+                heads["last_use_ms"].astype(np.int64),
+                heads["hits"].copy(),
+                np.full(len(heads), self.shard, dtype=np.int16),
+                heads["symbol"].copy() if self.kept_bytes == self.width else None,
+            )
         )
-        self.heads = bytearray()
-        return rows
+        self.keys, self.heads = bytearray(), bytearray()
+
+    def rows(self) -> Rows | None:
+        """All of them, once; None when there are none."""
+        packed, self._packed = self._packed, []
+        return Rows.joined(packed) if packed else None
 
 
 class Recovery:
@@ -119,9 +127,9 @@ class Recovery:
         look = self._look()
         try:
             tables = self._scan(look)
-            forests = self._grow(tables)
+            forests = self._grow(tables, look.shards)
             for space in list(forests):
-                yield from _chains(look, space, forests.pop(space), tables.pop(space))
+                yield from _chains(look, space, forests.pop(space))
         finally:
             look.close()
             self._on_end(self)
@@ -136,40 +144,40 @@ class Recovery:
             if not look.outdated:
                 break
             look.renew()
-        tables = {space: _Table() for space in self._namespaces}
-        widths = {space: SYMBOL_AT + n.symbol_bytes for space, n in self._namespaces.items()}
-        for shard in look.shards:
-            self._scan_shard(look.txn(shard), shard, tables, widths)
+        tables = {space: _Table(n.symbol_bytes) for space, n in self._namespaces.items()}
+        for index, shard in enumerate(look.shards):
             for table in tables.values():
-                table.shards.append((len(table.keys) // KEY_BYTES, shard))
+                table.shard = index
+            self._scan_shard(look.txn(shard), shard, tables)
+            for table in tables.values():
+                table.pack()
         return tables
 
-    def _scan_shard(
-        self, txn: lmdb.Transaction, shard: Shard, tables: dict[bytes, _Table], widths: dict[bytes, int]
-    ) -> None:
+    def _scan_shard(self, txn: lmdb.Transaction, shard: Shard, tables: dict[bytes, _Table]) -> None:
         sha256 = hashlib.sha256
         for raw_key, raw_row in txn.cursor(db=shard.db.meta):
             key, row = bytes(raw_key), bytes(raw_row)
             if len(row) <= VERSION_AT or row[VERSION_AT] != ROW_VERSION:
                 row = upgraded(row)
-            space = row[NAMESPACE_AT:PARENT_AT]
-            if len(row) == widths.get(space) and sha256(row[PARENT_AT:]).digest() == key:
-                table = tables[space]
+            table = tables.get(row[NAMESPACE_AT:PARENT_AT])
+            if table is not None and len(row) == table.width and sha256(row[PARENT_AT:]).digest() == key:
                 table.keys += key
-                table.heads += row[:SYMBOL_AT]
+                table.heads += row[: table.kept_bytes]
+                if len(table.keys) >= _PACK_BYTES:
+                    table.pack()
             else:
                 self.orphans.append(key)
 
-    def _grow(self, tables: dict[bytes, _Table]) -> dict[bytes, Forest]:
+    def _grow(self, tables: dict[bytes, _Table], shards: Sequence[Shard]) -> dict[bytes, Forest]:
         """Trees of every namespace that has pages, without copies and without what is too much."""
         forests = {}
         for space, table in tables.items():
-            if not table.keys:
-                continue
             rows = table.rows()
-            rows, copies = rows.without_copies()
-            self.copies += [(table.shards[shard][1], key) for key, shard in copies]
-            forests[space] = grow_forest(rows, space)
+            if rows is not None:
+                rows, copies = rows.without_copies()
+                self.copies += [(shards[shard], key) for key, shard in copies]
+                forests[space] = grow_forest(rows, space)
+            del rows
         for space, doomed in surplus_of(forests, self._usable_bytes).items():
             rows = forests[space].rows
             self.orphans += [rows.keys[i].tobytes() for i in np.flatnonzero(doomed)]
@@ -181,10 +189,10 @@ class Recovery:
         return forests
 
 
-def _chains(look: Look, space: bytes, forest: Forest, table: _Table) -> Iterator[RecoveredChain]:
+def _chains(look: Look, space: bytes, forest: Forest) -> Iterator[RecoveredChain]:
     """Hand one namespace out: reachable chains first, parents before children."""
     rows, order, starts = forest.rows, forest.order, forest.starts
-    txns = [(look.txn(shard), shard.db.meta) for _, shard in table.shards]
+    txns = [(look.txn(shard), shard.db.meta) for shard in look.shards]
     chain, chains = 0, len(starts) - 1
     while chain < chains:
         # As many chains as fill a block, one at least: what is read at once is bounded.
@@ -195,9 +203,13 @@ def _chains(look: Look, space: bytes, forest: Forest, table: _Table) -> Iterator
         keys = _split(rows.keys[pages])
         charges = rows.charges[pages].tolist()
         shards = rows.shards[pages].tolist()
+        flat = rows.symbols[pages].tobytes() if rows.symbols is not None else b""
+        width = len(flat) // len(pages)
         for index in range(chain, last):
             start, end = int(starts[index]) - base, int(starts[index + 1]) - base
-            symbols = b"".join([_symbol(txns[shards[at]], keys[at]) for at in range(start, end)])
+            symbols = flat[start * width : end * width] or b"".join(
+                [_symbol(txns[shards[at]], keys[at]) for at in range(start, end)]
+            )
             parent = int(forest.parents[index])
             yield RecoveredChain(
                 space,

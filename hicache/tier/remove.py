@@ -32,19 +32,33 @@ class Remover:
         for shard, keys in self._in_order(homes):
             kept = [key for key in keys if key not in failed]
             error = self._delete_from(shard, kept)
-            failed.update(dict.fromkeys(kept, error) if error else {})
+            if error:
+                failed.update(dict.fromkeys(kept, error))
+                self._spare_ancestors(failed, homes, error)
         return failed
+
+    def _spare_ancestors(self, failed: dict[bytes, str], homes: Homes, error: str) -> None:
+        """What stays keeps its ancestors: do not even try to remove these."""
+        parents = self._parents(homes)
+        for key in list(failed):
+            above = parents.get(key, b"")
+            while above in homes and above not in failed:
+                failed[above] = error
+                above = parents[above]
 
     def _in_order(self, homes: Homes) -> list[tuple[Shard, list[bytes]]]:
         touched = {shard.info.number: shard for places in homes.values() for shard in places}
         if len(touched) <= 1:
             return [(shard, [key for key, places in homes.items() if places]) for shard in touched.values()]
+        return delete_order(homes, self._parents(homes))
+
+    def _parents(self, homes: Homes) -> dict[bytes, bytes]:
         parents = {}
         with Look(self._shelf) as look:
             for key, places in homes.items():
                 row = look.txn(places[0]).get(key, db=places[0].db.meta) if places else None
                 parents[key] = parent_of(bytes(row)) if row is not None else b""
-        return delete_order(homes, parents, None)
+        return parents
 
     def _delete_from(self, shard: Shard, keys: Sequence[bytes]) -> str:
         """Remove pages from one shard; what failed."""
@@ -57,7 +71,13 @@ class Remover:
 
         error = self._attempts.run(work) if keys else ""
         if error == FULL:  # so full that not even the trees can be copied: wait for what was freed
-            error = self._attempts.run(shard.recycle) or self._attempts.run(work)
+            self._attempts.run(shard.recycle)
+            error = self._attempts.run(work)
+        if error == FULL and len(keys) > 1:  # copy less of them at once
+            homes: Homes = {key: (shard,) for key in keys}
+            [(_, ordered)] = delete_order(homes, self._parents(homes))
+            half = len(keys) // 2
+            error = self._delete_from(shard, ordered[:half]) or self._delete_from(shard, ordered[half:])
         return error
 
     def save_heat(self, heat: dict[bytes, tuple[int, int]]) -> None:

@@ -22,6 +22,8 @@ from hicache.tier.smallfile import fsync_folder, read_json, write_json
 SHARDS = "shards"
 SHARD = "SHARD"
 _NEW, _OLD = ".new", ".old"
+#: The file of version 1 may be full to its last page: room to change anything in it.
+_ADOPTED_SLACK_BYTES = 256 << 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,8 +89,10 @@ def create_shard(home: Path, number: int, *, size_class_bytes: int, map_bytes: i
 def remove_shard(folder: Path) -> None:
     """Remove a shard that is not open. Raises OSError."""
     old = folder.with_name(folder.name + _OLD)
-    folder.rename(old)
-    shutil.rmtree(old)
+    if folder.exists():
+        folder.rename(old)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def adopt_version_1(home: Path) -> None:
@@ -98,7 +102,8 @@ def adopt_version_1(home: Path) -> None:
         return
     folder = home / SHARDS / "0"
     if not (folder / SHARD).exists():
-        create_shard(home, 0, size_class_bytes=0, map_bytes=_whole_pages(data.stat().st_size))
+        map_bytes = _whole_pages(data.stat().st_size + _ADOPTED_SLACK_BYTES)
+        create_shard(home, 0, size_class_bytes=0, map_bytes=map_bytes)
     data.rename(folder / DATA)
     (home / LOCK).unlink(missing_ok=True)
     fsync_folder(folder)

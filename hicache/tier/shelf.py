@@ -8,6 +8,7 @@ removed; ``moves`` says that a page may have gone from one snapshot and not yet 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import lmdb
 
 from hicache.errors import UnavailableError
 from hicache.keys import KEY_BYTES
-from hicache.tier.geometry import FILL_LIMIT, SHARD_FILES_BYTES, Geometry
+from hicache.tier.geometry import COPY_BYTES, FILL_LIMIT, SHARD_FILES_BYTES, Geometry
 from hicache.tier.lmdb_env import DATA, LOCK, TICK_KEY, UNUSABLE, Database, Medium, WriteTxn, open_database
 from hicache.tier.rows import unpack_namespace
 from hicache.tier.shards import ShardInfo, create_shard, list_shards, remove_shard
@@ -57,7 +58,7 @@ class Shard:
         self.map_full = 0  # times room was there by the figures and none was found
         self.tired_bytes = 0  # what it held when that last happened; 0: never
         self.tick = 0
-        self.limit_bytes = int(info.map_bytes * FILL_LIMIT)
+        self.limit_bytes = min(int(info.map_bytes * FILL_LIMIT), info.map_bytes - COPY_BYTES)
         with db.env.begin() as txn:
             self.used_bytes = db.used_bytes(txn)
             self.namespaces = {bytes(key) for key in txn.cursor(db=db.namespaces).iternext(values=False)}
@@ -167,12 +168,19 @@ class Shelf:
         self._readers = readers
         self._medium = medium
         self._changed = threading.Condition()
+        self._leftovers: dict[Path, int] = {}  # bytes of closed shards whose files could not be removed
         self.shards: tuple[Shard, ...] = ()
         with contextlib.ExitStack() as unfinished:
             unfinished.callback(self.close)
-            for info in list_shards(home):
+            infos = list_shards(home)
+            for info in infos:
                 self._adopt(info)
             unfinished.pop_all()
+        if self.free_bytes < 0 <= self.free_bytes + geometry.quarantine_bytes:
+            # One file of version 1 may fill what was to be the quarantine.
+            spared = geometry.data_bytes + geometry.quarantine_bytes
+            self.geometry = dataclasses.replace(geometry, data_bytes=spared, quarantine_bytes=0)
+        self._number = max((info.number for info in infos), default=-1)
 
     # -- readers
 
@@ -199,7 +207,7 @@ class Shelf:
     @property
     def file_bytes(self) -> int:
         """The most that the shards' files can come to."""
-        return sum(shard.file_bytes for shard in self.shards)
+        return sum(shard.file_bytes for shard in self.shards) + sum(self._leftovers.values())
 
     @property
     def free_bytes(self) -> int:
@@ -232,7 +240,8 @@ class Shelf:
 
     def create(self, size_class_bytes: int, map_bytes: int) -> Shard:
         """A new, empty shard. Raises OSError, lmdb.Error."""
-        number = 1 + max((shard.info.number for shard in self.shards), default=-1)
+        self._number += 1
+        number = self._number
         self._medium.before("file", self.home)
         info = create_shard(self.home, number, size_class_bytes=size_class_bytes, map_bytes=map_bytes)
         try:
@@ -252,9 +261,16 @@ class Shelf:
         with self._changed:
             self._changed.wait_for(lambda: not shard.leases)
         shard.db.env.close()
-        self._medium.before("file", self.home)
-        remove_shard(shard.info.path)
+        self._leftovers[shard.info.path] = shard.file_bytes
+        self.clear_leftovers()
         _log.info("disk: shard %d given back", shard.info.number)
+
+    def clear_leftovers(self) -> None:
+        """Remove the files of closed shards. Raises OSError while that fails; they count until then."""
+        for path in list(self._leftovers):
+            self._medium.before("file", self.home)
+            remove_shard(path)
+            del self._leftovers[path]
 
     def sync(self) -> None:
         """Everything committed is on the medium. Raises lmdb.Error."""

@@ -60,7 +60,7 @@ class Upkeep:
         remover: Remover,
         *,
         stats: WriterStats,
-        surplus: Callable[[], list[bytes]],
+        surplus: Callable[[int], list[bytes]],
     ) -> None:
         self._shelf = shelf
         self._attempts = attempts
@@ -74,6 +74,7 @@ class Upkeep:
         self.too_large = shelf.free_bytes < 0
         self.gave_up = ""
         self._free_before = shelf.free_bytes - 1
+        self._target_bytes = shelf.geometry.usable_bytes
 
     @property
     def holds_puts(self) -> bool:
@@ -165,6 +166,7 @@ class Upkeep:
 
     def retry(self) -> None:
         """Time has passed: what could not be done may work now."""
+        self._attempts.run(self._shelf.clear_leftovers)
         self.gave_up = ""
         self._free_before = self._shelf.free_bytes - 1
 
@@ -184,10 +186,9 @@ class Upkeep:
             self.too_large = False
             _log.info("disk: the files are within the capacity again")
             return
-        doomed = self._surplus() if self._shelf.used_bytes > self._shelf.geometry.usable_bytes else []
-        if not doomed and self._shelf.free_bytes <= self._free_before:
-            self.gave_up = "the files could not be made to fit"
-            return
+        if self._shelf.free_bytes <= self._free_before:
+            self._target_bytes = self._target_bytes * 9 // 10  # what lives on is too scattered: fewer pages
+        doomed = self._surplus(self._target_bytes) if self._shelf.used_bytes > self._target_bytes else []
         self._free_before = self._shelf.free_bytes
         if doomed:
             failed = self._remover.delete(self._remover.locate(doomed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hicache.errors import ViolationError
+from hicache.keys import KEY_BYTES
 from hicache.tree.node import ABSENT, LIVE, Node, Run
 from hicache.types import Residency
 
@@ -59,7 +60,8 @@ def _audit_run(tree: Tree, run: Run) -> None:
     _demand(_STATES.issuperset(run.state), run, "states are residencies")
     _demand(run.live == sum(state in LIVE for state in run.state), run, "live counts readable tiers")
     _demand(min(run.anchors, *run.pins) >= 0, run, "pins and anchors are counts")
-    _demand(run.keys is None or len(run.keys) == run.pages, run, "one key a page")
+    keys = run.packed_keys
+    _demand(keys is None or len(keys) == run.pages * KEY_BYTES, run, "one key a page")
     for state, slots in zip(run.state, run.slots, strict=True):
         _demand(slots is None or state != ABSENT, run, "absent pages have no slots")
         _demand(slots is None or len(slots) == run.pages, run, "one slot a page")

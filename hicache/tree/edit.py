@@ -30,6 +30,21 @@ def add_pages(tree: Tree, after: Run | None, symbols: bytes) -> Run:
     return run
 
 
+def hang_node(tree: Tree, after: Run | None, symbols: bytes) -> Run | None:
+    """A new run in a node of its own after ``after``; None where that takes more than hanging it there."""
+    node = tree.root if after is None else after.node
+    if after is not None and node.runs[-1] is not after:
+        return None
+    first = symbols[: tree.symbol_bytes]
+    if first in node.children:
+        return None
+    node.children[first] = node = Node(symbols, node)
+    run = Run(tree, node, 0, len(symbols) // tree.symbol_bytes)
+    node.runs.append(run)
+    node.holes = 1
+    return run
+
+
 def _end_node(tree: Tree, after: Run | None, symbols: bytes) -> Node:
     """The node at whose end pages go that follow ``after``: split off if the run is not its node's last."""
     width = tree.symbol_bytes

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
+from hicache.keys import KEY_BYTES
 from hicache.types import Residency
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ class Run:
         "hits",
         "holders",
         "id",
-        "keys",
         "live",
         "node",
+        "packed_keys",
         "pages",
         "pins",
         "slots",
@@ -93,10 +94,25 @@ class Run:
         self.tick = 0
         self.hits = 0
         self.anchors = 0  # holds on the run's end, below which pages are going to hang
-        self.keys: list[bytes] | None = None  # once computed; a split shortens the list in place
+        self.packed_keys: bytes | None = (
+            None  # the page keys, joined, once they are known: a third of a list's room
+        )
         self.holders: list[Holder] = []
         self.extra: object | None = None  # the engine's
         self.use: object | None = None  # the engine's, too: one object for many runs
+
+    @property
+    def keys(self) -> list[bytes] | None:
+        """The page keys if they are known: a new list. O(pages)."""
+        packed = self.packed_keys
+        if packed is None:
+            return None
+        return [packed[at : at + KEY_BYTES] for at in range(0, len(packed), KEY_BYTES)]
+
+    @property
+    def last_key(self) -> bytes | None:
+        """The key of the last page if it is known."""
+        return None if self.packed_keys is None else self.packed_keys[-KEY_BYTES:]
 
     def __repr__(self) -> str:
         return f"Run({self.id}, pages {self.start}..{self.start + self.pages}, state {self.state})"

@@ -10,6 +10,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from hicache.errors import ViolationError
+from hicache.keys import KEY_BYTES
 from hicache.tree.edit import add_pages, drop_last_run, shorten
 from hicache.tree.node import ABSENT, RESIDENT, Match, Run, count_above, index_at, parent_run
 
@@ -73,8 +74,8 @@ def trim_tip(run: Run, tier: int, pages: int) -> array[int]:
     gone = slots[keep:]
     del slots[keep:]
     run.pages = keep
-    if run.keys is not None:
-        del run.keys[keep:]
+    if run.packed_keys is not None:
+        run.packed_keys = run.packed_keys[: keep * KEY_BYTES]
     shorten(run.node, (run.start + keep) * run.tree.symbol_bytes)
     return gone
 

@@ -10,9 +10,9 @@ from array import array
 from collections.abc import Iterator
 
 from hicache.errors import ViolationError
-from hicache.keys import chain_keys
+from hicache.keys import KEY_BYTES, chain_keys
 from hicache.tree.audit import audit
-from hicache.tree.edit import add_pages, drop_last_run, removable
+from hicache.tree.edit import add_pages, drop_last_run, hang_node, removable
 from hicache.tree.node import (
     ABSENT,
     LIVE,
@@ -118,19 +118,19 @@ class Tree:
     def page_keys(self, run: Run, seed: bytes) -> list[bytes]:
         """Page keys of the run, as a list that is the caller's. ``seed`` is the key before the first page.
 
-        O(pages), plus once in its life each page above; keys are kept in ``run.keys``.
+        O(pages), plus once in its life each page above; keys are kept in ``run.packed_keys``.
         """
         missing: list[Run] = []
         above: Run | None = run
-        while above is not None and above.keys is None:
+        while above is not None and above.packed_keys is None:
             missing.append(above)
             above = parent_run(above)
-        key = above.keys[-1] if above is not None and above.keys else seed
+        key = (above.last_key if above is not None else None) or seed
         for each in reversed(missing):
-            each.keys = chain_keys(key, self.symbols(each), self.symbol_bytes)
-            key = each.keys[-1]
-        assert run.keys is not None
-        return list(run.keys)
+            keys = chain_keys(key, self.symbols(each), self.symbol_bytes)
+            each.packed_keys = b"".join(keys)
+            key = keys[-1]
+        return run.keys or []
 
     def walk(self) -> Iterator[Node]:
         """Every node but the root, a parent before its children. The tree must not change meanwhile."""
@@ -167,6 +167,14 @@ class Tree:
             raise ViolationError(f"insert: page {first_page} cannot stand after {after}")
         return add_pages(self, after, symbols)
 
+    def hang(self, after: Run | None, symbols: bytes) -> Run | None:
+        """A new run of these symbols in a node of its own just after ``after``, ABSENT everywhere. O(1).
+
+        None, and nothing changed, where ``after`` does not end its node or the first page has a place already: then
+        ``insert`` finds the way.
+        """
+        return hang_node(self, after, symbols)
+
     def split_run(self, run: Run, pages: int) -> Run:
         """Split so that ``run`` keeps its first ``pages``; returns the new run that holds the rest.
 
@@ -190,9 +198,9 @@ class Tree:
             if slots is not None:
                 tail.slots[tier] = slots[pages:]
                 run.slots[tier] = slots[:pages]
-        if run.keys is not None:
-            tail.keys = run.keys[pages:]
-            del run.keys[pages:]
+        if run.packed_keys is not None:
+            tail.packed_keys = run.packed_keys[pages * KEY_BYTES :]
+            run.packed_keys = run.packed_keys[: pages * KEY_BYTES]
         if not run.live:
             run.node.holes += 1
         for holder in run.holders:
@@ -249,7 +257,8 @@ class Tree:
         for tier, slots in enumerate(after.slots):
             mine = run.slots[tier]
             run.slots[tier] = mine + slots if mine is not None and slots is not None else None
-        run.keys = run.keys + after.keys if run.keys is not None and after.keys is not None else None
+        keys, more = run.packed_keys, after.packed_keys
+        run.packed_keys = keys + more if keys is not None and more is not None else None
         if not run.live:
             run.node.holes -= 1
         return after

@@ -8,7 +8,8 @@ event the engine checks itself, and what it believes is compared with what the t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from hicache.engine import Engine, EngineOptions
 from hicache.engine import actions as act
@@ -92,6 +93,11 @@ class Shell:
         """A tier takes no more pages, or is gone."""
         self.failed[index] = readable
         self.handle(ev.TierLatched(index, readable))
+
+    def restore(self, index: int) -> None:
+        """A latched tier is well again."""
+        if self.failed.pop(index, None) is not None:
+            self.handle(ev.TierRestored(index))
 
     def finish(
         self, index: int = 0, outcomes: Sequence[Outcome] | None = None, *, source_fault: bool = False
@@ -319,43 +325,65 @@ class Shell:
         """What a keyed tier holds: (namespace, prompt up to the page)."""
         return {content for content in self.content[index].values() if content not in {ROT, GARBAGE}}  # type: ignore[misc]
 
-    def restart(self, options: EngineOptions, *, part_pages: int = 4) -> Shell:
+    def restart(
+        self,
+        options: EngineOptions,
+        *,
+        part_pages: int = 4,
+        heat: Mapping[tuple[int, bytes], tuple[int, int]] = MappingProxyType({}),
+    ) -> Shell:
         """A new engine beside what this one's disk holds, as after kill -9; what is found is in ``recovery``."""
         fresh = Shell(options, check=self.check)
         index = len(self.specs) - 1
         fresh.content[-1] = dict(self.content[-1])
         for number, spec in self.namespaces.items():
             fresh.open_namespace(number, spec)
-        fresh.recovery = recovery_events(fresh.namespaces, index, self.disk_pages(index), part_pages)
+        fresh.recovery = recovery_events(fresh.namespaces, index, self.disk_pages(index), part_pages, heat)
         known = {key for event in fresh.recovery for column in event.keys for key in column}
-        fresh.content[-1] = {
-            key: page for key, page in fresh.content[-1].items() if key in known
-        }  # orphans go
+        fresh.content[-1] = {key: page for key, page in fresh.content[-1].items() if key in known}  # rot goes
         return fresh
 
 
 def recovery_events(
-    namespaces: dict[int, Namespace], index: int, pages: set[tuple[int, bytes]], part_pages: int
+    namespaces: dict[int, Namespace],
+    index: int,
+    pages: set[tuple[int, bytes]],
+    part_pages: int,
+    heat: Mapping[tuple[int, bytes], tuple[int, int]] = MappingProxyType({}),
 ) -> list[ev.Recovered]:
-    """The events that bring these pages back, each page a chain of its own or with those that follow it."""
+    """The events that bring these pages back, each page a chain of its own. ``heat``: (last use in ms, hits)."""
     events = []
     for number, spec in namespaces.items():
         width = spec.symbol_bytes
         mine = {prompt for namespace, prompt in pages if namespace == number}
-        rooted = sorted(
-            (p for p in mine if all(p[:end] in mine for end in range(width, len(p), width))),
-            key=lambda p: (len(p), p),
-        )
-        if not rooted:
+        if not mine:
             continue
+        rooted = {p for p in mine if all(p[:end] in mine for end in range(width, len(p), width))}
         chain_of: dict[bytes, int] = {b"": -1}
-        parts: list[tuple[int, bytes, list[bytes], list[int]]] = []
-        for prompt in rooted:
-            keys = chain_keys(fingerprint(spec), prompt, width)
+        parts: list[tuple[int, bytes, list[bytes], list[int], int, int, bytes]] = []
+        for prompt in sorted(mine, key=lambda p: (p not in rooted, len(p), p)):  # the stranded ones come last
+            keys = [fingerprint(spec), *chain_keys(fingerprint(spec), prompt, width)]
+            parent = chain_of.get(prompt[:-width], -2)
             chain_of[prompt] = len(parts)
-            parts.append((chain_of[prompt[:-width]], prompt[-width:], keys[-1:], [CHARGE_BYTES]))
+            last_ms, hits = heat.get((number, prompt), (0, 0))
+            waits_for = keys[-2] if parent == -2 else b""
+            parts.append((parent, prompt[-width:], keys[-1:], [CHARGE_BYTES], last_ms, hits, waits_for))
         for start in range(0, len(parts), part_pages):
-            columns = zip(*parts[start : start + part_pages], strict=True)
+            rows = zip(*parts[start : start + part_pages], strict=True)
+            parents, symbols, page_keys, charges, last_use_ms, hit_counts, parent_keys = map(list, rows)
             done = start + part_pages >= len(parts)
-            events.append(ev.Recovered(number, index, *[list(column) for column in columns], done=done))
+            events.append(
+                ev.Recovered(
+                    number,
+                    index,
+                    parents,
+                    symbols,
+                    page_keys,
+                    charges,
+                    done,
+                    last_use_ms,
+                    hit_counts,
+                    parent_keys,
+                )
+            )
     return events

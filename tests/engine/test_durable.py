@@ -177,18 +177,6 @@ def test_kill_at_any_moment_leaves_what_was_said_to_be_durable():
         assert all(matched(fresh, known) == count for known, count in told.items())
 
 
-def test_pages_without_their_parents_stay_out():
-    """Orphans on the medium are the shell's to delete; the engine's books never hold them."""
-    shell = world(tier(HOST, 16), tier(DISK, 100))
-    put(shell, line(0, 5), ack=Ack.DURABLE)
-    key = shell.place_of(NS, line(0, 2), 1)
-    del shell.content[1][key]
-    fresh = shell.restart(shell.engine.options)
-    fresh.finish_all()
-    assert matched(fresh, line(0, 5)) == 1
-    assert used(fresh, 1) == 4096
-
-
 def test_clients_may_store_while_pages_are_still_being_recovered():
     """The same pages, stored anew before they were found, are there once; none is deleted."""
     shell = world(tier(HOST, 16), tier(DISK, 100))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from shell import PAGE_BYTES, Shell, recovery_events, tier
+from shell import PAGE_BYTES, ROT, Shell, recovery_events, tier
 
 from hicache.engine import EngineOptions
 from hicache.engine import actions as act
@@ -92,6 +93,7 @@ class EngineMachine(RuleBasedStateMachine):
         bounds=st.sampled_from([(1, 4), (3, 4), (64, 1), (64, 32)]),
         low=st.sampled_from([0.0, 0.3]),
         found=st.lists(st.tuples(NAMESPACES, SHARING), max_size=4),
+        torn=st.sampled_from([0, 0, 1, 2, 3]),
         enabled=st.sets(st.sampled_from(OPTIONAL), min_size=2),
     )
     def start(
@@ -103,6 +105,7 @@ class EngineMachine(RuleBasedStateMachine):
         bounds: tuple[int, int],
         low: float,
         found: list[tuple[int, bytes]],
+        torn: int,
         enabled: set[str],
     ) -> None:
         self.enabled = frozenset(enabled)
@@ -137,17 +140,26 @@ class EngineMachine(RuleBasedStateMachine):
         self.pins: list[int] = []
         if options.tiers[-1].keyed:
             self.lost = self.lost or (bool(found) and setup != "roomy")
-            self.fill_disk(found)
+            self.fill_disk(found, torn)
 
-    def fill_disk(self, found: list[tuple[int, bytes]]) -> None:
-        """Pages that an earlier process left on disk; they are recovered while serving goes on."""
+    def fill_disk(self, found: list[tuple[int, bytes]], torn: int) -> None:
+        """Pages that an earlier process left on disk; they are recovered while serving goes on.
+
+        Some have rotted since (``torn`` of five, drawn by their key): what hung below them is stranded.
+        """
         pages = {(n, prompt[:end]) for n, prompt in found for end in range(WIDTH, len(prompt) + 1, WIDTH)}
+        rotten = {page for page in pages if zlib.crc32(page[1]) % 5 < torn}
+        self.stored.update(dict.fromkeys(sorted(pages)))
+        pages -= rotten
+        self.lost = self.lost or bool(rotten)
+        self.damaged = bool(rotten)
         index = len(self.shell.specs) - 1
         for number, prompt in pages:
             key = chain_keys(fingerprint(self.shell.namespaces[number]), prompt, WIDTH)[-1]
             self.shell.content[index][key] = (number, prompt)
-        self.shell.recovery = recovery_events(self.shell.namespaces, index, pages, part_pages=3)
-        self.stored.update(dict.fromkeys(sorted(pages)))
+        rng = random.Random(torn)
+        heat = {page: (rng.randint(-5000, 1500), rng.randint(0, 5)) for page in sorted(pages)}
+        self.shell.recovery = recovery_events(self.shell.namespaces, index, pages, part_pages=3, heat=heat)
 
     def on_reply(self, reply: act.Reply) -> None:
         """A durable commit's pages, and all above them, are on disk when it is answered."""
@@ -390,6 +402,21 @@ class EngineMachine(RuleBasedStateMachine):
         self.shell.latch(index % len(self.shell.specs), readable=readable)
         self.lost = self.damaged = True
 
+    @when("latch")
+    @rule(index=INDEX)
+    def tier_restored(self, index: int) -> None:
+        self.shell.restore(index % len(self.shell.specs))
+
+    @rule(limit=st.integers(1, 6))
+    def tell_heat(self, limit: int) -> None:
+        """What is told of is on disk, in the open, and not told twice without a use between."""
+        heat = self.shell.engine.heat(limit)
+        assert len({key for _, key, _, _ in heat}) == len(heat)
+        for namespace, key, last_use_ms, hits in heat:
+            assert last_use_ms <= self.shell.now and hits > 0
+            if self.shell.failed.get(len(self.shell.specs) - 1, True):
+                assert self.shell.content[-1][key] == ROT or self.shell.content[-1][key][0] == namespace
+
     @rule()
     def recover_some(self) -> None:
         self.shell.recover_some()
@@ -484,6 +511,8 @@ class EngineMachine(RuleBasedStateMachine):
         """No set, queue or table still knows anything."""
         assert not (core.warming or core.warmed or core.verdicts)
         assert not (core.holes or core.gaps or core.condemned or core.backlog or core.savers or core.ingests)
+        assert not (core.stranded.pages or core.stranded.units or core.returned or core.hot)
+        assert not (core.recovering or core.chain_ends)
         assert not any(pool.waiters or pool.wanting or pool.draining for pool in core.pools.values())
 
 

@@ -52,6 +52,7 @@ class Walker:
             "pages": lambda: draw.randint(0, 9),
             "ms": lambda: draw.choice([1, 100, 400, 1200]),
             "ttl": lambda: draw.choice([0, 500]),
+            "limit": lambda: draw.randint(1, 6),
             "grace": lambda: draw.choice([0, 5000]),
             "seed": lambda: draw.randint(0, 65535),
             "luck": lambda: draw.randint(0, 40),
@@ -70,6 +71,7 @@ class Walker:
             bounds=draw.choice([(1, 4), (3, 4), (64, 1), (64, 32)]),
             low=draw.choice([0.0, 0.3]),
             found=[(self.argument("namespace"), self.prompt()) for _ in range(draw.randint(0, 4))],
+            torn=draw.choice([0, 0, 1, 2, 3]),
             enabled=set(draw.sample(OPTIONAL, draw.randint(2, len(OPTIONAL)))),
         )
 

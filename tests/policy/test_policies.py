@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from hicache.errors import ConfigError, ViolationError
-from hicache.policy import POLICIES, Plan, Policy, RunInfo, make_policy
+from hicache.policy import Plan, Policy, RunInfo, make_policy
 from hicache.policy.ordered import OrderedPolicy
 from hicache.policy.records import SLACK_ENTRIES
 

@@ -111,4 +111,6 @@ def test_oracles_by_hand():
     assert belady(requests, 2, bypass=True).hits >= 2
     assert lookahead(requests, 2, 0).hits == LeafCache(make_policy("lru"), 2).replay(requests).hits == 0
     assert lookahead(requests, 2, 10).hits == belady(requests, 2).hits
-    assert belady([[1, 2, 3], [1, 2, 3], [1, 2]], 2).hits == 4  # what is pinned stays, the third finds no room
+    assert (
+        belady([[1, 2, 3], [1, 2, 3], [1, 2]], 2).hits == 4
+    )  # what is pinned stays, the third finds no room

@@ -111,7 +111,8 @@ class Twin:
     def recall(self, ids, table=0):
         if not ids or ids[0] not in self.ghosts[table]:
             return -1
-        return [self.ghosts[table].pop(each, -1) for each in ids][0]
+        notes = [self.ghosts[table].pop(each, -1) for each in ids]
+        return notes[0]
 
     def keep(self, ids, note, limit, table=0):
         ghosts = self.ghosts[table]

@@ -128,6 +128,7 @@ class FakeService:
         self.regions = FakeRegions()
         self.latencies = Latencies()
         self.on_draining: list[Callable[[int], None]] = []
+        self.on_tier: list[Callable[[str, bool], None]] = []
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.script: dict[str, Any] = {}
         self.gate: asyncio.Event | None = None

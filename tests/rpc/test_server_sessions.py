@@ -266,6 +266,29 @@ def test_drain_tells_sessions_and_refuses_new_ones(tmp_path: Path) -> None:
     run(main())
 
 
+def test_each_tier_has_a_health_of_its_own(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as house:
+            health = health_pb2_grpc.HealthStub(house.client.channel)
+
+            async def status(name: str) -> int:
+                return (await health.Check(health_pb2.HealthCheckRequest(service=name))).status
+
+            well, ill = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+            assert [await status(name) for name in ("", "hicache.tier.host", "hicache.tier.disk")] == [
+                well,
+                well,
+                ill,
+            ]
+            for now, expected in ((True, well), (False, ill)):
+                for tell in house.service.on_tier:
+                    tell("disk", now)
+                await asyncio.sleep(0)
+                assert [await status(name) for name in ("", "hicache.tier.disk")] == [well, expected]
+
+    run(main())
+
+
 def test_stop_ends_streams_sessions_and_leaks_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path) as house:  # the first server starts gRPC's own threads and descriptors

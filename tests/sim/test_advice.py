@@ -43,9 +43,12 @@ def test_watching_every_page_gives_the_exact_curve() -> None:
     assert curve.bound == pytest.approx(exact.bound)
 
 
-def test_a_sample_comes_near_the_exact_curve(rng: random.Random) -> None:
+def test_a_sample_comes_near_the_exact_curve() -> None:
     """A skewed load of 60,000 uses over 20,000 pages, one page in sixteen watched."""
-    pages = [int(20_000 * rng.random() ** 3) for _ in range(60_000)]
+    rng = random.Random(
+        20261121
+    )  # which of the hottest pages are watched is chance, and their share of uses large
+    pages = [int(20_000 * rng.random() ** 2) for _ in range(60_000)]
     watched = {page for page in range(20_000) if rng.random() < 1 / 16}
     exact = lru_curve([[page] for page in pages])
     sample = SampledCurve([page for page in pages if page in watched], 1 / 16, asked=len(pages))
@@ -169,7 +172,7 @@ def test_a_running_sidecar_gives_advice(tmp_path: Path, capsys: pytest.CaptureFi
                 pass
         assert main(["advise", "--target", started.target]) == 0
         out = capsys.readouterr().out
-        assert "look-ups of pages in the sample" in out
+        assert "page look-ups in the sample" in out
         assert "as it is" in out
         assert "(in use)" in out
         assert main(["advise", "--json", "--target", started.target]) == 0

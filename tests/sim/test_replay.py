@@ -287,7 +287,7 @@ def test_the_replay_core_imports_the_standard_library_only() -> None:
     """It runs on a bare checkout: with everything else blocked, a trace is packed and replayed."""
     code = (
         "import sys\n"
-        "for name in ('numpy', 'zstandard', 'lmdb', 'grpc', 'google', 'xxhash', 'rich', 'torch'): sys.modules[name] = None\n"
+        "for name in 'numpy zstandard lmdb grpc google xxhash rich torch'.split(): sys.modules[name] = None\n"
         "import hicache.sim.cell, hicache.sim.sweep, hicache.sim.packed, hicache.sim.serving\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

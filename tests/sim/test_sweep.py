@@ -168,6 +168,13 @@ def test_every_result_says_where_it_comes_from(sim: Callable[..., Any], tmp_path
     assert result["config"]["constants"]["to_gpu"]["bytes_per_s"] > 0
 
 
+def test_json_goes_to_standard_output_alone(sim: Callable[..., Any]) -> None:
+    code, out, err = sim("--capacity", "10%", "--json")
+    assert code == 0
+    assert [each["config"]["policy"] for each in json.loads(out)] == ["lru"]
+    assert "an infinite cache hits" in err
+
+
 def test_seeds_repeat_only_what_depends_on_chance(sim: Callable[..., Any], tmp_path: Path) -> None:
     sim("--capacity", "10%", "--mode", "instant,poisson:2", "--seeds", "3")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -184,6 +191,8 @@ def test_compare_pairs_two_results(sim: Callable[..., Any], tmp_path: Path) -> N
     assert "A: policy lru" in out
     assert "B: policy sieve" in out
     assert "hit ratio" in out
+    gaps = json.loads(sim("compare", *files, "--json")[1])
+    assert gaps["hit_ratio"]["low"] <= gaps["hit_ratio"]["value"] <= gaps["hit_ratio"]["high"]
     code, out, _ = sim("compare", files[0], files[0])
     assert "no clear difference" in out
     assert "the same settings" in out

@@ -27,6 +27,7 @@ BROAD_HANDLERS: dict[str, str] = {
     "hicache/sim/traces/formats.py:with_tokenizer": "the package raises bare Exception; answered as ConfigError",
     "hicache/tier/encoder.py:Encoder._run": "a worker's loop edge: the batch completes with FAULT",
     "hicache/tier/host.py:_run": "a worker's loop edge: the batch completes with FAULT",
+    "hicache/tier/isolation.py:_serve": "a process's edge: told to its parent",
     "hicache/tier/reader.py:Readers._run": "a worker's loop edge: the batch completes with FAULT",
     "hicache/tier/attempts.py:Attempts.run": "the writer's edge: what was in the transaction completes with FAULT",
 }
@@ -45,7 +46,16 @@ CLOCK_READS = {
 ENVIRONMENT_READS = {"os.environ", "os.environb", "os.getenv", "os.getenvb"}
 
 # Where imports may start: what a user runs or imports. Everything else must be reached from here.
-DOORS = ("hicache", "hicache.__main__", "hicache.aio", "hicache.cli.main", "hicache.rpc.client")
+DOORS = (
+    "hicache",
+    "hicache.sim.flat",  # truth: benches and tests hold the policies against other simulators
+    "hicache.sim.leaf",
+    "hicache.sim.oracle",
+    "hicache.__main__",
+    "hicache.aio",
+    "hicache.cli.main",
+    "hicache.rpc.client",
+)
 DOORS_OPEN_WHOLE = ("hicache.integrations",)  # each adapter is imported by its engine, by name
 KERNEL_DOOR = "hicache.device.kernels"
 

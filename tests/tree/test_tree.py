@@ -306,7 +306,7 @@ def corruptions() -> dict[str, Callable[[Tree, Run, Run], object]]:
         "live": lambda tree, head, leaf: setattr(leaf, "live", 2),
         "negative pins": lambda tree, head, leaf: leaf.pins.__setitem__(0, -1),
         "negative anchors": lambda tree, head, leaf: setattr(leaf, "anchors", -1),
-        "missing key": lambda tree, head, leaf: setattr(leaf, "keys", [b"key"]),
+        "missing key": lambda tree, head, leaf: setattr(leaf, "packed_keys", b"key"),
         "slots without pages": lambda tree, head, leaf: tree.set_slots(leaf, 1, array("q", [1, 2])),
         "missing slot": lambda tree, head, leaf: leaf.slots.__setitem__(0, array("q", [1])),
         "one-sided hold": lambda tree, head, leaf: leaf.holders.append(Holder([])),

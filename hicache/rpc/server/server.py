@@ -46,6 +46,7 @@ DESCRIPTOR_TTL_S = 30.0
 MAX_HELLOS_PER_UID = 64
 MAX_DESCRIPTORS_PER_SESSION = 16
 SWEEP_S = 5.0
+TIER_HEALTH = "hicache.tier."  # health services: that, and the tier's name
 DEFAULT_GRACE_MS = 5_000
 SERVICES = tuple(
     descriptor.services_by_name[name].full_name
@@ -82,6 +83,7 @@ class Server:
         self._health = health.aio.HealthServicer()
         self._server = self._build()
         self._draining: asyncio.Task[None] | None = None
+        self._telling: set[asyncio.Task[None]] = set()
         self._drained = asyncio.Event()
         self._sweeper: asyncio.TimerHandle | None = None
         self._stopped = False
@@ -102,8 +104,11 @@ class Server:
             raise
         self._service.regions.on_retired = self._sessions.retire_region
         self._service.on_draining.append(self._begin_draining)
+        self._service.on_tier.append(self._tell_health)
         for name in ("", *SERVICES):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        for tier in self._service.stats().tiers:
+            self._tell_health(tier.name, tier.state == "ok")
         self._sweep()
         log.info("serving on %s", ", ".join(self.addresses))
 
@@ -136,6 +141,14 @@ class Server:
             log.error("drain failed: %s", error)
         finally:
             self._drained.set()
+
+    def _tell_health(self, tier: str, well: bool) -> None:  # noqa: FBT001
+        """A tier is a health service of its own: the sidecar serves without it."""
+        status = health_pb2.HealthCheckResponse
+        state = status.SERVING if well else status.NOT_SERVING
+        task = asyncio.get_running_loop().create_task(self._health.set(f"{TIER_HEALTH}{tier}", state))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
 
     def _begin_draining(self, grace_ms: int) -> None:
         """The service drains: no new sessions, tell those there are, look unwell to load balancers."""
