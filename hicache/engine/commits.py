@@ -224,7 +224,7 @@ def _graft(core: Core, reservation: Reservation, count: int, charges: Sequence[i
         special = core.gaps or core.stranded.pages or pool.draining or pool.leaving_runs is not None
         if special or pool.policy.wants_ghosts:
             return _add(core, reservation, prompt, after, places), 0
-        return [tips.add(core, reservation, after, first, prompt[first * width :], places)], 0
+        return [tips.add(core, reservation, prompt[first * width :], places)], 0
     if namespace.tree.match(prompt).pages < first:
         core.release_places(namespace, FIRST, places)
         return [], -1

@@ -34,7 +34,9 @@ class NamespaceState:
         default_factory=dict
     )  # and the last key of a stranded one.
     page_bytes: int = dataclasses.field(init=False)  # of one page; the spec's, asked for often
-    many_hits: int = 0  # from so many on nobody asks how often a run was hit, so that runs are joined (0: never)
+    many_hits: int = (
+        0  # from so many on nobody asks how often a run was hit, so that runs are joined (0: never)
+    )
 
     def __post_init__(self) -> None:
         """Copy what is asked for often."""

@@ -305,9 +305,14 @@ def view(core: Core, lease: Lease) -> FetchResult:
     tier = lease.tier
     places = array("q")
     for run in lease.runs:
-        if run.state[tier] != RESIDENT or (core.condemned and (run.id, tier) in core.condemned):
+        slots = run.slots[tier]
+        if (
+            slots is None
+            or run.state[tier] != RESIDENT
+            or (core.condemned and (run.id, tier) in core.condemned)
+        ):
             break
-        places += run.slots[tier] or ()  # type: ignore[operator]  # RESIDENT: they are there
+        places += slots
     operation = core.operations.get(lease.operation)
     waiting = lease.operation if operation is not None and not operation.done else 0
     return FetchResult(
@@ -361,7 +366,9 @@ def end(core: Core, lease: Lease) -> None:
         elif later is None or (
             run.node is later.node and (run.hits == later.hits or 0 < many <= later.hits <= run.hits)
         ):
-            core.merge(run)  # cut apart for a shorter match, or come one after the other and now used together
+            core.merge(
+                run
+            )  # cut apart for a shorter match, or come one after the other and now used together
         later = run
     lease.runs = []
     core.room_changed = True

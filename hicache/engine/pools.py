@@ -55,7 +55,9 @@ class Pool:
     draining: int = 0  # units that copies under way will free
     waiters: deque[ReserveWaiter] = dataclasses.field(default_factory=deque)
     wanting: dict[int, Operation] = dataclasses.field(default_factory=dict)  # operations that wait for room
-    hit_all: Callable[[Sequence[int], int], None] = dataclasses.field(init=False)  # the policy's, or one by one
+    hit_all: Callable[[Sequence[int], int], None] = dataclasses.field(
+        init=False
+    )  # the policy's, or one by one
     first: Callable[[], int | None] | None = dataclasses.field(init=False)  # the policy's, if it has one
 
     def __post_init__(self) -> None:

@@ -34,10 +34,9 @@ def make_room(core: Core, pool: Pool, pages: int, page_bytes: int, *, drop: bool
 
     ``drop``: nothing is started; instead unsaved pages may be dropped.
     """
-    if not pool.spec.keyed and pages <= len(pool.free):
-        return True
-    core.grow(pool, pages)
     units = pool.units(pages, page_bytes)
+    if units > pool.available:
+        core.grow(pool, pages)
     if units <= pool.available:
         return True
     shares.wanted(core, pool)
@@ -49,10 +48,14 @@ def make_room(core: Core, pool: Pool, pages: int, page_bytes: int, *, drop: bool
         _evict_stranded(core, pool, units)
         if units <= pool.available:
             return True
-    need = units - pool.available
     lower = lower_tier(core, pool)
-    if _first_give(core, pool, need, lower):
+    if _first_give(core, pool, units - pool.available, lower):
         return True
+    return _plan(core, pool, units, lower, drop=drop)
+
+
+def _plan(core: Core, pool: Pool, units: int, lower: int, *, drop: bool) -> bool:
+    """``make_room`` by a plan; where that does not suffice, start draining, or drop."""
     need = units - pool.available
     plan = Plan(core, pool, need, lower, may_drop=lower < 0)
     if plan.build():

@@ -67,16 +67,16 @@ def _take(core: Core, pool: Pool, run: Run, pages: int) -> array[int]:
     return places
 
 
-def add(
-    core: Core, reservation: Reservation, after: Run | None, first: int, symbols: bytes, places: array[int]
-) -> Run:
-    """Pages [first, ...) of a prompt, whose bytes have arrived in the first tier, become a tip after ``after``."""
+def add(core: Core, reservation: Reservation, symbols: bytes, places: array[int]) -> Run:
+    """The first missing pages of a reservation, whose bytes have arrived in the first tier, become a tip."""
     namespace = reservation.namespace
     pool, use = namespace.pools[FIRST], reservation.use
     policy = pool.policy
+    after = reservation.runs[-1] if reservation.runs else None
     run, covered = add_tip(namespace.tree, after, symbols, FIRST, places)
     core.adopt(run, namespace, use)
-    policy.insert(run.id, RunInfo(run.pages, first, None, use.cls, use.turn, use.cost), core.tick)
+    info = RunInfo(run.pages, reservation.present_pages, None, use.cls, use.turn, use.cost)
+    policy.insert(run.id, info, core.tick)
     policy.expose(run.id)
     if covered is not None and covered.state[FIRST] == RESIDENT and not covered.pins[FIRST]:
         policy.hide(covered.id)
