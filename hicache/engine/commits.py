@@ -19,7 +19,7 @@ from hicache.errors import ErrorCode
 from hicache.keys import chain_keys
 from hicache.tree import Run
 from hicache.tree.tips import is_new
-from hicache.types import Ack, Outcome, PageRecord, WritePolicy
+from hicache.types import Ack, Outcome, PageRecord, SymbolKind, WritePolicy
 
 FIRST = 0  # commits land in the first tier
 RETRY_MS = 50
@@ -222,9 +222,10 @@ def _graft(core: Core, reservation: Reservation, count: int, charges: Sequence[i
         core.next_tick()
         pool = namespace.pools[FIRST]
         special = core.gaps or core.stranded.pages or pool.draining or pool.leaving_runs is not None
-        if special or pool.policy.wants_ghosts:
+        tokens = namespace.spec.symbol_kind is SymbolKind.TOKENS
+        if special or (tokens and pool.policy.wants_ghosts):
             return _add(core, reservation, prompt, after, places), 0
-        return [tips.add(core, reservation, prompt[first * width :], places)], 0
+        return tips.add(core, reservation, prompt[first * width :], places), 0
     if namespace.tree.match(prompt).pages < first:
         core.release_places(namespace, FIRST, places)
         return [], -1

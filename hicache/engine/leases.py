@@ -7,17 +7,15 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 from hicache.engine import copies, reservations, room, warming
-from hicache.engine.actions import FetchResult, OperationResult, Piece, PinResult, RenewResult
+from hicache.engine.actions import FetchResult, OperationResult, Piece, RenewResult
 from hicache.engine.core import ABSENT, DRAINING, FILLING, RESIDENT, Core
 from hicache.engine.events import (
     CancelOperation,
     Fetch,
-    Pin,
     Prefetch,
     ReleaseLeases,
     RenewLeases,
     Touch,
-    Unpin,
 )
 from hicache.engine.holders import CopyJob, Lease, LeaseStage, NamespaceState, Operation
 from hicache.engine.pools import Pool
@@ -80,9 +78,9 @@ def _answer(
         runs = _resident_prefix(runs, tier)
     lease = Lease(next(core.ids), event.session, namespace, tier, pages, tier_pages, 0)
     if runs:
-        _lease(core, lease, runs, _ttl(core, event.ttl_ms))
+        begin(core, lease, runs, _ttl(core, event.ttl_ms))
         if missing:
-            lease.operation = _promote(core, lease, event.session)
+            lease.operation = promote(core, lease, event.session)
         if not lease.runs:
             end(core, lease)
     return view(core, lease) if lease.runs else _empty(lease), not missing
@@ -127,7 +125,7 @@ def _ttl(core: Core, asked_ms: int) -> int:
     return min(asked_ms or core.options.default_ttl_ms, core.options.max_ttl_ms)
 
 
-def _lease(core: Core, lease: Lease, runs: list[Run], ttl_ms: int) -> None:
+def begin(core: Core, lease: Lease, runs: list[Run], ttl_ms: int) -> None:
     """Let the lease pin these runs; ``ttl_ms`` 0: without an end."""
     core.leases[lease.id] = lease
     core.held_pages += lease.matched_pages
@@ -137,7 +135,7 @@ def _lease(core: Core, lease: Lease, runs: list[Run], ttl_ms: int) -> None:
     core.pin_all(lease, runs, lease.tier)
 
 
-def _promote(core: Core, lease: Lease, session: int) -> int:
+def promote(core: Core, lease: Lease, session: int) -> int:
     """Start bringing a lease's runs to its tier. Returns the operation, 0 if there is none to wait for."""
     operation = new_operation(core, lease.namespace, lease.tier, lease.runs, session)
     operation.lease = lease.id
@@ -382,32 +380,3 @@ def expire(core: Core, lease: Lease) -> None:
         drop_operation(core, operation)
     core.counters.expired_leases += 1
     core.at(core.now_ms + core.options.expiry_grace_ms, "rest", lease.id)
-
-
-# --- pins
-
-
-def pin(core: Core, event: Pin) -> None:
-    """A lease of the operator's, in any tier, without an end unless one is given."""
-    namespace = core.namespaces[event.namespace]
-    match = namespace.tree.match(event.prompt)
-    runs = core.cut(namespace, match)
-    if not runs:
-        core.reply(event.request, PinResult(0, 0))
-        return
-    core.touch(runs)
-    lease = Lease(next(core.ids), OPERATOR, namespace, event.tier, match.pages, [], 0)
-    _lease(core, lease, runs, event.ttl_ms)
-    if any(run.state[event.tier] != RESIDENT for run in runs):
-        lease.operation = _promote(core, lease, OPERATOR)
-    pages = sum(run.pages for run in lease.runs)
-    if not pages:
-        end(core, lease)
-    core.reply(event.request, PinResult(lease.id if pages else 0, pages))
-
-
-def unpin(core: Core, event: Unpin) -> None:
-    """Unknown pins are fine."""
-    lease = core.leases.get(event.pin)
-    if lease is not None and lease.session == OPERATOR:
-        end(core, lease)

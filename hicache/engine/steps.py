@@ -12,6 +12,7 @@ cannot disagree:
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 
 from hicache.engine.actions import Free
 from hicache.engine.holders import NamespaceState
@@ -65,18 +66,13 @@ class Steps(Names):
         policy = self.pool(run, tier).policy
         if not policy.wants_ghosts:
             return [run]
-        ids = self.page_ids(run)
-        parts, start = [run], 0
-        while start < len(ids):
-            known = policy.known(ids[start:])
-            end = start + known
-            while not known and end < len(ids) and not policy.known(ids[end : end + 1]):
-                end += 1
+        parts, left = [run], run.pages
+        for pages, known in stretches(policy, self.page_ids(run)):
             part = parts[-1]
-            if end < len(ids):
-                parts.append(self.split(part, end - start, rescue=False))
-            part.hits += known > 0
-            start = end
+            left -= pages
+            if left:
+                parts.append(self.split(part, pages, rescue=False))
+            part.hits += known
         return parts
 
     def split(self, run: Run, pages: int, *, rescue: bool = True) -> Run:
@@ -280,6 +276,18 @@ class Steps(Names):
         """
         self.backlog[run.id] = tier
         self.backlog_grew = True
+
+
+def stretches(policy: Policy, ids: list[int]) -> Iterator[tuple[int, bool]]:
+    """The pages cut where the policy begins or ceases to know them: how many, and whether it does."""
+    start = 0
+    while start < len(ids):
+        known = policy.known(ids[start:] if start else ids)
+        end = start + known
+        while not known and end < len(ids) and not policy.known((ids[end],)):
+            end += 1
+        yield end - start, known > 0
+        start = end
 
 
 def _end_chain_in(state: Names, run: Run, number: int) -> None:

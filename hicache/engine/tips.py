@@ -11,7 +11,9 @@ from array import array
 from hicache.engine.actions import Free
 from hicache.engine.core import ABSENT, RESIDENT, Core
 from hicache.engine.holders import Reservation
+from hicache.engine.names import ids_of_hashes
 from hicache.engine.pools import Pool
+from hicache.engine.steps import stretches
 from hicache.policy import RunInfo
 from hicache.tree import Run
 from hicache.tree.tips import add_tip, drop_tip, is_tip, trim_tip
@@ -67,23 +69,40 @@ def _take(core: Core, pool: Pool, run: Run, pages: int) -> array[int]:
     return places
 
 
-def add(core: Core, reservation: Reservation, symbols: bytes, places: array[int]) -> Run:
-    """The first missing pages of a reservation, whose bytes have arrived in the first tier, become a tip."""
-    namespace = reservation.namespace
-    pool, use = namespace.pools[FIRST], reservation.use
-    policy = pool.policy
+def add(core: Core, reservation: Reservation, symbols: bytes, places: array[int]) -> list[Run]:
+    """The first missing pages of a reservation, whose bytes have arrived in the first tier, hang below its anchor.
+
+    They are tips, cut where the policy's ghosts begin or end as ``cut_at_ghosts`` does. Of tokens the ids are not known
+    here.
+    """
+    namespace, use = reservation.namespace, reservation.use
+    tree, policy = namespace.tree, namespace.pools[FIRST].policy
     after = reservation.runs[-1] if reservation.runs else None
-    run, covered = add_tip(namespace.tree, after, symbols, FIRST, places)
-    core.adopt(run, namespace, use)
-    info = RunInfo(run.pages, reservation.present_pages, None, use.cls, use.turn, use.cost)
-    policy.insert(run.id, info, core.tick)
-    policy.expose(run.id)
-    if covered is not None and covered.state[FIRST] == RESIDENT and not covered.pins[FIRST]:
-        policy.hide(covered.id)
+    ids = ids_of_hashes(namespace, symbols) if policy.wants_ghosts else []
+    parts = stretches(policy, ids) if ids else ((len(places), False),)
+    runs: list[Run] = []
+    start = 0
+    for pages, known in list(parts):
+        end = start + pages
+        whole = pages == len(places)
+        mine = symbols if whole else symbols[start * tree.symbol_bytes : end * tree.symbol_bytes]
+        run, covered = add_tip(tree, after, mine, FIRST, places if whole else places[start:end])
+        core.adopt(run, namespace, use)
+        run.hits += known
+        info = RunInfo(pages, reservation.present_pages + start, None, use.cls, use.turn, use.cost)
+        ghosts = ids[start:end] if known else ()
+        if start and ghosts and policy.known(ghosts) < pages:
+            ghosts = ()  # what came before has pushed them out
+        policy.insert(run.id, info, core.tick, ghosts)
+        policy.expose(run.id)
+        if covered is not None and covered.state[FIRST] == RESIDENT and not covered.pins[FIRST]:
+            policy.hide(covered.id)
+        runs.append(run)
+        after, start = run, end
     counts = core.counters.pages[FIRST]
-    counts[RESIDENT] += run.pages
-    counts[ABSENT] -= run.pages
-    return run
+    counts[RESIDENT] += start
+    counts[ABSENT] -= start
+    return runs
 
 
 def _gone(core: Core, pool: Pool, places: array[int]) -> None:
