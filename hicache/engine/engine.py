@@ -19,6 +19,7 @@ from hicache.engine import (
     doors,
     heat,
     leases,
+    operator_pins,
     reclaim,
     recovery,
     reservations,
@@ -76,8 +77,10 @@ class Engine:
         try:
             if core.timers and core.timers[0][0] <= now_ms:
                 timers.fire(core)
-            if doors.admits(core, event):
-                _HANDLERS[type(event)](core, event)
+            kind = type(event)
+            look = doors.DOORS.get(kind)
+            if look is None or look(core, event):
+                _HANDLERS[kind](core, event)
             if core.returned:
                 recovery.revive(core)
             if core.room_changed or core.backlog_grew:
@@ -219,8 +222,8 @@ _HANDLERS: dict[type, Callable[[Core, Any], None]] = {
     ev.Abort: commits.abort,
     ev.RenewLeases: leases.renew,
     ev.ReleaseLeases: leases.release,
-    ev.Pin: leases.pin,
-    ev.Unpin: leases.unpin,
+    ev.Pin: operator_pins.pin,
+    ev.Unpin: operator_pins.unpin,
     ev.Evict: admin.evict,
     ev.Clear: admin.clear,
     ev.CopyDone: _copy_done,

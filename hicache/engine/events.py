@@ -75,7 +75,11 @@ class Touch:
 
 @dataclasses.dataclass(slots=True)
 class Fetch:
-    """Match, lease what is readable, promote the rest. Answered at once with a FetchResult."""
+    """Match, lease what is readable, promote the rest. Answered at once with a FetchResult.
+
+    ``reserve_missing``: with it, a reservation for what does not match, if room can be had now: one call where a
+    Reserve would follow. ``reserve_ttl_ms`` is that one's.
+    """
 
     request: int
     session: int
@@ -85,6 +89,8 @@ class Fetch:
     ttl_ms: int = 0
     promote: bool = True
     use: Use = NO_USE
+    reserve_missing: bool = False
+    reserve_ttl_ms: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from hicache.policy import Admission, Policy
@@ -55,6 +55,19 @@ class Pool:
     draining: int = 0  # units that copies under way will free
     waiters: deque[ReserveWaiter] = dataclasses.field(default_factory=deque)
     wanting: dict[int, Operation] = dataclasses.field(default_factory=dict)  # operations that wait for room
+    hit_all: Callable[[Sequence[int], int], None] = dataclasses.field(
+        init=False
+    )  # the policy's, or one by one
+    first: Callable[[], int | None] | None = dataclasses.field(init=False)  # the policy's, if it has one
+
+    def __post_init__(self) -> None:
+        """Look once what the policy can do."""
+        self.hit_all = getattr(self.policy, "hit_all", self._hit_one_by_one)
+        self.first = getattr(self.policy, "first", None)
+
+    def _hit_one_by_one(self, runs: Sequence[int], now: int) -> None:
+        for run in runs:
+            self.policy.hit(run, now)
 
     @property
     def capacity(self) -> int:

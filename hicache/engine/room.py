@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from hicache.engine import copies, gate, shares
+from hicache.engine import copies, gate, shares, tips
 from hicache.engine.core import ABSENT, RESIDENT, Core, namespace_of
 from hicache.engine.plan import LOOK_AHEAD, Plan, evict
 from hicache.engine.pools import Pool
@@ -34,8 +34,9 @@ def make_room(core: Core, pool: Pool, pages: int, page_bytes: int, *, drop: bool
 
     ``drop``: nothing is started; instead unsaved pages may be dropped.
     """
-    core.grow(pool, pages)
     units = pool.units(pages, page_bytes)
+    if units > pool.available:
+        core.grow(pool, pages)
     if units <= pool.available:
         return True
     shares.wanted(core, pool)
@@ -47,8 +48,15 @@ def make_room(core: Core, pool: Pool, pages: int, page_bytes: int, *, drop: bool
         _evict_stranded(core, pool, units)
         if units <= pool.available:
             return True
-    need = units - pool.available
     lower = lower_tier(core, pool)
+    if _first_give(core, pool, units - pool.available, lower):
+        return True
+    return _plan(core, pool, units, lower, drop=drop)
+
+
+def _plan(core: Core, pool: Pool, units: int, lower: int, *, drop: bool) -> bool:
+    """``make_room`` by a plan; where that does not suffice, start draining, or drop."""
+    need = units - pool.available
     plan = Plan(core, pool, need, lower, may_drop=lower < 0)
     if plan.build():
         plan.carry_out()
@@ -63,6 +71,25 @@ def make_room(core: Core, pool: Pool, pages: int, page_bytes: int, *, drop: bool
     else:
         plan.abandon()
     return units <= pool.available
+
+
+def _first_give(core: Core, pool: Pool, need: int, lower: int) -> bool:
+    """Have ``need`` slots from the victims in front if it is clear that these suffice. What a plan would come to.
+
+    One clean victim is enough by itself. Where pages go nowhere from here, everything can go that nobody holds.
+    """
+    if pool.first is None or pool.spec.keyed or pool.leaving >= 0:
+        return False
+    if lower < 0 and len(core.tiers) == 1 and not (core.copies or core.savers):
+        if need <= pool.used - core.held_pages:
+            return tips.evict_first(core, pool, need) >= need
+        return False
+    ident = pool.first()
+    run = core.runs[ident] if ident is not None else None
+    if run is None or run.pages < need or run.live < 2 or run.state.count(RESIDENT) < 2:
+        return False
+    evict(core, run, pool.tier, need)
+    return True
 
 
 def make_room_below(core: Core, tier: int, run: Run, pages: int) -> bool:
