@@ -61,6 +61,7 @@ class Core(Steps):
             if not pins[tier] and run.state[tier] == RESIDENT:
                 if not run.below[tier]:
                     policy.expose(run.id)
+                    run.extra.pools[tier].eased += run.pages  # type: ignore[attr-defined]  # hot
                 if self.condemned and (run.id, tier) in self.condemned:
                     self.void(run, tier)
             run.holders.remove(holder)
@@ -71,6 +72,7 @@ class Core(Steps):
         run.pins[tier] -= 1
         if run.pins[tier] == 0 and run.state[tier] == RESIDENT:
             self.room_changed = True
+            run.extra.pools[tier].eased += run.pages  # type: ignore[attr-defined]  # hot
             self._unpinned(run, tier)
 
     def _unpinned(self, run: Run, tier: int) -> None:
