@@ -92,7 +92,15 @@ def render(stats: Stats, before: Stats | None) -> RenderableType:
     news += filter(None, [recovery_line(stats)])
     gauges = ", ".join(f"{name.replace('_', ' ')} {getattr(stats, name):,}" for name in _GAUGES)
     return Group(
-        head, *news, gauges, "", tiers_table(stats, before), "", _calls_table(stats), "", _counters(stats, before)
+        head,
+        *news,
+        gauges,
+        "",
+        tiers_table(stats, before),
+        "",
+        _calls_table(stats),
+        "",
+        _counters(stats, before),
     )
 
 

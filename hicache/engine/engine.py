@@ -228,6 +228,7 @@ _HANDLERS: dict[type, Callable[[Core, Any], None]] = {
     ev.PageCorrupt: admin.page_corrupt,
     ev.TierLatched: admin.tier_latched,
     ev.TierRestored: admin.tier_restored,
+    ev.Recovering: recovery.recovering,
     ev.Recovered: recovery.recovered,
     ev.Drain: savers.drain,
     ev.Tick: _tick,

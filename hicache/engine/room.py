@@ -184,7 +184,9 @@ def copy_down_cold(core: Core, pool: Pool) -> None:
     short = low - pool.available - pool.draining
     if short <= 0 or len(core.copies) >= core.options.max_copies:
         return
-    below = core.pools.get((lower, "", 0) if core.tiers[lower].keyed else (lower, pool.domain, pool.page_bytes))
+    below = core.pools.get(
+        (lower, "", 0) if core.tiers[lower].keyed else (lower, pool.domain, pool.page_bytes)
+    )
     if below is None or _no_news(pool, below, low) or copies.much_under_way(core, pool, lower):
         return
     pool.cold_mark, pool.cold_wanted = pool.taken + pool.eased, 0

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator
 from typing import Protocol, TypeVar
 
-from hicache.engine.events import Recovered
+from hicache.engine.events import Recovered, Recovering
 from hicache.runtime.ports import TierPort
 from hicache.types import Op
 
@@ -153,7 +153,7 @@ class Recoverer:
         port: TierPort,
         *,
         namespace: Callable[[bytes], int],
-        handle: Callable[[Recovered], None],
+        handle: Callable[[Recovered | Recovering], None],
         clock_ms: Callable[[int], int] = lambda wall_ms: wall_ms,
     ) -> None:
         self._read = read
@@ -163,8 +163,8 @@ class Recoverer:
         self._clock_ms = clock_ms
         self._stopping = False
         self._events = 0
-        # Of ordinary priority: it holds the interpreter's lock most of the time, and a thread that is put aside while it
-        # holds that keeps the loop waiting for as long.
+        # Of ordinary priority: it holds the interpreter's lock most of the time, and a thread that is put aside
+        # while it holds that keeps the loop waiting for as long.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "hicache-recovery")
         self._chains: Chains | None = None
         self._report = RecoveryReport()
@@ -182,12 +182,14 @@ class Recoverer:
 
     async def run(self) -> None:
         """Recover; then delete orphans and let writes through. Raises nothing for what the store does."""
+        self._handle(Recovering(self._port.index, going=True))
         try:
             chains = self._chains = await self._in_thread(self._read)
             if chains is not None and await self._hand_on(iter(chains)):
                 _delete(self._port, chains.orphans)
                 self.report.orphan_pages = len(chains.orphans)
         finally:
+            self._handle(Recovering(self._port.index, going=False))
             self._thread.shutdown(wait=True)
             self._port.release_writes()
             self.report.done = True
