@@ -20,16 +20,21 @@ def evict(core: Core, event: Evict) -> None:
     width = namespace.tree.symbol_bytes
     whole = sum(run.pages for run in path) == len(event.prompt) // width
     targets = [*path, *plan.below(path[-1])] if path and whole else path
+    from_disk = event.tier in {EVERYWHERE, core.durable_tier}
     stranded = 0
     if not event.prompt:
-        if event.tier in {EVERYWHERE, core.durable_tier}:
+        if from_disk:
+            recovery.clear_coming(core, namespace.id)
             stranded = recovery.drop_stranded(core, namespace.id)
         targets = _all_runs(namespace)
+    elif from_disk:
+        stranded = recovery.drop_below(core, namespace, event.prompt)
     core.reply(event.request, _evict_all(core, targets, event.tier, stranded))
 
 
 def clear(core: Core, event: Clear) -> None:
     """Drop whatever nobody holds, of one namespace or of all."""
+    recovery.clear_coming(core, event.namespace)
     stranded = recovery.drop_stranded(core, event.namespace)
     chosen = [core.namespaces[event.namespace]] if event.namespace else list(core.namespaces.values())
     targets = [run for namespace in chosen for run in _all_runs(namespace)]

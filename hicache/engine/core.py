@@ -61,6 +61,7 @@ class Core(Steps):
             pins[tier] -= 1
             if not run.below[tier] and not pins[tier] and run.state[tier] == RESIDENT:
                 policy.expose(run.id)
+                run.extra.pools[tier].eased += run.pages  # type: ignore[attr-defined]  # hot
         if self.condemned:
             self._void_unpinned(holder.runs, tier)
 
@@ -77,6 +78,7 @@ class Core(Steps):
         run.pins[tier] -= 1
         if run.pins[tier] == 0 and run.state[tier] == RESIDENT:
             self.room_changed = True
+            run.extra.pools[tier].eased += run.pages  # type: ignore[attr-defined]  # hot
             self._unpinned(run, tier)
 
     def _unpinned(self, run: Run, tier: int) -> None:

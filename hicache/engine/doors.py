@@ -73,5 +73,6 @@ DOORS: dict[type, Callable[[Core, Any], bool]] = {
     ev.TierLatched: lambda core, event: 0 <= event.tier < len(core.tiers),
     ev.TierRestored: lambda core, event: 0 <= event.tier < len(core.tiers),
     ev.SegmentClosed: lambda core, event: 0 <= event.tier < len(core.tiers),
+    ev.Recovering: lambda core, event: 0 <= event.tier < len(core.tiers),
     ev.Recovered: _recovered,
 }

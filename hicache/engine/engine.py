@@ -232,6 +232,7 @@ _HANDLERS: dict[type, Callable[[Core, Any], None]] = {
     ev.PagesLost: admin.pages_lost,
     ev.TierLatched: admin.tier_latched,
     ev.TierRestored: admin.tier_restored,
+    ev.Recovering: recovery.recovering,
     ev.Recovered: recovery.recovered,
     ev.Drain: savers.drain,
     ev.Tick: _tick,

@@ -262,6 +262,14 @@ class TierRestored:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Recovering:
+    """A durable tier is being read (``going``), or is no more. Meanwhile a Clear holds for what is still to come."""
+
+    tier: int
+    going: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Recovered:
     """Pages found on a durable tier at start. Chains of one namespace, parents before children.
 
@@ -321,6 +329,7 @@ Event = (
     | PagesLost
     | TierLatched
     | TierRestored
+    | Recovering
     | Recovered
     | Drain
     | Tick

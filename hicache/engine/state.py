@@ -76,6 +76,8 @@ class State:
         self.stranded = Stranded()  # pages of the durable tier that hang below pages which nobody has
         self.returned: set[Run] = set()  # runs that have come while there are such
         self.recovering: set[int] = set()  # namespaces of which the durable tier still holds unknown pages
+        self.reading = False  # the durable tier is being read: namespaces that nobody has heard of may come
+        self.cleared: set[int] = set()  # namespaces (0: all) of which what is still to come is to go
         self.chain_ends: dict[int, int] = {}  # runs in which a chain of these ends -> its number
         self.hot: set[int] = set()  # runs in which used paths end, since the durable tier was told
         # (run, tier) whose bytes are known to be wrong while pins keep them.

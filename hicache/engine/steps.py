@@ -188,6 +188,7 @@ class Steps(Names):
                 policy.hide(above.id)
             else:
                 policy.expose(above.id)
+                pool.eased += above.pages
         if state != ABSENT and tier == self.durable_tier and self.gaps:
             self.gaps.discard(run)
         if self.stranded.pages and state == RESIDENT and old != DRAINING:
@@ -212,6 +213,9 @@ class Steps(Names):
             if policy.known(ghosts) < len(ghosts):
                 ghosts = []
         policy.insert(run.id, self.info(run), run.tick, ghosts)
+        if run.live > 1:
+            for other in namespace_of(run).pools:  # it is clean wherever it stands
+                other.eased += run.pages
         if not run.pins[tier] and not run.below[tier]:
             policy.expose(run.id)
         self.holes.discard(run)

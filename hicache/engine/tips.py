@@ -64,6 +64,7 @@ def _take(core: Core, pool: Pool, run: Run, pages: int) -> array[int]:
     core.forget_run(run)
     if leaf is not None and leaf.state[tier] == RESIDENT and not leaf.pins[tier]:
         policy.expose(leaf.id)
+        pool.eased += leaf.pages
     if above is not None and not above.live:
         core.prune(above)
     return places
