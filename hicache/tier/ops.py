@@ -79,7 +79,9 @@ class WriterStats:
     refused_pages: int = 0
     faults: int = 0
     purged_pages: int = 0
-    corrupt: dict[str, int] = dataclasses.field(default_factory=dict)  # purged pages by kind of damage
+    corrupt: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # purged pages by the word of their codec.Kind
     quarantined_pages: int = 0
     heat_rows: int = 0
     evacuations: int = 0

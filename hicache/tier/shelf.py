@@ -207,7 +207,7 @@ class Shelf:
     @property
     def file_bytes(self) -> int:
         """The most that the shards' files can come to."""
-        return sum(shard.file_bytes for shard in self.shards) + sum(self._leftovers.values())
+        return sum(shard.file_bytes for shard in self.shards) + sum(list(self._leftovers.values()))
 
     @property
     def free_bytes(self) -> int:
@@ -244,24 +244,29 @@ class Shelf:
         number = self._number
         self._medium.before("file", self.home)
         info = create_shard(self.home, number, size_class_bytes=size_class_bytes, map_bytes=map_bytes)
-        try:
+        with contextlib.ExitStack() as unfinished:
+            unfinished.callback(self._abandon, info)
             shard = self._open(info)
-        except lmdb.Error:
-            with contextlib.suppress(OSError):
-                remove_shard(info.path)
-            raise
-        fsync_folder(info.path)  # LMDB syncs its file, not the file's name
+            unfinished.callback(shard.db.env.close)
+            fsync_folder(info.path)  # LMDB syncs its file, not the file's name
+            unfinished.pop_all()
         self._put_up((*self.shards, shard))
         _log.info("disk: shard %d made for pages of %d bytes", number, size_class_bytes)
         return shard
 
+    def _abandon(self, info: ShardInfo) -> None:
+        """Remove a shard that did not come to be; what stays counts, and the next start would adopt it."""
+        self._leftovers[info.path] = info.map_bytes + SHARD_FILES_BYTES
+        with contextlib.suppress(lmdb.Error, OSError):
+            self.clear_leftovers()
+
     def retire(self, shard: Shard) -> None:
         """Close a shard after its last reader, remove its files. Raises OSError when these stay."""
+        self._leftovers[shard.info.path] = shard.file_bytes  # its files are there until they are gone
         self._put_up(tuple(s for s in self.shards if s is not shard))
         with self._changed:
             self._changed.wait_for(lambda: not shard.leases)
         shard.db.env.close()
-        self._leftovers[shard.info.path] = shard.file_bytes
         self.clear_leftovers()
         _log.info("disk: shard %d given back", shard.info.number)
 

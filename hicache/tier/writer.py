@@ -37,7 +37,7 @@ from hicache.tier.ops import (
 )
 from hicache.tier.pieces import get_record
 from hicache.tier.priority import background
-from hicache.tier.quarantine import Quarantine, kind_of
+from hicache.tier.quarantine import Quarantine, word_of
 from hicache.tier.remove import Homes, Remover
 from hicache.tier.shelf import Look, Shelf
 from hicache.tier.upkeep import Upkeep as Keeper
@@ -234,7 +234,7 @@ class Writer:
                     if found.outcome is not Outcome.CORRUPT:
                         continue
                     doomed[key] = (*doomed.get(key, ()), shard)
-                    kind = kind_of(found)
+                    kind = word_of(found.kind)
                     crew.stats.corrupt[kind] = crew.stats.corrupt.get(kind, 0) + 1
                     crew.stats.quarantined_pages += crew.quarantine.keep(key, kind, record)
         crew.stats.purged_pages += len(doomed)
