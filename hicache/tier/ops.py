@@ -139,7 +139,7 @@ def delete_order(
     steps = []
     while any(waiting.values()):
         number, taken = next(
-            ((n, taken) for n, doomed in waiting.items() if (taken := _take_free(doomed, parents, children))),
+            ((n, taken) for n, doomed in waiting.items() if (taken := take_free(doomed, parents, children))),
             (-1, []),
         )
         if not taken:  # only rows that lie about their parents get here
@@ -150,7 +150,7 @@ def delete_order(
     return steps
 
 
-def _take_free(
+def take_free(
     waiting: dict[bytes, None], parents: Mapping[bytes, bytes], children: dict[bytes, int]
 ) -> list[bytes]:
     """Take what has nothing doomed below it, or only what is taken along."""
