@@ -36,6 +36,7 @@ from hicache.tier.attempts import Attempts
 from hicache.tier.codec import PageCodec
 from hicache.tier.codec_names import LOSSLESS, PAGE_CODECS
 from hicache.tier.commit import Committer
+from hicache.tier.doomed import Doomed
 from hicache.tier.encoder import Encoder, PagePut
 from hicache.tier.folder import Folder
 from hicache.tier.geometry import USABLE_PART, divide
@@ -166,9 +167,12 @@ class DiskStore:
         remover = Remover(shelf, attempts, stats)
         keeper = Keeper(shelf, attempts, remover, stats=stats, surplus=self._surplus)
         placing = Placing(shelf, wanted=keeper.wanted)
-        committer = Committer(shelf, placing, remover, attempts, stats=stats, wall_ms=wall_ms)
+        doomed = Doomed(remover)
+        committer = Committer(shelf, placing, remover, attempts, doomed=doomed, stats=stats, wall_ms=wall_ms)
         committer.namespaces.update({fp: pack_namespace(n) for fp, n in self._namespaces.items()})
-        return Crew(shelf, self._encoder, committer, remover, attempts, keeper, quarantine, medium, stats)
+        return Crew(
+            shelf, self._encoder, committer, remover, attempts, keeper, quarantine, medium, doomed, stats
+        )
 
     # -- namespaces and restart
 
