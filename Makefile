@@ -10,9 +10,12 @@ STAMP_PROTOS := $(VENV_PROTOS)/.stamp
 PIP_PIN := $(shell grep '^pip==' constraints.txt)
 # what `make test` leaves out; `make test PYTEST_ARGS=tests/tree` runs less, `PYTEST_ARGS=` runs all
 PYTEST_ARGS ?= -m "not soak"
+# what `make soak` does: SIGKILLs in all, and the longest that it may take (timeout's notation)
+SOAK_KILLS ?= 500
+SOAK_TIME ?= 60m
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format protos protos-check wheel-test bench clean
+.PHONY: help venv demo test soak lint format protos protos-check wheel-test bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -24,6 +27,9 @@ demo: $(STAMP) ## start a sidecar with a client beside it and show what it does
 
 test: $(STAMP) ## run the tests (all but the soak tests)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: $(STAMP) ## run the soak tests: 500 x kill -9, power cuts, churn, long walks (SOAK_TIME=60m at most)
+	HICACHE_TEST_KILLS=$(SOAK_KILLS) timeout --foreground $(SOAK_TIME) $(BIN)/python -m pytest -s -m soak --timeout 3600
 
 lint: $(STAMP) protos-check ## check format, style, types, floors and generated code
 	$(BIN)/ruff format --check .
@@ -50,6 +56,12 @@ bench: $(STAMP) ## measure our side (bench/README.md tells how to put peers besi
 	$(BIN)/python bench/host.py
 	$(BIN)/python bench/start.py
 	$(BIN)/python bench/rpc.py --no-peer
+	$(BIN)/python bench/codec.py --no-peers --cases gauss zeros bytes --name codec-ours
+	$(BIN)/python bench/disk.py --no-peers --kind gauss
+	$(BIN)/python bench/recovery.py
+	$(BIN)/python bench/restart.py --repetitions 1
+	$(BIN)/python bench/churn.py
+	$(BIN)/python bench/replay.py --name replay-ours
 
 clean: ## remove environments, caches and build output
 	rm -rf $(VENV) $(VENV_PROTOS) build dist .coverage htmlcov .hypothesis

@@ -66,7 +66,8 @@ def _print(advice: Advice, stats: Stats, console: Console) -> None:
     dropped = sum(tier.dropped_pages for tier in stats.tiers)
     if not dropped:
         console.print(
-            "nothing has been dropped yet: everything fits, and more room would change nothing",
+            "nothing has been dropped yet: all that was stored still fits; more room in the upper tiers only brings "
+            "hits nearer",
             soft_wrap=True,
         )
 

@@ -180,7 +180,8 @@ def _print(report: FolderReport, problems: list[str], bound: int) -> None:
         print(f"  and {report.faults.total() - len(shown):,} more (--json lists all)")
     for problem in problems:
         print(f"PROBLEM: {problem}")
-    print("check: fine" if not problems else f"check: {len(problems)} problems")
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    print("check: fine" if not problems else f"check: {count}")
 
 
 def shard_table(report: FolderReport) -> Any:

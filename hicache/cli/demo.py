@@ -45,20 +45,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Start a sidecar, drive it from other processes, verify every byte, leave nothing behind."
     )
     parser.epilog = EPILOG
-    whole, text = _whole_number, str
-    for flag, kind, default, what in (
+    whole, size = (_whole_number, "N"), (str, "SIZE")
+    for flag, (kind, metavar), default, what in (
         ("--turns", whole, 160, "turns of each client process"),
         ("--clients", whole, 2, "client processes"),
         ("--seed", whole, 1, "seed of the workload"),
         ("--page-tokens", whole, 64, "tokens in a page"),
-        ("--page-bytes", text, "128KiB", "bytes in a page"),
-        ("--device", text, "auto", "device tier: cpu, none, or auto: cpu where torch is installed"),
-        ("--device-bytes", text, "48MiB", "capacity of the device tier"),
-        ("--host-bytes", text, "128MiB", "capacity of the host tier"),
-        ("--disk-bytes", text, "1GiB", "capacity of the disk tier"),
-        ("--policy", text, "lru", f"eviction policy: {' or '.join(sorted(POLICIES))}"),
+        ("--page-bytes", size, "128KiB", "bytes in a page"),
+        ("--device", (str, "NAME"), "auto", "device tier: cpu, none, or auto: cpu where torch is installed"),
+        ("--device-bytes", size, "48MiB", "capacity of the device tier"),
+        ("--host-bytes", size, "128MiB", "capacity of the host tier"),
+        ("--disk-bytes", size, "1GiB", "capacity of the disk tier"),
+        ("--policy", (str, "NAME"), "lru", f"eviction policy: {', '.join(sorted(POLICIES))}"),
     ):
-        parser.add_argument(flag, type=kind, default=default, metavar="N", help=f"{what}; default {default}")
+        parser.add_argument(
+            flag, type=kind, default=default, metavar=metavar, help=f"{what}; default {default}"
+        )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 

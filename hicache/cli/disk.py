@@ -200,6 +200,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
     with hold_folder(path), _output(arguments.file) as out, shown_progress() as progress:
         found = export_pages(path, out, wanted=wanted, progress=progress)
+        if name and not found.namespaces:
+            raise ConfigError(
+                f"--namespace: the folder has none named {name!r}", hint="`hicache disk stats` lists them"
+            )
     told = sys.stderr if arguments.file == "-" else sys.stdout
     facts = {
         name: getattr(found, name) for name in ("namespaces", "pages", "file_bytes", "bad_pages", "problems")
@@ -213,10 +217,6 @@ def _export(arguments: argparse.Namespace) -> int:
             print(f"PROBLEM: {found.bad_pages:,} bad pages were left out (`hicache check` tells)", file=told)
         for problem in found.problems:
             print(f"PROBLEM: {problem}", file=told)
-    if name and not found.namespaces:
-        raise ConfigError(
-            f"--namespace: the folder has none named {name!r}", hint="`hicache disk stats` lists them"
-        )
     return 1 if found.bad_pages or found.problems else 0
 
 
@@ -264,9 +264,10 @@ def _import(arguments: argparse.Namespace) -> int:
         if wiped:
             print(f"the folder's older contents were not kept: {wiped}")
         print(f"imported {found.imported:,} pages; {found.present:,} were there already")
+        above = "follow pages that did not fit, or" if found.full else ""
         for count, why in (
             (found.full, "did not fit into --disk-bytes"),
-            (found.parentless, "have no parent in the file or the folder"),
+            (found.parentless, f"{above} have no parent in the file or the folder".strip()),
             (found.bad, "are bad"),
         ):
             if count:

@@ -97,13 +97,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HicacheError as error:
         sys.stderr.write(f"hicache: error: {error}\n")
         return EXIT_USAGE if error.code in _USAGE_CODES else EXIT_REFUSED
+    except OSError as error:
+        if error.filename is None or isinstance(error, BrokenPipeError):
+            return _lost_reader(error)
+        sys.stderr.write(f"hicache: error: {error.filename}: {error.strerror}\n")
+        return EXIT_USAGE
     except KeyboardInterrupt:
         sys.stderr.write("hicache: interrupted\n")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left: nothing to tell it
-        return EXIT_OK
     return code
+
+
+def _lost_reader(error: OSError) -> int:
+    """The reader of our output left: nothing to tell it. Anything else without a file's name is raised again."""
+    if not isinstance(error, BrokenPipeError):
+        raise error
+    sys.stderr.close()
+    return EXIT_OK
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hicache.cli import config, units
 from hicache.cli.settings import ClientConfig, ServeConfig, settings_of
 from hicache.errors import ConfigError
-from hicache.types import WritePolicy
+from hicache.types import TierKind, TierSpec, WritePolicy
 
 if TYPE_CHECKING:
     from hicache.rpc.server import Server, ServerOptions
@@ -199,9 +199,17 @@ async def _first(*waits: Coroutine[None, None, object]) -> None:
             task.cancel()
 
 
+def _tier_words(spec: TierSpec, settings: ServeConfig) -> str:
+    """A tier's size; of a bound on real disk use, also how much of it pages can take."""
+    pages = units.human_size(spec.capacity_bytes)
+    if spec.kind is not TierKind.DISK:
+        return f"{spec.name} {pages}"
+    return f"{spec.name} {units.human_size(settings.disk_bytes)} (pages take up to {pages})"
+
+
 def _announce(settings: ServeConfig, service: Service, server: Server) -> None:
     """One line for people and scripts, one for the log."""
-    tiers = [f"{spec.name} {units.human_size(spec.capacity_bytes)}" for spec in service.specs]
+    tiers = [_tier_words(spec, settings) for spec in service.specs]
     addresses = " ".join(server.addresses)
     print(f"hicache {READY_WORD} on {addresses} with {', '.join(tiers)}", flush=True)
     log.info(

@@ -173,7 +173,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"--constants: cannot read {path}: {error}") from None
+            why = error.strerror if isinstance(error, OSError) else f"it is no JSON ({error})"
+            raise ConfigError(f"--constants: cannot read {path}: {why}") from None
         if not isinstance(found, dict):
             raise ConfigError(f"--constants: {path} is not a bench result")
         hardware = with_constants(hardware, found, path.name)
@@ -248,7 +249,7 @@ def _size(part: str, whole: str) -> Size:
     except ConfigError as error:
         raise ConfigError(f"--capacity: {error.message}", hint="write 5%, 2000p (pages) or 40GiB") from None
     if not size_bytes:
-        raise ConfigError(f"--capacity: {whole!r} has a tier of nothing")
+        raise ConfigError(f"--capacity: {whole!r} has a tier without room")
     return Size(kind, size_bytes, Unit.BYTES)
 
 
@@ -276,7 +277,7 @@ def _share(text: str, flag: str, *, most: float = 1.0) -> float:
     if not text.endswith("%") or not 0 <= value <= most:
         raise ConfigError(f"{flag}: {text!r} is not a share", hint="write for example 10%")
     if flag == "--capacity" and not value:
-        raise ConfigError(f"{flag}: {text!r} is a tier of nothing")
+        raise ConfigError(f"{flag}: {text!r} is a tier without room")
     return value
 
 

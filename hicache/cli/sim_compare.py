@@ -23,7 +23,10 @@ def run(words: Sequence[str], console: Console, *, as_json: bool) -> int:
     """Print the comparison. Raises ConfigError and InvalidArgumentError."""
     if words[0] != "compare" or len(words) != 3:
         raise ConfigError(
-            f"hicache sim does not know {' '.join(words)!r}", hint="write `hicache sim compare A.json B.json`"
+            f"`hicache sim compare` takes two results, not {len(words) - 1}"
+            if words[0] == "compare"
+            else f"hicache sim does not know {words[0]!r}",
+            hint="write `hicache sim compare A.json B.json`, with files cell-*.json",
         )
     first, second = (_read(Path(word)) for word in words[1:])
     if first["trace"]["sha256"] != second["trace"]["sha256"]:
@@ -47,7 +50,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else f"it is no JSON ({error})"
+        raise ConfigError(f"cannot read {path}: {why}") from None
     if isinstance(found, list) and len(found) == 1:
         found = found[0]
     if isinstance(found, list):

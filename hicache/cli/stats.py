@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,10 @@ examples:
   hicache stats --interval 5s --target unix:///run/hicache/hicache.sock
 """
 
+_UNIX_MS = 1_000_000_000_000  # September 2001; no sidecar has been up for 31 years
 _GAUGES = ("sessions", "leases", "reservations", "waiting", "copies_in_flight", "namespaces")
-_BAR_CELLS = 20
+_STREAMS = frozenset({"rpc/Attach"})  # calls that last as long as their session: no latency
+_BAR_CELLS = 12
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -120,28 +123,32 @@ def recovery_line(stats: Stats) -> str:
     return f"recovering: {back:,} pages are back, {read:,} of {total:,} read"
 
 
+#: What is told of a tier. "written/hit": bytes written to it for each byte served from it.
+_TIER_ROWS = (
+    "state",
+    "filled",
+    "used",
+    "capacity",
+    "pages",
+    "hits",
+    "in",
+    "out",
+    "evicted",
+    "dropped",
+    "corrupt",
+    "refused",
+    "written/hit",
+)
+
+
 def tiers_table(stats: Stats, before: Stats | None = None) -> Table:
-    """One row a tier. "written/hit": bytes written to it for each byte served from it."""
-    table = _table(
-        "tier",
-        "state",
-        "filled",
-        "used",
-        "capacity",
-        "pages",
-        "hits",
-        "in",
-        "out",
-        "evicted",
-        "dropped",
-        "corrupt",
-        "refused",
-        "written/hit",
-    )
+    """One column a tier, so that it fits a narrow terminal."""
+    table = _table("tier", *(tier.name for tier in stats.tiers))
     earlier = {tier.name: tier for tier in before.tiers} if before else {}
     seconds = (stats.uptime_ms - before.uptime_ms) / 1000 if before else 0.0
-    for tier in stats.tiers:
-        table.add_row(*_tier_cells(tier, earlier.get(tier.name), seconds))
+    columns = [_tier_cells(tier, earlier.get(tier.name), seconds) for tier in stats.tiers]
+    for title, cells in zip(_TIER_ROWS, zip(*columns, strict=True), strict=bool(columns)):
+        table.add_row(title, *cells)
     return table
 
 
@@ -156,7 +163,6 @@ def _tier_cells(tier: TierStats, before: TierStats | None, seconds: float) -> li
     share = tier.used_bytes / tier.capacity_bytes if tier.capacity_bytes else 0.0
     colour = "red" if tier.state != "ok" else "green"
     return [
-        tier.name,
         f"[{colour}]{tier.state}[/]",
         bar(share),
         units.human_size(tier.used_bytes),
@@ -182,6 +188,8 @@ def bar(share: float, cells: int = _BAR_CELLS) -> str:
 def _calls_table(stats: Stats) -> Table:
     table = _table("call", "count", "p50", "p99")
     for latency in stats.latencies:
+        if latency.call in _STREAMS:
+            continue
         p50, p99 = units.human_duration(latency.p50_ms), units.human_duration(latency.p99_ms)
         table.add_row(latency.call, f"{latency.count:,}", p50, p99)
     return table
@@ -190,9 +198,24 @@ def _calls_table(stats: Stats) -> Table:
 def _counters(stats: Stats, before: Stats | None) -> Table:
     table = _table("counter", "total", *(["change"] if before else []))
     for name, value in sorted(stats.counters.items()):
-        change = [f"+{value - before.counters.get(name, 0):,}"] if before else []
-        table.add_row(name.replace("_", " "), f"{value:,}", *change)
+        change = [f"{value - before.counters.get(name, 0):+,}"] if before else []
+        title, shown = counter_cells(name, value)
+        table.add_row(title, shown, *change)
     return table
+
+
+def counter_cells(name: str, value: int) -> tuple[str, str]:
+    """A counter as people read it: what it counts, and the value with its unit."""
+    words = name.replace("_", " ")
+    if name.endswith("_bytes"):
+        return words.removesuffix(" bytes"), units.human_size(value)
+    if name.endswith("_ms"):
+        words = words.removesuffix(" ms")
+        if value > _UNIX_MS:  # a moment, not a duration
+            moment = datetime.datetime.fromtimestamp(value / 1000, datetime.UTC)
+            return words, f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+        return words, units.human_duration(value) if value else "0"
+    return words, f"{value:,}"
 
 
 def _table(first: str, *others: str) -> Table:

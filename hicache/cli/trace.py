@@ -24,7 +24,7 @@ examples:
   hicache trace stats conversation_trace.jsonl.zst            what a cache could find in it, as tables
   hicache trace stats t.jsonl --json stats.json --plot stats.html
   hicache trace convert recording.hcrec t.jsonl.zst           a recording as Mooncake's JSON lines
-  hicache trace convert qwen_traceA.jsonl t.hcrec --block-tokens 512
+  hicache trace convert qwen_traceA.jsonl t.hcrec --coarser 32     blocks of 512 tokens instead of 16
   hicache trace generate --preset agent-like --requests 20000 --seed 7 t.jsonl.zst
 
 Formats are told by a file's first lines: Mooncake, Qwen-Bailian, LMCache look-up logs, token ids, text (with
@@ -116,6 +116,8 @@ def _stats(arguments: argparse.Namespace, trace: Trace) -> int:
     from hicache.sim.traces.stats import trace_stats
 
     console = terminal.console(stderr=arguments.json == "-")
+    for flag in ("json", "plot"):  # before minutes of reading
+        _check_folder(f"--{flag}", getattr(arguments, flag) or "-")
     with _progress(console, "reading", 0) as progress:
         found = trace_stats(progress.over(_limited(arguments, trace)))
     trace_report.print_stats(console, trace, found)
@@ -136,6 +138,12 @@ def _stats(arguments: argparse.Namespace, trace: Trace) -> int:
     if arguments.plot:
         Path(arguments.plot).write_text(trace_report.page(trace, found), encoding="utf-8")
     return _report_problems(console, trace)
+
+
+def _check_folder(flag: str, name: str) -> None:
+    folder = Path(name).parent
+    if name != "-" and not folder.is_dir():
+        raise ConfigError(f"{flag}: cannot write {name}: there is no folder {folder}")
 
 
 def _limited(arguments: argparse.Namespace, trace: Iterable[Request]) -> Iterator[Request]:

@@ -97,8 +97,9 @@ def render(tree: Tree, tiers: Sequence[tuple[str, str]]) -> list[Branch]:
     for node in tree.nodes:
         (children[node.parent] if node.parent else namespaces.setdefault(node.namespace, [])).append(node)
     branches = []
+    part = " in the nodes shown" if tree.omitted_nodes else ""
     for name, firsts in namespaces.items():
-        branch = Branch(f"[bold]{_escape(name)}[/]  {_total(firsts, children):,} pages")
+        branch = Branch(f"[bold]{_escape(name)}[/]  {_pages(_total(firsts, children))}{part}")
         waiting = [(branch, node, "") for node in reversed(firsts)]
         while waiting:
             above, node, lead = waiting.pop()
@@ -123,7 +124,7 @@ def line(node: TreeNode, tiers: Sequence[tuple[str, str]]) -> str:
     parts = [f"{node.hits:,} uses", f"idle {units.human_duration(node.idle_ms)}"]
     if node.pinned_pages:
         parts.append(f"[yellow]{node.pinned_pages} pinned[/]")
-    head = f"[cyan]{node.first_symbol_digest.hex()[:8]}[/]  {node.pages} pages, {node.depth_pages}..{end}"
+    head = f"[cyan]{node.first_symbol_digest.hex()[:8]}[/]  {_pages(node.pages)}, {node.depth_pages}..{end}"
     return f"{head}  {bars}  {', '.join(parts)}"
 
 
@@ -140,6 +141,10 @@ def _total(nodes: list[TreeNode], children: Mapping[int, list[TreeNode]]) -> int
         total += node.pages
         waiting += children.get(node.id, [])
     return total
+
+
+def _pages(count: int) -> str:
+    return f"{count:,} page{'' if count == 1 else 's'}"
 
 
 def _escape(text: str) -> str:

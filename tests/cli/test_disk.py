@@ -206,3 +206,12 @@ def test_export_to_standard_output_and_wrong_usage(tmp_path: Path) -> None:
     assert (done.returncode, "--disk-bytes: 'some'" in done.stderr) == (2, True)
     done = hicache("disk", "export", tmp_path / "disk", tmp_path / "no" / "where")
     assert (done.returncode, "FILE: cannot write" in done.stderr) == (2, True)
+
+
+def test_an_export_of_a_namespace_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
+    make_folder(tmp_path / "disk", 2, 3)
+    done = hicache("disk", "export", tmp_path / "disk", tmp_path / "file", "--namespace", "nobody")
+    assert done.returncode == 2
+    assert "none named 'nobody'" in done.stderr
+    assert not done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["disk"]

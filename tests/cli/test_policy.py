@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,14 @@ def test_check_passes_the_template_and_fails_a_broken_policy(
     assert "BROKEN" in text
     assert "hidden" in text
     assert main(["policy", "check", "py:nowhere:Mine"]) == 2
+
+
+def test_both_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["policy", "list", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["policies"]["slru"]["parameters"] == {"protected": 0.8}
+    assert "second-touch" in told["admissions"]
+    assert main(["policy", "check", "fifo", "--json"]) == 0
+    assert all(not each["problem"] for each in json.loads(capsys.readouterr().out))
+    assert main(["policy", "check", "py:json:JSONDecoder", "--json"]) == 1
+    assert all(each["problem"] for each in json.loads(capsys.readouterr().out))

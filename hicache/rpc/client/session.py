@@ -87,7 +87,7 @@ class Session:
         if self._failure is None:
             return UnavailableError(f"not attached to {self._target}: no answer in time")
         return UnavailableError(
-            f"not attached to {self._target}: {self._failure.message}",
+            f"not attached to {self._target}: {_short(self._failure.message)}",
             hint="is the sidecar running, and is this its address?",
         )
 
@@ -128,3 +128,9 @@ class Session:
 
     def _failed_for_good(self) -> bool:
         return self._failure is not None and self._failure.code in LASTING
+
+
+def _short(message: str) -> str:
+    """What the connection failed of, without gRPC's account of how it tried."""
+    before, found, reason = message.rpartition(" error: ")
+    return reason if found and "connect failed" in before else message

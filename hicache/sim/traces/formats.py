@@ -126,6 +126,8 @@ def told_by(path: Path, found: list[Line]) -> str:
         name = format_of(line)
         if name:
             return name
+    if not path.stat().st_size:
+        raise InvalidArgumentError(f"{path} is empty")
     raise InvalidArgumentError(
         f"{path}: its first {LOOKED_AT} lines are of no trace format that is known",
         hint=f"name it with --format: {', '.join([*FORMATS, RECORDING])}",
