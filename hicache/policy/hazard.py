@@ -14,9 +14,13 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+
+from hicache.policy.guard import CELL_BITS
 
 BUCKETS = 4 * 30
+SPREAD = 2
+_WEIGHTS = [(1 + SPREAD - abs(turn)) / (1 + SPREAD) ** 2 for turn in range(-SPREAD, SPREAD + 1)]
 
 _PRIOR_HAZARD = 0.005  # a bucket, with no data at all
 _PRIOR_PAGES = 1000.0  # data of all kinds that weigh as much as the prior
@@ -45,6 +49,7 @@ class HazardTable:
     def __init__(self, kinds: int) -> None:
         self.kinds = kinds
         self.ended = 0.0  # pages whose lifetime ended in a reuse since the last decay
+        self.fresh: dict[int, float] = {}  # reused since the last refresh, by cell
         self._reused = [[0.0] * BUCKETS for _ in range(kinds)]
         self._lost = [[0.0] * BUCKETS for _ in range(kinds)]
         prior = worths(_PRIORS)
@@ -52,7 +57,8 @@ class HazardTable:
 
     def reuse(self, kind: int, age: int, pages: int) -> None:
         """Pages of a kind were used again at that age."""
-        self._reused[kind][bucket(age)] += pages
+        cell = kind << CELL_BITS | bucket(age)
+        self.fresh[cell] = self.fresh.get(cell, 0.0) + pages
         self.ended += pages
 
     def lose(self, kind: int, age: int, pages: int) -> None:
@@ -66,34 +72,61 @@ class HazardTable:
             for row in table:
                 row[:] = [count * factor for count in row]
 
-    def refresh(self, waiting: Iterable[tuple[int, int, float]]) -> None:
-        """Compute all worths anew. ``waiting``: kind, age and pages of lifetimes that go on."""
+    def refresh(self, standing: Mapping[int, float]) -> Iterator[None]:
+        """Compute all worths anew, a kind a step. ``standing``: pages of lifetimes that go on, by cell."""
+        mask = (1 << CELL_BITS) - 1
+        for cell, pages in self.fresh.items():
+            self._reused[cell >> CELL_BITS][cell & mask] += pages
+        self.fresh = {}
         reached = [list(row) for row in self._lost]
-        for kind, age, pages in waiting:
-            reached[kind][bucket(age)] += pages
-        reused = self._reused
-        live = [kind for kind in range(self.kinds) if any(reached[kind]) or any(reused[kind])]
+        for cell, pages in standing.items():
+            reached[cell >> CELL_BITS][cell & mask] += pages
+        reused = [_smooth(row) for row in self._reused]
+        here = [_reaching(kept, gone) for kept, gone in zip(self._reused, reached, strict=True)]
+        yield
+        live = [kind for kind in range(self.kinds) if any(here[kind])]
         everything = _hazards(
             [sum(reused[kind][index] for kind in live) for index in range(BUCKETS)],
-            [sum(reached[kind][index] for kind in live) for index in range(BUCKETS)],
+            [sum(here[kind][index] for kind in live) for index in range(BUCKETS)],
             _PRIORS,
             _PRIOR_PAGES,
         )
+        yield
         common = worths(everything)
-        for kind in range(self.kinds):
-            self.worth[kind] = common
+        fresh = [common] * self.kinds
         for kind in live:
-            self.worth[kind] = worths(_hazards(reused[kind], reached[kind], everything, _SHARED_PAGES))
+            yield
+            fresh[kind] = worths(_hazards(reused[kind], here[kind], everything, _SHARED_PAGES))
+        self.worth = fresh
 
 
-def _hazards(reused: list[float], gone: list[float], prior: list[float], weight: float) -> list[float]:
-    """The hazard of each bucket: reuses over those that reached it; who goes in a bucket was there half of it."""
-    hazards = [0.0] * BUCKETS
-    reached = 0.0
+def _smooth(row: list[float]) -> list[float]:
+    """Each bucket with its neighbours: reuse at an age says as much of ages close by."""
+    if not any(row):
+        return row
+    edge = [0.0] * SPREAD
+    wide = [*edge, *row, *edge]
+    return [
+        sum(weight * wide[index + turn] for turn, weight in enumerate(_WEIGHTS)) for index in range(BUCKETS)
+    ]
+
+
+def _reaching(reused: list[float], gone: list[float]) -> list[float]:
+    """How many lifetimes reached each bucket, smoothed; who goes in a bucket was there half of it."""
+    reached = [0.0] * BUCKETS
+    total = 0.0
     for index in range(BUCKETS - 1, -1, -1):
-        reached += reused[index] + gone[index]
-        hazards[index] = (reused[index] + weight * prior[index]) / (reached - gone[index] / 2 + weight)
-    return hazards
+        total += reused[index] + gone[index]
+        reached[index] = total - gone[index] / 2
+    return _smooth(reached)
+
+
+def _hazards(reused: list[float], reached: list[float], prior: list[float], weight: float) -> list[float]:
+    """The hazard of each bucket: reuses over those that reached it."""
+    return [
+        (ended + weight * before) / (here + weight)
+        for ended, here, before in zip(reused, reached, prior, strict=True)
+    ]
 
 
 def worths(hazards: list[float]) -> list[float]:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hicache.policy import RunInfo, make_policy
-from hicache.policy.adaptive import KINDS, AdaptivePolicy
+from hicache.policy.adaptive import AdaptivePolicy
+from hicache.policy.candidates import KINDS
 from hicache.policy.hazard import BUCKETS, HazardTable, bucket, worths
 from hicache.sim.leaf import LeafCache
 

@@ -1,0 +1,146 @@
+"""What the adaptive policy chooses among, and how a plan of its chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hicache.errors import ViolationError
+
+if TYPE_CHECKING:
+    from hicache.policy.adaptive import AdaptivePolicy
+
+_DEPTHS = 3
+_SIZES = 8
+USES = 4
+KINDS = _DEPTHS * (_SIZES + USES - 1)
+
+LCG_MUL, LCG_ADD, LCG_MASK = 6364136223846793005, 1442695040888963407, (1 << 64) - 1
+
+
+class RunRecord:
+    """One run."""
+
+    __slots__ = ("at", "depth", "kind", "last", "pages", "run", "seat", "size", "slot", "uses")
+
+    def __init__(self, run: int, pages: int, depth: int, last: int, at: int) -> None:
+        self.run = run
+        self.pages = pages
+        self.depth = depth
+        self.last = last  # tick of the last use
+        self.at = at  # step of the last use
+        self.uses = 0
+        self.size = min(pages.bit_length(), _SIZES - 1)  # of what came together
+        self.kind = 0
+        self.slot = -1  # among the exposed
+        self.seat = -1  # among all
+
+    def settle(self) -> None:
+        """The kind that follows from its history."""
+        which = self.size if not self.uses else _SIZES - 1 + self.uses
+        self.kind = which * _DEPTHS + (self.depth if self.depth < _DEPTHS else _DEPTHS - 1)
+
+
+class AdaptivePlan:
+    """Draws candidates with a generator of its own; what it takes out goes back where it was before it ends."""
+
+    def __init__(self, policy: AdaptivePolicy) -> None:
+        self._policy = policy
+        self._state = policy.state
+        self._taken: list[tuple[RunRecord, int]] = []  # and the slot that it had
+        self._shown: list[RunRecord] = []
+        self._given: set[int] = set()
+        self._over = False
+
+    def next(self) -> int | None:
+        """The next victim, each run at most once; None when no candidate is left. O(sample)."""
+        self._require_open()
+        exposed = self._policy.exposed
+        if not exposed:
+            return None
+        record = self._choose(exposed)
+        slot, last = record.slot, exposed.pop()
+        self._taken.append((record, slot))
+        if last is not record:
+            exposed[slot] = last
+            last.slot = slot
+        self._given.add(record.run)
+        return record.run
+
+    def _choose(self, exposed: list[RunRecord]) -> RunRecord:
+        policy = self._policy
+        ranks, now, count, state = policy.ranks, policy.clock.step, len(exposed), self._state
+        sample = policy.sample
+        best, least, oldest = exposed[0], 1 << 60, 0
+        for turn in range(min(sample, count)):
+            at = turn
+            if count > sample:
+                state = (state * LCG_MUL + LCG_ADD) & LCG_MASK
+                at = (state >> 32) * count >> 32
+            record = exposed[at]
+            age = now - record.at
+            if age < 4:
+                rank = ranks[record.kind][age]
+            else:
+                bits = age.bit_length()
+                rank = ranks[record.kind][4 * (bits - 2) + (age >> bits - 3 & 3)]
+            if rank > least:
+                continue
+            last = record.last
+            if (
+                rank < least
+                or last < oldest
+                or (last == oldest and (record.depth, record.run) > (best.depth, best.run))
+            ):
+                best, least, oldest = record, rank, last
+        self._state = state
+        return best
+
+    def expose(self, run: int) -> None:
+        """Make a hidden run a candidate for the rest of this plan; idempotent. O(1)."""
+        self._require_open()
+        record = self._policy.find(run)
+        if record.slot < 0:
+            record.slot = len(self._policy.exposed)
+            self._policy.exposed.append(record)
+            self._taken.append((record, -1))
+
+    def commit(self, evicted: Sequence[int] = ()) -> None:
+        """End the plan. Raises ViolationError if a run leaves that the plan did not give. O(given)."""
+        self._require_open()
+        leaving = frozenset(evicted)
+        if not leaving <= self._given:
+            raise ViolationError(f"policy: runs {sorted(leaving - self._given)} leave, which no plan gave")
+        self._undo()
+        self._policy.state = self._state
+        for run in evicted:
+            self._policy.hide(run)
+
+    def abort(self) -> None:
+        """End the plan; the policy is as if it had never begun. O(given)."""
+        self._require_open()
+        self._undo()
+
+    def _undo(self) -> None:
+        """Undo, last first, what taking and showing did to the list of the exposed."""
+        self._over = True
+        self._policy.open_plan = None
+        exposed = self._policy.exposed
+        for record, slot in reversed(self._taken):
+            if slot < 0:  # it was shown, and stands last again
+                exposed.pop()
+                record.slot = -1
+            elif slot == len(exposed):
+                exposed.append(record)
+            else:
+                moved = exposed[slot]
+                moved.slot = len(exposed)
+                exposed.append(moved)
+                exposed[slot] = record
+                record.slot = slot
+
+    def _require_open(self) -> None:
+        if self._over:
+            raise ViolationError("policy: this plan is over")
+
+
