@@ -26,6 +26,7 @@ from hicache.policy.guard import CELL_BITS, Guard
 from hicache.policy.hazard import BUCKETS, HazardTable, bucket
 from hicache.policy.steps import StepClock
 
+_RANKS = 16  # an octave of worth
 _GHOST_SHARE = 4  # ghost pieces for each run in the pool
 _GHOSTS_MIN = 1024
 _LOOKED_AT = 2048  # lifetimes that go on, of runs and of ghosts each, that a refresh looks at
@@ -45,13 +46,14 @@ class AdaptivePolicy:
 
     wants_ghosts = True
 
-    def __init__(self, sample: int = 64, ghosts: int = 500_000, seed: int = 1) -> None:
+    def __init__(self, sample: int = 24, ghosts: int = 500_000, seed: int = 1) -> None:
         self.sample = sample
         self.ghosts_max = ghosts
         self.table = HazardTable(KINDS)
         self.ghosts = GhostTable(min(ghosts, _GHOSTS_MIN))
         self.records: dict[int, RunRecord] = {}
         self.exposed: list[RunRecord] = []
+        self.kept: list[RunRecord] = []  # the best that were not taken the last time
         self.state = (seed * LCG_MUL + LCG_ADD) & LCG_MASK
         self.clock = StepClock()
         self.guard = Guard()
@@ -111,8 +113,9 @@ class AdaptivePolicy:
                 return
             self.table.reuse(record.kind, at - record.at, record.pages)
             record.at = at
-        if record.uses < USES - 1:
-            record.uses += 1
+        if record.uses < USES - 1 or record.passed:
+            record.uses = min(record.uses + 1, USES - 1)
+            record.passed = False
             record.settle()
 
     def split(self, run: int, tail: int, tail_pages: int) -> None:
@@ -123,7 +126,8 @@ class AdaptivePolicy:
                 f"policy: run {run} of {head.pages} pages cannot give {tail_pages} to a tail"
             )
         record = RunRecord(tail, tail_pages, head.depth + head.pages - tail_pages, head.last, head.at)
-        record.uses, record.size, record.kind = head.uses, head.size, head.kind
+        record.uses, record.size, record.passed = head.uses, head.size, True
+        record.settle()
         self._enter(record)
         head.pages -= tail_pages
 
@@ -132,7 +136,7 @@ class AdaptivePolicy:
         head, gone = self.find(run), self.find(absorbed)
         if head.pages + gone.pages != pages or head is gone:
             raise ViolationError(f"policy: runs {run} and {absorbed} do not make one of {pages} pages")
-        head.uses = max(head.uses, gone.uses)
+        head.uses, head.passed = max(head.uses, gone.uses), head.passed and gone.passed
         head.last, head.at = max(head.last, gone.last), max(head.at, gone.at)
         head.settle()
         head.pages = pages
@@ -258,8 +262,8 @@ def _read(note: int) -> tuple[int, int, int]:
 
 
 def _ranks(table: HazardTable) -> list[list[int]]:
-    """Worths in whole steps of an eighth of an octave, so that what is nearly alike counts as equal."""
-    return [[*(int(8 * log2(worth)) for worth in row)] + [int(8 * log2(row[-1]))] * _BEYOND for row in table.worth]
+    """Worths in whole steps of a sixteenth of an octave, so that what is nearly alike counts as equal."""
+    return [[*(int(_RANKS * log2(worth)) for worth in row)] + [int(_RANKS * log2(row[-1]))] * _BEYOND for row in table.worth]
 
 
 def _floors(ranks: list[list[int]]) -> list[list[int]]:

@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 _DEPTHS = 3
 _SIZES = 8
 USES = 4
-KINDS = _DEPTHS * (_SIZES + USES - 1)
+_PASSED = _SIZES + USES - 1
+KINDS = _DEPTHS * (_PASSED + 1)
 
+#: Candidates that a plan leaves to the next one.
+KEPT = 16
 LCG_MUL, LCG_ADD, LCG_MASK = 6364136223846793005, 1442695040888963407, (1 << 64) - 1
 
 
 class RunRecord:
     """One run."""
 
-    __slots__ = ("at", "depth", "kind", "last", "pages", "run", "seat", "size", "slot", "uses")
+    __slots__ = ("at", "depth", "kind", "last", "pages", "passed", "run", "seat", "size", "slot", "uses")
 
     def __init__(self, run: int, pages: int, depth: int, last: int, at: int) -> None:
         self.run = run
@@ -30,6 +33,7 @@ class RunRecord:
         self.last = last  # tick of the last use
         self.at = at  # step of the last use
         self.uses = 0
+        self.passed = False  # a prompt went another way from here, and none came since
         self.size = min(pages.bit_length(), _SIZES - 1)  # of what came together
         self.kind = 0
         self.slot = -1  # among the exposed
@@ -37,7 +41,10 @@ class RunRecord:
 
     def settle(self) -> None:
         """The kind that follows from its history."""
-        which = self.size if not self.uses else _SIZES - 1 + self.uses
+        if self.passed:
+            which = _PASSED
+        else:
+            which = self.size if not self.uses else _SIZES - 1 + self.uses
         self.kind = which * _DEPTHS + (self.depth if self.depth < _DEPTHS else _DEPTHS - 1)
 
 
@@ -47,6 +54,7 @@ class AdaptivePlan:
     def __init__(self, policy: AdaptivePolicy) -> None:
         self._policy = policy
         self._state = policy.state
+        self._kept = policy.kept
         self._taken: list[tuple[RunRecord, int]] = []  # and the slot that it had
         self._shown: list[RunRecord] = []
         self._given: set[int] = set()
@@ -64,14 +72,18 @@ class AdaptivePlan:
         if last is not record:
             exposed[slot] = last
             last.slot = slot
+        record.slot = -1
         self._given.add(record.run)
         return record.run
 
     def _choose(self, exposed: list[RunRecord]) -> RunRecord:
+        """The best of those kept from before and of some drawn now; the next best are kept."""
         policy = self._policy
         ranks, now, count, state = policy.ranks, policy.clock.step, len(exposed), self._state
+        found = [_place(record, ranks, now) for record in self._kept if record.slot >= 0]
+        worst = max(found)[0] if len(found) >= KEPT else 1 << 60
+        there = {each[3] for each in found}
         sample = policy.sample
-        best, least, oldest = exposed[0], 1 << 60, 0
         for turn in range(min(sample, count)):
             at = turn
             if count > sample:
@@ -84,26 +96,23 @@ class AdaptivePlan:
             else:
                 bits = age.bit_length()
                 rank = ranks[record.kind][4 * (bits - 2) + (age >> bits - 3 & 3)]
-            if rank > least:
-                continue
-            last = record.last
-            if (
-                rank < least
-                or last < oldest
-                or (last == oldest and (record.depth, record.run) > (best.depth, best.run))
-            ):
-                best, least, oldest = record, rank, last
+            if rank <= worst and -record.run not in there:
+                there.add(-record.run)
+                found.append((rank, record.last, -record.depth, -record.run, record))
         self._state = state
-        return best
+        found.sort()
+        self._kept = [each[4] for each in found[1 : KEPT + 1]]
+        return found[0][4]
 
     def expose(self, run: int) -> None:
         """Make a hidden run a candidate for the rest of this plan; idempotent. O(1)."""
         self._require_open()
         record = self._policy.find(run)
-        if record.slot < 0:
+        if record.slot < 0 and run not in self._given:
             record.slot = len(self._policy.exposed)
             self._policy.exposed.append(record)
             self._taken.append((record, -1))
+            self._kept = [*self._kept, record]
 
     def commit(self, evicted: Sequence[int] = ()) -> None:
         """End the plan. Raises ViolationError if a run leaves that the plan did not give. O(given)."""
@@ -113,6 +122,7 @@ class AdaptivePlan:
             raise ViolationError(f"policy: runs {sorted(leaving - self._given)} leave, which no plan gave")
         self._undo()
         self._policy.state = self._state
+        self._policy.kept = self._kept
         for run in evicted:
             self._policy.hide(run)
 
@@ -132,6 +142,7 @@ class AdaptivePlan:
                 record.slot = -1
             elif slot == len(exposed):
                 exposed.append(record)
+                record.slot = slot
             else:
                 moved = exposed[slot]
                 moved.slot = len(exposed)
@@ -144,3 +155,14 @@ class AdaptivePlan:
             raise ViolationError("policy: this plan is over")
 
 
+
+
+def _place(record: RunRecord, ranks: list[list[int]], now: int) -> tuple[int, int, int, int, RunRecord]:
+    """The record, and where it stands in the order: the first goes first."""
+    age = now - record.at
+    if age < 4:
+        rank = ranks[record.kind][age]
+    else:
+        bits = age.bit_length()
+        rank = ranks[record.kind][4 * (bits - 2) + (age >> bits - 3 & 3)]
+    return rank, record.last, -record.depth, -record.run, record

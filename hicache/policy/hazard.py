@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from hicache.policy.guard import CELL_BITS
 
 BUCKETS = 4 * 30
-SPREAD = 2
+SPREAD = 0
 _WEIGHTS = [(1 + SPREAD - abs(turn)) / (1 + SPREAD) ** 2 for turn in range(-SPREAD, SPREAD + 1)]
 
 _PRIOR_HAZARD = 0.005  # a bucket, with no data at all
