@@ -30,7 +30,8 @@ _RANKS = 16  # an octave of worth
 _GHOST_SHARE = 4  # ghost pieces for each run in the pool
 _GHOSTS_MIN = 1024
 _LOOKED_AT = 2048  # lifetimes that go on, of runs and of ghosts each, that a refresh looks at
-_FIRST_REFRESH = 64
+_LOOKED_AT_ONCE = 256
+_FIRST_REFRESH = 32
 _REFRESH_RUNS = 1024
 _DECAY_TURNS = 32  # counts are halved when that many times the pool's pages have been reused
 _DECAY_PAGES_MIN = 100_000
@@ -61,7 +62,8 @@ class AdaptivePolicy:
         self.ranks = _LEVEL
         self.open_plan: AdaptivePlan | None = None
         self._all: list[RunRecord] = []
-        self._learned = _ranks(self.table)
+        self._learned = _LEVEL
+        self._floors = _LEVEL  # the least rank up to each age: who is let go at an age does not grow older
         self._work: Iterator[None] = self._refreshes()
 
     def find(self, run: int) -> RunRecord:
@@ -218,40 +220,48 @@ class AdaptivePolicy:
             table.add(ghosts[start], note << _PAGE_BITS | pages)
 
     def _refreshes(self) -> Iterator[None]:
-        """Learn what was counted, for ever, a small step for each run that comes.
-
-        No step looks at more than a few hundred things, and a refresh has less than a hundred of them.
-        """
+        """Learn what was counted, for ever: a small step for each run that comes, so that none waits for all of it."""
         arrived = 0
         while True:
             for _ in range(min(_REFRESH_RUNS, max(_FIRST_REFRESH, arrived >> 3))):
                 arrived += 1
                 yield
             standing: dict[int, float] = {}
-            for kind, age, pages in self._waiting():
+            for number, (kind, age, pages) in enumerate(self._waiting()):
                 cell = kind << CELL_BITS | bucket(age)
                 standing[cell] = standing.get(cell, 0.0) + pages
-                if not pages:
+                if not (number + 1) % _LOOKED_AT_ONCE:
                     yield
-            leads = self.guard.judge(_floors(self._learned), standing, self.table.fresh, self.total)
-            yield
+            for _ in self.guard.judge(self._floors, standing, self.table.fresh, self.total):
+                yield
             if self.table.ended > max(_DECAY_PAGES_MIN, _DECAY_TURNS * self.total):
                 self.table.decay(0.5)
             for _ in self.table.refresh(standing):
-                arrived += 1
                 yield
-            self._learned = _ranks(self.table)
-            self.ranks = self._learned if leads else _LEVEL
+            for _ in self._learn():
+                yield
+
+    def _learn(self) -> Iterator[None]:
+        """Ranks from worths; those of all kinds together are one list."""
+        done: dict[int, tuple[list[int], list[int]]] = {}
+        for row in self.table.worth:
+            if id(row) not in done:
+                ranks = [int(_RANKS * log2(worth)) for worth in row]
+                done[id(row)] = ranks + [ranks[-1]] * _BEYOND, list(accumulate(ranks, min))
+                yield
+        self._learned = [done[id(row)][0] for row in self.table.worth]
+        self._floors = [done[id(row)][1] for row in self.table.worth]
+        self.ranks = self._learned if self.guard.leads else _LEVEL
 
     def _waiting(self) -> Iterator[tuple[int, int, float]]:
         """Kind, age and pages of a sample of the lifetimes that go on."""
-        step, stride = self.clock.step, len(self._all) // _LOOKED_AT + 1
+        stride = len(self._all) // _LOOKED_AT + 1
         for record in self._all[::stride]:
-            yield record.kind, step - record.at, record.pages * stride
+            yield record.kind, self.clock.step - record.at, record.pages * stride
         stride = len(self.ghosts) // _LOOKED_AT + 1
         for note in self.ghosts.notes(stride):
             kind, at, pages = _read(note)
-            yield kind, step - at, pages * stride
+            yield kind, self.clock.step - at, pages * stride
 
 
 def _read(note: int) -> tuple[int, int, int]:
@@ -259,13 +269,3 @@ def _read(note: int) -> tuple[int, int, int]:
     pages = note & _PAGES_MAX
     note >>= _PAGE_BITS + _SIZE_BITS + _USE_BITS
     return note & (1 << _KIND_BITS) - 1, note >> _KIND_BITS, pages
-
-
-def _ranks(table: HazardTable) -> list[list[int]]:
-    """Worths in whole steps of a sixteenth of an octave, so that what is nearly alike counts as equal."""
-    return [[*(int(_RANKS * log2(worth)) for worth in row)] + [int(_RANKS * log2(row[-1]))] * _BEYOND for row in table.worth]
-
-
-def _floors(ranks: list[list[int]]) -> list[list[int]]:
-    """The least rank up to each age: who is let go at an age does not grow older."""
-    return [list(accumulate(row, min)) for row in ranks]

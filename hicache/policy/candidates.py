@@ -81,7 +81,7 @@ class AdaptivePlan:
         policy = self._policy
         ranks, now, count, state = policy.ranks, policy.clock.step, len(exposed), self._state
         found = [_place(record, ranks, now) for record in self._kept if record.slot >= 0]
-        worst = max(found)[0] if len(found) >= KEPT else 1 << 60
+        worst, latest = max(found)[:2] if len(found) >= KEPT else (1 << 60, 0)
         there = {each[3] for each in found}
         sample = policy.sample
         for turn in range(min(sample, count)):
@@ -96,7 +96,9 @@ class AdaptivePlan:
             else:
                 bits = age.bit_length()
                 rank = ranks[record.kind][4 * (bits - 2) + (age >> bits - 3 & 3)]
-            if rank <= worst and -record.run not in there:
+            if rank > worst or (rank == worst and record.last > latest):
+                continue
+            if -record.run not in there:
                 there.add(-record.run)
                 found.append((rank, record.last, -record.depth, -record.run, record))
         self._state = state

@@ -12,7 +12,7 @@ LRU does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 _KEEP = 0.97  # of what was seen, from one judgement to the next
 _AHEAD = 1.02  # of LRU's hits, to take over
@@ -21,6 +21,7 @@ _PAGES_MIN = 300.0  # hits ahead at the least, to take over
 
 #: A cell of the table in one number.
 CELL_BITS = 8
+_WIDE = 16  # bits for a cell
 
 
 class Guard:
@@ -37,31 +38,36 @@ class Guard:
         standing: Mapping[int, float],
         reused: Mapping[int, float],
         pages: int,
-    ) -> bool:
-        """Weigh what was seen since the last time. O(cells log cells).
+    ) -> Iterator[None]:
+        """Weigh what was seen since the last time, in steps. O(cells log cells).
 
         ``floors``: for each kind the least worth up to each age, by the order that was followed; ``standing`` and
         ``reused``: pages by cell; ``pages``: what the pool holds.
         """
         mask = (1 << CELL_BITS) - 1
-        cells = sorted(standing.keys() | reused.keys(), key=lambda cell: cell & mask)
-        self.lru = self.lru * _KEEP + _hits(cells, standing, reused, pages)
-        cells.sort(key=lambda cell: -floors[cell >> CELL_BITS][cell & mask])
-        self.learned = self.learned * _KEEP + _hits(cells, standing, reused, pages)
-        ahead = self.learned - self.lru
+        reused = dict(reused)
+        cells = standing.keys() | reused.keys()
+        young = sorted((cell & mask) << _WIDE | cell for cell in cells)
+        lru = _hits(young, standing, reused, pages)
+        yield
+        best = sorted(
+            -floors[cell >> CELL_BITS][cell & mask] << 2 * _WIDE | (cell & mask) << _WIDE | cell
+            for cell in cells
+        )
+        yield
+        self.lru = self.lru * _KEEP + lru
+        self.learned = self.learned * _KEEP + _hits(best, standing, reused, pages)
         if self.leads:
             self.leads = self.learned > _BEHIND * self.lru
         else:
-            self.leads = ahead > _PAGES_MIN and self.learned > _AHEAD * self.lru
-        return self.leads
+            self.leads = self.learned > max(_AHEAD * self.lru, self.lru + _PAGES_MIN)
 
 
-def _hits(
-    cells: Sequence[int], standing: Mapping[int, float], reused: Mapping[int, float], pages: float
-) -> float:
-    """Hits of a pool that holds these cells, in this order, as far as there is room; a part of the last one."""
+def _hits(order: Sequence[int], standing: Mapping[int, float], reused: Mapping[int, float], pages: float) -> float:
+    """Hits of a pool that holds cells in this order, as far as there is room; a part of the last one."""
     hits, left = 0.0, float(pages)
-    for cell in cells:
+    for place in order:
+        cell = place & (1 << _WIDE) - 1
         room = standing.get(cell, 0.0)
         if room > left:
             return hits + reused.get(cell, 0.0) * left / room

@@ -15,12 +15,11 @@ once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import add
 
 from hicache.policy.guard import CELL_BITS
 
-BUCKETS = 4 * 30
-SPREAD = 0
-_WEIGHTS = [(1 + SPREAD - abs(turn)) / (1 + SPREAD) ** 2 for turn in range(-SPREAD, SPREAD + 1)]
+BUCKETS = 4 * 22  # ages up to four millions; what is older counts as of the last
 
 _PRIOR_HAZARD = 0.005  # a bucket, with no data at all
 _PRIOR_PAGES = 1000.0  # data of all kinds that weigh as much as the prior
@@ -30,7 +29,7 @@ _SHARED_PAGES = 100.0  # data of one kind that weigh as much as those of all kin
 def bucket(age: int) -> int:
     """The bucket of an age: exact up to 3, then four an octave."""
     if age < 4:
-        return age
+        return max(age, 0)
     bits = age.bit_length()
     return min(BUCKETS - 1, 4 * (bits - 2) + (age >> bits - 3 & 3))
 
@@ -78,47 +77,34 @@ class HazardTable:
         for cell, pages in self.fresh.items():
             self._reused[cell >> CELL_BITS][cell & mask] += pages
         self.fresh = {}
-        reached = [list(row) for row in self._lost]
+        gone = [list(row) for row in self._lost]
         for cell, pages in standing.items():
-            reached[cell >> CELL_BITS][cell & mask] += pages
-        reused = [_smooth(row) for row in self._reused]
-        here = [_reaching(kept, gone) for kept, gone in zip(self._reused, reached, strict=True)]
+            gone[cell >> CELL_BITS][cell & mask] += pages
+        live: dict[int, list[float]] = {}
+        ended, reached = [0.0] * BUCKETS, [0.0] * BUCKETS
+        for kind in range(self.kinds):
+            if any(gone[kind]) or any(self._reused[kind]):
+                yield
+                live[kind] = _reaching(self._reused[kind], gone[kind])
+                ended = list(map(add, ended, self._reused[kind]))
+                reached = list(map(add, reached, live[kind]))
         yield
-        live = [kind for kind in range(self.kinds) if any(here[kind])]
-        everything = _hazards(
-            [sum(reused[kind][index] for kind in live) for index in range(BUCKETS)],
-            [sum(here[kind][index] for kind in live) for index in range(BUCKETS)],
-            _PRIORS,
-            _PRIOR_PAGES,
-        )
-        yield
-        common = worths(everything)
-        fresh = [common] * self.kinds
-        for kind in live:
+        everything = _hazards(ended, reached, _PRIORS, _PRIOR_PAGES)
+        found = [worths(everything)] * self.kinds
+        for kind, here in live.items():
             yield
-            fresh[kind] = worths(_hazards(reused[kind], here[kind], everything, _SHARED_PAGES))
-        self.worth = fresh
-
-
-def _smooth(row: list[float]) -> list[float]:
-    """Each bucket with its neighbours: reuse at an age says as much of ages close by."""
-    if not any(row):
-        return row
-    edge = [0.0] * SPREAD
-    wide = [*edge, *row, *edge]
-    return [
-        sum(weight * wide[index + turn] for turn, weight in enumerate(_WEIGHTS)) for index in range(BUCKETS)
-    ]
+            found[kind] = worths(_hazards(self._reused[kind], here, everything, _SHARED_PAGES))
+        self.worth = found
 
 
 def _reaching(reused: list[float], gone: list[float]) -> list[float]:
-    """How many lifetimes reached each bucket, smoothed; who goes in a bucket was there half of it."""
+    """How many lifetimes reached each bucket; who goes in a bucket was there half of it."""
     reached = [0.0] * BUCKETS
     total = 0.0
     for index in range(BUCKETS - 1, -1, -1):
         total += reused[index] + gone[index]
         reached[index] = total - gone[index] / 2
-    return _smooth(reached)
+    return reached
 
 
 def _hazards(reused: list[float], reached: list[float], prior: list[float], weight: float) -> list[float]:
