@@ -48,13 +48,16 @@ class RunRecord:
         self.kind = which * _DEPTHS + (self.depth if self.depth < _DEPTHS else _DEPTHS - 1)
 
 
+_Place = tuple[int, int, int, int, RunRecord]  # rank, last use, depth and number from the end, the record
+
+
 class AdaptivePlan:
     """Draws candidates with a generator of its own; what it takes out goes back where it was before it ends."""
 
     def __init__(self, policy: AdaptivePolicy) -> None:
         self._policy = policy
         self._state = policy.state
-        self._kept = policy.kept
+        self._found: list[_Place] | None = None  # the best so far, in order
         self._taken: list[tuple[RunRecord, int]] = []  # and the slot that it had
         self._shown: list[RunRecord] = []
         self._given: set[int] = set()
@@ -79,32 +82,28 @@ class AdaptivePlan:
     def _choose(self, exposed: list[RunRecord]) -> RunRecord:
         """The best of those kept from before and of some drawn now; the next best are kept."""
         policy = self._policy
-        ranks, now, count, state = policy.ranks, policy.clock.step, len(exposed), self._state
-        found = [_place(record, ranks, now) for record in self._kept if record.slot >= 0]
-        worst, latest = max(found)[:2] if len(found) >= KEPT else (1 << 60, 0)
-        there = {each[3] for each in found}
-        sample = policy.sample
-        for turn in range(min(sample, count)):
-            at = turn
-            if count > sample:
-                state = (state * LCG_MUL + LCG_ADD) & LCG_MASK
-                at = (state >> 32) * count >> 32
-            record = exposed[at]
+        ranks, now, found = policy.ranks, policy.clock.step, self._found
+        if found is None:
+            found = sorted(_place(record, ranks, now) for record in policy.kept if record.slot >= 0)
+        worst, latest = found[KEPT - 1][:2] if len(found) >= KEPT else (1 << 60, 0)
+        there = {each[4] for each in found}
+        stride = -(-len(exposed) // policy.sample)
+        self._state = state = (self._state * LCG_MUL + LCG_ADD) & LCG_MASK
+        for record in exposed[(state >> 32) * stride >> 32 :: stride]:
             age = now - record.at
             if age < 4:
                 rank = ranks[record.kind][age]
             else:
                 bits = age.bit_length()
                 rank = ranks[record.kind][4 * (bits - 2) + (age >> bits - 3 & 3)]
-            if rank > worst or (rank == worst and record.last > latest):
+            if rank > worst or (rank == worst and record.last > latest) or record in there:
                 continue
-            if -record.run not in there:
-                there.add(-record.run)
-                found.append((rank, record.last, -record.depth, -record.run, record))
-        self._state = state
+            found.append((rank, record.last, -record.depth, -record.run, record))
         found.sort()
-        self._kept = [each[4] for each in found[1 : KEPT + 1]]
-        return found[0][4]
+        self._found = found
+        chosen = found.pop(0)[4]
+        del found[KEPT:]
+        return chosen
 
     def expose(self, run: int) -> None:
         """Make a hidden run a candidate for the rest of this plan; idempotent. O(1)."""
@@ -114,7 +113,9 @@ class AdaptivePlan:
             record.slot = len(self._policy.exposed)
             self._policy.exposed.append(record)
             self._taken.append((record, -1))
-            self._kept = [*self._kept, record]
+            if self._found is not None:
+                self._found.append(_place(record, self._policy.ranks, self._policy.clock.step))
+                self._found.sort()
 
     def commit(self, evicted: Sequence[int] = ()) -> None:
         """End the plan. Raises ViolationError if a run leaves that the plan did not give. O(given)."""
@@ -124,7 +125,8 @@ class AdaptivePlan:
             raise ViolationError(f"policy: runs {sorted(leaving - self._given)} leave, which no plan gave")
         self._undo()
         self._policy.state = self._state
-        self._policy.kept = self._kept
+        if self._found is not None:
+            self._policy.kept = [place[4] for place in self._found]
         for run in evicted:
             self._policy.hide(run)
 
@@ -158,8 +160,7 @@ class AdaptivePlan:
 
 
 
-
-def _place(record: RunRecord, ranks: list[list[int]], now: int) -> tuple[int, int, int, int, RunRecord]:
+def _place(record: RunRecord, ranks: list[list[int]], now: int) -> _Place:
     """The record, and where it stands in the order: the first goes first."""
     age = now - record.at
     if age < 4:

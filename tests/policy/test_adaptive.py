@@ -93,20 +93,17 @@ class Twin:
 
     def victims(self, count):
         policy = self.policy
-        left, kept = list(policy.exposed), list(policy.kept)
+        left, kept = list(policy.exposed), sorted(policy.kept, key=self.key)
         state, found = policy.state, []
         for _ in range(count):
             if not left:
                 break
-            drawn = range(len(left))
-            if len(left) > policy.sample:
-                drawn = []
-                for _ in range(policy.sample):
-                    state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
-                    drawn.append((state // 2**32) * len(left) // 2**32)
+            stride = -(-len(left) // policy.sample)
+            state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+            drawn = left[(state // 2**32) * stride // 2**32 :: stride]
             kept = [each for each in kept if each in left]
-            bar = max(self.key(each)[:2] for each in kept) if len(kept) >= KEPT else (2**60, 0)
-            some = {*kept, *(left[at] for at in drawn if self.key(left[at])[:2] <= bar)}
+            bar = self.key(kept[KEPT - 1])[:2] if len(kept) >= KEPT else (2**60, 0)
+            some = {*kept, *(each for each in drawn if self.key(each)[:2] <= bar)}
             chosen, *others = sorted(some, key=self.key)
             kept = others[:KEPT]
             found.append(chosen.run)
