@@ -131,6 +131,7 @@ def churn(
     client.wait(0)
     stats = client.store.stats
     readers = sum(s.db.env.info()["num_readers"] for s in client.store._shelf.shards)
+    commits = sum(s.db.env.info()["last_txnid"] for s in client.store._shelf.shards)
     end = held()
     report = {
         "capacity_bytes": capacity_bytes,
@@ -147,7 +148,8 @@ def churn(
         "map_full": stats.map_full,
         "pieces_pages": stats.pieces_pages,
         "pages": stats.pages,
-        "commits": stats.commits,
+        "commits": commits,
+        "commits_per_page": commits / max(1, stats.pages),
         "evacuations": stats.evacuations,
         "evacuated_bytes": stats.evacuated_bytes,
     }

@@ -1,14 +1,18 @@
 """What a request of a real trace costs the serving engine: one instant slotted tier, the events of a serving shell.
 
-    python bench/replay.py [--trace FILE ...] [--share 0.1] [--policy lru] [--limit N] [--peer PYTHON]
+    python bench/replay.py [--trace FILE ...] [--share 0.1] [--policy lru|all ...] [--limit N] [--repeat N]
+                           [--apart] [--peer PYTHON]
 
-Each request is what a serving engine sends: Fetch; Reserve and Commit of what was not there, with the CopyDone that
-the copy's end brings; ReleaseLeases. The tier holds ``--share`` of the trace's unique blocks. Prompts are packed and
-the collector is as the sidecar has it; only the engine's own time is taken (thread CPU time). The trace is cut into
-``--slices`` parts: the figure is the median of their means, so that warm-up and drift are seen.
+Each request is what a serving engine sends: Fetch that reserves what it does not find (``--apart``: Fetch, then
+Reserve); Commit of that, with the CopyDone that the copy's end brings; ReleaseLeases. The tier holds ``--share`` of the
+trace's unique blocks. ``--repeat``: so many copies of the trace one after the other, each with ids and times of its
+own, to see whether time grows with what was seen. Prompts are packed and the collector is as the sidecar has it; only
+the engine's own time is taken (thread CPU time). The trace is cut into ``--slices`` parts: the figure is the median of
+their means, so that warm-up and drift are seen.
 
 ``--peer``: the interpreter of an environment with libcachesim 0.3.5; its Python per-block API and its C replay run on
-the same blocks beside it, LRU, one after the other in this run. Writes ``bench/results/replay.json``.
+the same blocks beside it, LRU, one after the other in this run. Policies (``all``: those of the zoo) run after LRU,
+which is run again before each: ``over_lru`` is the ratio of the two medians. Writes ``bench/results/replay.json``.
 """
 
 from __future__ import annotations
@@ -36,6 +40,9 @@ from hicache.engine import Engine, EngineOptions  # noqa: E402
 from hicache.engine import actions as act  # noqa: E402
 from hicache.engine import events as ev  # noqa: E402
 from hicache.keys import fingerprint  # noqa: E402
+from hicache.policy.ghosts import GhostTable  # noqa: E402
+from hicache.policy.registry import ZOO  # noqa: E402
+from hicache.sim.packed import symbols  # noqa: E402
 from hicache.sim.traces import open_trace  # noqa: E402
 from hicache.types import Namespace, Residency, SymbolKind, TierKind, TierSpec  # noqa: E402
 
@@ -43,7 +50,7 @@ SHARED = HERE.parent.parent / "shared" / "traces"
 #: Microseconds a request: what must be reached, and what is aimed at.
 BARS_US = {"mooncake_conversation": (60.0, 20.0), "claudecode_v6_512": (100.0, 30.0)}
 PAGE_BYTES, WIDTH = 64, 16
-BAR_BYTES_PER_PAGE = 200
+BAR_BYTES_PER_PAGE, BAR_BYTES_PER_GHOST, BAR_OVER_LRU = 200, 64, 3
 _CODE = (type, types.ModuleType, types.FunctionType, types.MethodType)
 
 
@@ -51,17 +58,28 @@ def load(path: Path, limit: int) -> list[tuple[int, bytes, array[int]]]:
     """The requests: when, the prompt in 16-byte symbols, the block ids."""
     found = []
     for request in itertools.islice(open_trace(path), limit or None):
-        ids = request.blocks
-        wide = array("q", bytes(2 * 8 * len(ids)))
-        wide[::2] = ids
-        found.append((request.at_ms, wide.tobytes(), ids))
+        found.append((request.at_ms, symbols(request.blocks), request.blocks))
+    return found
+
+
+def repeated(
+    requests: list[tuple[int, bytes, array[int]]], times: int
+) -> list[tuple[int, bytes, array[int]]]:
+    """The requests so many times over; blocks of one copy are of that copy only."""
+    found = list(requests)
+    span_ms = requests[-1][0] - requests[0][0] + 1000
+    for copy in range(1, times):
+        for at_ms, _, ids in requests:
+            own = array("q", [one + (copy << 40) for one in ids])
+            found.append((at_ms + copy * span_ms, symbols(own), own))
     return found
 
 
 class Shell:
     """An engine with one tier whose copies are done at once."""
 
-    def __init__(self, pages: int, policy: str) -> None:
+    def __init__(self, pages: int, policy: str, *, apart: bool = False) -> None:
+        self.apart = apart
         size = pages * PAGE_BYTES
         spec = TierSpec("host", TierKind.HOST, size, segment_bytes=size, client_readable=True)
         self.engine = Engine(EngineOptions((spec,), policy=policy, free_low_fraction=0.0))
@@ -73,10 +91,12 @@ class Shell:
     def request(self, now: int, prompt: bytes) -> int:
         """One request; how many of its pages were there."""
         handle, numbers = self.engine.handle, self.numbers
-        fetched = _result(handle(ev.Fetch(next(numbers), 1, 1, prompt), now))
+        fetched = _result(handle(ev.Fetch(next(numbers), 1, 1, prompt, reserve_missing=not self.apart), now))
         pages = len(prompt) // WIDTH
         if fetched.matched_pages < pages:
-            room = _result(handle(ev.Reserve(next(numbers), 1, 1, prompt), now))
+            room = fetched.reserved
+            if room is None:
+                room = _result(handle(ev.Reserve(next(numbers), 1, 1, prompt), now))
             if room.reservation:
                 pieces = ((room.present_pages, room.missing_pages),)
                 event = ev.Commit(next(numbers), 1, room.reservation, pieces, None, last=True)
@@ -98,10 +118,9 @@ def _result(actions: Sequence[act.Action]) -> Any:
 
 
 def replay(
-    requests: Sequence[tuple[int, bytes, array[int]]], pages: int, policy: str, slices: int
+    requests: Sequence[tuple[int, bytes, array[int]]], shell: Shell, policy: str, slices: int
 ) -> dict[str, Any]:
     """Microseconds a request by slice, percentiles over single requests, hits."""
-    shell = Shell(pages, policy)
     taken = array("d")
     hits = start = 0
     clock = time.perf_counter_ns
@@ -120,29 +139,38 @@ def replay(
     gc.unfreeze()
     ordered = sorted(taken)
     blocks = sum(len(ids) for _, _, ids in requests)
-    own, symbols = memory(shell)
+    own, edges, ghosts, ghost_bytes = memory(shell)
     return {
         "policy": policy,
         "us_per_request": statistics.median(means),
         "us_by_slice": means,
+        "us_least": min(means),
+        "apart": shell.apart,
         "p50_us": ordered[len(ordered) // 2],
         "p99_us": ordered[len(ordered) * 99 // 100],
         "hit_ratio": hits / blocks,
         "bytes_per_page": own,
-        "symbol_bytes_per_page": symbols,
+        "symbol_bytes_per_page": edges,
+        "ghosts": ghosts,
+        "bytes_per_ghost": ghost_bytes / ghosts if ghosts else 0.0,
         "blocks": blocks,
         "requests": len(requests),
-        "capacity_pages": pages,
-        "us_first_tenth": statistics.mean(taken[: max(len(taken) // 10, 1)]),
-        "us_last_tenth": statistics.mean(taken[-max(len(taken) // 10, 1) :]),
+        "p50_us_by_tenth": [
+            statistics.median(taken[len(taken) * part // 10 : len(taken) * (part + 1) // 10] or [0.0])
+            for part in range(10)
+        ],
     }
 
 
-def memory(shell: Shell) -> tuple[float, float]:
-    """Bytes that the engine's own structures take for each resident page at the end, and bytes of symbols beside."""
+def memory(shell: Shell) -> tuple[float, float, int, int]:
+    """What the engine's own structures take at the end.
+
+    Bytes for each resident page; bytes of symbols beside; how many ghosts there are, and their bytes, which the first
+    does not hold.
+    """
     core = shell.engine._core
     seen: set[int] = set()
-    own = symbols = 0
+    own = edges = ghosts = ghost_bytes = 0
     todo: list[object] = [core.runs, core.pools, core.namespaces, core.timers, core.leases, core.reservations]
     while todo:
         found = todo.pop()
@@ -153,11 +181,14 @@ def memory(shell: Shell) -> tuple[float, float]:
         if isinstance(found, bytes | bytearray):
             if len(found) >= WIDTH:
                 own -= len(found)
-                symbols += len(found)
+                edges += len(found)
+        elif isinstance(found, GhostTable):
+            ghosts += len(found)
+            ghost_bytes += found.nbytes()
         elif not isinstance(found, array):
             todo.extend(gc.get_referents(found))
     pages = core.counters.pages[0][int(Residency.RESIDENT)]
-    return own / max(pages, 1), symbols / max(pages, 1)
+    return own / max(pages, 1), edges / max(pages, 1), ghosts, ghost_bytes
 
 
 PEER = """
@@ -213,13 +244,23 @@ def run_trace(path: Path, options: argparse.Namespace) -> Iterator[dict[str, Any
     """One row a policy."""
     requests = load(path, options.limit)
     pages = int(len({one for _, _, ids in requests for one in ids}) * options.share)
+    requests = repeated(requests, options.repeat)
     beside = peer(options.peer, requests, pages) if options.peer else {}
-    for policy in options.policy:
-        row = replay(requests, pages, policy, options.slices) | {"trace": path.name.split(".")[0]}
+    for policy in sorted(ZOO) if options.policy == ["all"] else options.policy:
+        about = {"trace": path.name.split(".")[0], "capacity_pages": pages, "repeat": options.repeat}
+        lru: dict[str, Any] = {}
+        if policy != "lru":
+            lru = replay(requests, Shell(pages, "lru", apart=options.apart), "lru", options.slices)
+        row = replay(requests, Shell(pages, policy, apart=options.apart), policy, options.slices) | about
         bar, goal = BARS_US.get(row["trace"], (0.0, 0.0))
         text = f"{row['trace']:<24} {policy:<12} {row['us_per_request']:7.1f} us a request"
         text += f" (bar {bar:.0f}, goal {goal:.0f})  p99 {row['p99_us']:.0f}  hits {row['hit_ratio']:.4f}"
         text += f"  {row['bytes_per_page']:.0f} bytes a page (bar {BAR_BYTES_PER_PAGE})"
+        if row["ghosts"]:
+            text += f"  {row['bytes_per_ghost']:.0f} bytes a ghost (bar {BAR_BYTES_PER_GHOST})"
+        if lru:
+            row["over_lru"] = row["us_per_request"] / lru["us_per_request"]
+            text += f"  {row['over_lru']:.2f} x LRU (bar {BAR_OVER_LRU})"
         if beside:
             row["peer"] = beside
             row["peer_python_over_ours"] = beside["python_us_per_request"] / row["us_per_request"]
@@ -239,6 +280,8 @@ def main() -> None:
     parser.add_argument("--policy", nargs="*", default=["lru"])
     parser.add_argument("--limit", type=int, default=0, help="only the first N requests")
     parser.add_argument("--slices", type=int, default=9)
+    parser.add_argument("--repeat", type=int, default=1, help="copies of the trace, one after the other")
+    parser.add_argument("--apart", action="store_true", help="Fetch and Reserve as two calls")
     parser.add_argument("--peer", default="", help="interpreter with libcachesim")
     parser.add_argument("--name", default="replay", help="name of the result file")
     options = parser.parse_args()

@@ -6,16 +6,21 @@ import argparse
 import dataclasses
 import enum
 import json
+from typing import TYPE_CHECKING
 
-from hicache.cli import config, probes, terminal, units
+from hicache.cli import config, link, probes, stats, terminal, units
 from hicache.cli.probes import Facts
 from hicache.cli.settings import ServeConfig
+
+if TYPE_CHECKING:
+    from hicache.rpc.client.results import Stats
 
 EPILOG = """\
 examples:
   hicache doctor
   hicache doctor --host-bytes 64GiB --disk-path /data/hicache --disk-bytes 500GiB    before `hicache serve`
   hicache doctor --config /etc/hicache.toml --json
+  hicache doctor --target unix:///run/hicache/hicache.sock    a running sidecar's tiers as well
 
 exit codes: 0 nothing that stops hicache (there may be advice); 1 something must be changed first.
 """
@@ -52,12 +57,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     config.add_flags(
         parser, ServeConfig, only=("device", "device_bytes", "host_bytes", "disk_path", "disk_bytes")
     )
+    link.add_flags(parser, without_target="none: the machine only")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; 1 when something must be changed."""
     settings = config.load_serve(arguments)
     checks = judge(probes.gather(settings.disk_path), settings)
+    target = link.load(arguments).target
+    if target:
+        with link.connect(arguments, "doctor") as client:
+            checks += judge_sidecar(client.admin.stats())
     if arguments.json:
         entries = [dataclasses.asdict(check) | {"verdict": check.verdict.value} for check in checks]
         print(json.dumps({"checks": entries, "fit": is_fit(checks)}, indent=2))
@@ -87,6 +97,22 @@ def judge(facts: Facts, settings: ServeConfig) -> list[Check]:
         _lmdb(facts, settings),
         _torch(facts, settings),
     ]
+
+
+def judge_sidecar(found: Stats) -> list[Check]:
+    """How a running sidecar's tiers are, and whether one of them is still coming back."""
+    checks = []
+    for tier in found.tiers:
+        name = f"tier {tier.name}"
+        if tier.state != "ok":
+            advice = "the sidecar tries it again by itself; see to its medium, and to the sidecar's log"
+            checks.append(Check(name, Verdict.CHANGE, stats.ill(tier), advice))
+        else:
+            checks.append(Check(name, Verdict.FINE, f"ok, {tier.pages:,} pages"))
+    progress = stats.recovery_line(found)
+    if progress:
+        checks.append(Check("recovery", Verdict.FINE, progress))
+    return checks
 
 
 def _system(facts: Facts) -> Check:

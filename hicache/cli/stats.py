@@ -85,15 +85,42 @@ def plain(result: object) -> dict[str, object]:
 def render(stats: Stats, before: Stats | None) -> RenderableType:
     """Tables of one moment; with ``before``, rates since then as well."""
     from rich.console import Group
+    from rich.markup import escape
 
     head = (
         f"[bold]hicache {stats.server_version}[/] {stats.state}, up {units.human_duration(stats.uptime_ms)}; "
         f"{stats.tree_pages:,} pages in {stats.tree_runs:,} runs of {stats.tree_nodes:,} nodes"
     )
+    news = [f"[red]{escape(ill(tier))}[/]" for tier in stats.tiers if tier.state != "ok"]
+    news += filter(None, [recovery_line(stats)])
     gauges = ", ".join(f"{name.replace('_', ' ')} {getattr(stats, name):,}" for name in _GAUGES)
     return Group(
-        head, gauges, "", tiers_table(stats, before), "", _calls_table(stats), "", _counters(stats, before)
+        head,
+        *news,
+        gauges,
+        "",
+        tiers_table(stats, before),
+        "",
+        _calls_table(stats),
+        "",
+        _counters(stats, before),
     )
+
+
+def ill(tier: TierStats) -> str:
+    """What is wrong with a tier, in words: what it does not do now, since when, and why."""
+    lost = "neither takes pages nor gives any" if tier.state == "off" else "takes no pages"
+    since = f"for {units.human_duration(tier.degraded_ms)} now"
+    return f"tier {tier.name} is degraded: it {lost}, {since}: {tier.reason or 'reason unknown'}"
+
+
+def recovery_line(stats: Stats) -> str:
+    """How far the durable tier's recovery is; empty when there is none."""
+    if not stats.counters.get("recovering"):
+        return ""
+    total, read = stats.counters.get("recovery_total_pages", 0), stats.counters.get("recovery_read_pages", 0)
+    back = stats.counters.get("recovered_pages", 0)
+    return f"recovering: {back:,} pages are back, {read:,} of {total:,} read"
 
 
 #: What is told of a tier. "written/hit": bytes written to it for each byte served from it.

@@ -113,7 +113,8 @@ class Piece:
 class FetchResult:
     """``lease`` 0: nothing granted and nothing coming. ``operation`` 0: nothing more is coming.
 
-    ``tier_pages``: by tier, from where each matched page was served (its best tier when asked).
+    ``tier_pages``: by tier, from where each matched page was served (its best tier when asked). ``reserved``: where
+    that was asked for, what a Reserve would have been answered; None: there was no room at once.
     """
 
     lease: int
@@ -124,6 +125,7 @@ class FetchResult:
     operation: int
     tier_pages: Sequence[int]
     page_bytes: int = 0
+    reserved: ReserveResult | None = None
 
 
 @dataclasses.dataclass(slots=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hicache.engine import copies, plan, recovery, room
 from hicache.engine.actions import EvictResult
 from hicache.engine.core import ABSENT, DRAINING, RESIDENT, Core
-from hicache.engine.events import Clear, Evict, PageCorrupt, TierLatched, TierRestored
+from hicache.engine.events import Clear, Evict, PageCorrupt, PagesLost, TierLatched, TierRestored
 from hicache.engine.holders import NamespaceState
+from hicache.keys import KEY_BYTES
 from hicache.tree import Run
 
 EVERYWHERE = -1
@@ -19,16 +20,21 @@ def evict(core: Core, event: Evict) -> None:
     width = namespace.tree.symbol_bytes
     whole = sum(run.pages for run in path) == len(event.prompt) // width
     targets = [*path, *plan.below(path[-1])] if path and whole else path
+    from_disk = event.tier in {EVERYWHERE, core.durable_tier}
     stranded = 0
     if not event.prompt:
-        if event.tier in {EVERYWHERE, core.durable_tier}:
+        if from_disk:
+            recovery.clear_coming(core, namespace.id)
             stranded = recovery.drop_stranded(core, namespace.id)
         targets = _all_runs(namespace)
+    elif from_disk:
+        stranded = recovery.drop_below(core, namespace, event.prompt)
     core.reply(event.request, _evict_all(core, targets, event.tier, stranded))
 
 
 def clear(core: Core, event: Clear) -> None:
     """Drop whatever nobody holds, of one namespace or of all."""
+    recovery.clear_coming(core, event.namespace)
     stranded = recovery.drop_stranded(core, event.namespace)
     chosen = [core.namespaces[event.namespace]] if event.namespace else list(core.namespaces.values())
     targets = [run for namespace in chosen for run in _all_runs(namespace)]
@@ -90,16 +96,49 @@ def page_corrupt(core: Core, event: PageCorrupt) -> None:
     path = core.cut(namespace, namespace.tree.trace(event.prompt))
     if not path or sum(run.pages for run in path) != pages:
         return
-    run = path[-1]
-    if run.state[event.tier] not in {RESIDENT, DRAINING}:
+    _lose_page(core, path[-1], path[-1].pages - 1, event.tier)
+
+
+def pages_lost(core: Core, event: PagesLost) -> None:
+    """A keyed tier found damage before anybody asked for the page. O(runs): keys are not indexed, and rot is rare."""
+    wanted = set(event.keys)
+    todo = [run for run in core.runs.values() if run.packed_keys is not None]
+    while todo and wanted:
+        run = todo.pop()
+        if run.id not in core.runs:
+            continue
+        page, key = _page_of(run, wanted)
+        if page < 0:
+            continue
+        wanted.discard(key)
+        tail = core.split(run, page + 1) if page + 1 < run.pages else None
+        _lose_page(core, run, page, event.tier)
+        todo += [run] if tail is None else [run, tail]
+
+
+def _page_of(run: Run, keys: set[bytes]) -> tuple[int, bytes]:
+    """The first of these keys that a page of the run has, and that page; -1 if none."""
+    packed = run.packed_keys or b""
+    for key in keys:
+        at = packed.find(key)
+        while at >= 0 and at % KEY_BYTES:
+            at = packed.find(key, at + 1)
+        if at >= 0:
+            return at // KEY_BYTES, key
+    return -1, b""
+
+
+def _lose_page(core: Core, run: Run, page: int, tier: int) -> None:
+    """One page of a run, its last one, is not in a tier any more."""
+    if run.state[tier] not in {RESIDENT, DRAINING}:
         return
-    if run.pages > 1:
-        run = core.split(run, run.pages - 1)
-    if run.state[event.tier] == DRAINING:
+    if page:
+        run = core.split(run, page)
+    if run.state[tier] == DRAINING:
         core.rescue(run)
-    if (run.id, event.tier) not in core.condemned:
-        core.counters.corrupt_pages[event.tier] += 1
-        core.void(run, event.tier)
+    if (run.id, tier) not in core.condemned:
+        core.counters.corrupt_pages[tier] += 1
+        core.void(run, tier)
 
 
 def tier_latched(core: Core, event: TierLatched) -> None:

@@ -138,6 +138,9 @@ def _check_slots(pool: Pool, held: list[int]) -> None:
 
 
 def _check_counts(core: Core, runs: list[Run]) -> None:
+    held = sum(lease.matched_pages for lease in core.leases.values())
+    held += sum(reservation.end for reservation in core.reservations.values())
+    _require(core.held_pages == held, "the count of held pages differs")
     for tier in core.tier_range:
         for state in (FILLING, RESIDENT, DRAINING):
             pages = sum(run.pages for run in runs if run.state[tier] == state)

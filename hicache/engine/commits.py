@@ -9,17 +9,17 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from hicache.engine import savers, shares
+from hicache.engine import savers, shares, tips
 from hicache.engine.actions import CommitResult, Compare, CopyIn
 from hicache.engine.copies import merge_all
 from hicache.engine.core import ABSENT, RESIDENT, Core, namespace_of
 from hicache.engine.events import Abort, Commit, CopyDone
-from hicache.engine.holders import Ingest, Reservation, ReserveWaiter
+from hicache.engine.holders import Ingest, Reservation
 from hicache.errors import ErrorCode
 from hicache.keys import chain_keys
 from hicache.tree import Run
 from hicache.tree.tips import is_new
-from hicache.types import Ack, Outcome, PageRecord, WritePolicy
+from hicache.types import Ack, Outcome, PageRecord, SymbolKind, WritePolicy
 
 FIRST = 0  # commits land in the first tier
 RETRY_MS = 50
@@ -114,14 +114,14 @@ def _identify(
 def finish(core: Core, event: CopyDone) -> None:
     """A commit's bytes are there (or not)."""
     reservation, ingest = core.ingests.pop(event.copy)
-    ingest.outcomes = list(event.outcomes or ())
+    ingest.outcomes = event.outcomes or ()
     if not core.readable[FIRST]:
         ingest.outcomes = [Outcome.FAULT] * ingest.pages
     if ingest.deleted:
         outcomes = ingest.outcomes or [Outcome.OK] * ingest.pages
         rows = zip(ingest.keys, outcomes, strict=True)
         ingest.outcomes = [Outcome.MISS if key in ingest.deleted else found for key, found in rows]
-    ingest.charges = list(event.charges)
+    ingest.charges = event.charges
     settle(core, reservation)
 
 
@@ -194,13 +194,17 @@ def _answer(
             core.save_early(run, FIRST)
 
 
-def _graft(core: Core, reservation: Reservation, count: int, charges: list[int]) -> tuple[list[Run], int]:
+def _graft(core: Core, reservation: Reservation, count: int, charges: Sequence[int]) -> tuple[list[Run], int]:
     """Hang ``count`` pages whose bytes have arrived into the tree: new runs, and how many were there already.
 
     -1 present: the page before them is gone.
     """
-    places = reservation.places[:count]
-    del reservation.places[:count]
+    places = reservation.places
+    if count < len(places):
+        reservation.places = places[count:]
+        places = places[:count]
+    else:
+        reservation.places = array("q")
     if charges and core.tiers[FIRST].keyed:
         reservation.namespace.pools[FIRST].recharge(places, charges[:count])
         places = array("q", charges[:count])
@@ -210,11 +214,18 @@ def _graft(core: Core, reservation: Reservation, count: int, charges: list[int])
     if not count:
         return [], 0
     width = namespace.tree.symbol_bytes
-    prompt = reservation.prompt[: (first + count) * width]
+    prompt = reservation.prompt
+    if len(prompt) > (first + count) * width:
+        prompt = prompt[: (first + count) * width]
     after = reservation.runs[-1] if reservation.runs else None
     if not core.holes and reservation.present_pages == first and is_new(namespace.tree, prompt, after, first):
         core.next_tick()
-        return _add(core, reservation, prompt, after, places), 0
+        pool = namespace.pools[FIRST]
+        special = core.gaps or core.stranded.pages or pool.draining or pool.leaving_runs is not None
+        tokens = namespace.spec.symbol_kind is SymbolKind.TOKENS
+        if special or (tokens and pool.policy.wants_ghosts):
+            return _add(core, reservation, prompt, after, places), 0
+        return tips.add(core, reservation, prompt[first * width :], places), 0
     if namespace.tree.match(prompt).pages < first:
         core.release_places(namespace, FIRST, places)
         return [], -1
@@ -321,6 +332,7 @@ def close(core: Core, reservation: Reservation) -> None:
     """Give everything back."""
     if core.reservations.pop(reservation.id, None) is None:
         return
+    core.held_pages -= reservation.end
     if reservation.places:
         core.release_places(reservation.namespace, FIRST, reservation.places)
         reservation.places = array("q")
@@ -328,7 +340,7 @@ def close(core: Core, reservation: Reservation) -> None:
     core.room_changed = True
 
 
-def let_go_anchor(core: Core, holder: ReserveWaiter | Reservation) -> None:
+def let_go_anchor(core: Core, holder: Reservation) -> None:
     """Undo a hold on runs of which the last is anchored."""
     held = holder.runs
     if not held:

@@ -16,6 +16,7 @@ from hicache.engine.actions import Copy, OperationDone
 from hicache.engine.core import ABSENT, DRAINING, FILLING, RESIDENT, Core, namespace_of
 from hicache.engine.events import CopyDone
 from hicache.engine.holders import CopyJob, Lease, Operation, Saver
+from hicache.engine.pools import Pool
 from hicache.tree import Run
 from hicache.types import Outcome, PageRecord, WritePolicy
 
@@ -129,7 +130,7 @@ def copy_down(core: Core, run: Run, dst: int, make_room: MakeRoom, *, drain_from
     src = drain_from
     if src < 0 or path[0].state[src] != RESIDENT:
         src = core.source_for(path[0], dst)
-    if src < 0 or waits_for_other_source(path[0], src, dst) or _much_under_way(core, run, src, dst):
+    if src < 0 or waits_for_other_source(path[0], src, dst) or much_under_way(core, core.pool(run, src), dst):
         return False
     # What stands in one tier goes in one order; the rest, down to the run itself, follows when this has arrived.
     together = list(itertools.takewhile(lambda each: each.state[src] == RESIDENT, path))
@@ -143,9 +144,8 @@ def copy_down(core: Core, run: Run, dst: int, make_room: MakeRoom, *, drain_from
     return whole
 
 
-def _much_under_way(core: Core, run: Run, src: int, dst: int) -> bool:
+def much_under_way(core: Core, pool: Pool, dst: int) -> bool:
     """Whether copies to a durable tier hold half of their source: were it slow, all of the source would wait for it."""
-    pool = core.pool(run, src)
     if pool.spec.keyed or not core.tiers[dst].durable:
         return False
     return core.counters.pages[dst][FILLING] >= max(pool.capacity // 2, core.options.max_copy_pages)

@@ -41,11 +41,11 @@ class Core(Steps):
         """``pin`` and ``hold`` for many runs of one namespace at once: hot."""
         policy = runs[0].extra.pools[tier].policy  # type: ignore[attr-defined]
         for run in runs:
+            run.holders.append(holder)
             pins = run.pins
             pins[tier] += 1
-            if pins[tier] == 1 and not run.below[tier] and run.state[tier] == RESIDENT:
+            if not run.below[tier] and pins[tier] == 1 and run.state[tier] == RESIDENT:
                 policy.hide(run.id)
-            run.holders.append(holder)
         holder.runs = runs
 
     def unpin_all(self, holder: Holder, tier: int) -> None:
@@ -55,15 +55,22 @@ class Core(Steps):
         self.room_changed = True
         policy = holder.runs[0].extra.pools[tier].policy  # type: ignore[attr-defined]
         for run in holder.runs:
+            run.holders.remove(holder)
             pins = run.pins
             assert pins[tier] > 0, "unpinned a run that had no pin"
             pins[tier] -= 1
-            if not pins[tier] and run.state[tier] == RESIDENT:
-                if not run.below[tier]:
-                    policy.expose(run.id)
-                if self.condemned and (run.id, tier) in self.condemned:
-                    self.void(run, tier)
-            run.holders.remove(holder)
+            if not run.below[tier] and not pins[tier] and run.state[tier] == RESIDENT:
+                policy.expose(run.id)
+                run.extra.pools[tier].eased += run.pages  # type: ignore[attr-defined]  # hot
+        if self.condemned:
+            self._void_unpinned(holder.runs, tier)
+
+    def _void_unpinned(self, runs: list[Run], tier: int) -> None:
+        """What is wrong among these leaves now, where that was the last pin."""
+        for run in list(runs):
+            free = not run.pins[tier] and run.state[tier] == RESIDENT
+            if free and (run.id, tier) in self.condemned:
+                self.void(run, tier)
 
     def unpin(self, run: Run, tier: int) -> None:
         """Undo one ``pin``."""
@@ -71,6 +78,7 @@ class Core(Steps):
         run.pins[tier] -= 1
         if run.pins[tier] == 0 and run.state[tier] == RESIDENT:
             self.room_changed = True
+            run.extra.pools[tier].eased += run.pages  # type: ignore[attr-defined]  # hot
             self._unpinned(run, tier)
 
     def _unpinned(self, run: Run, tier: int) -> None:
@@ -141,10 +149,13 @@ class Core(Steps):
         for run in runs:
             run.tick = tick
             run.hits += 1
-            for tier, state in enumerate(run.state):
-                if state == RESIDENT:
-                    run.extra.pools[tier].policy.hit(run.id, tick)  # type: ignore[attr-defined]  # hot
-                elif state == DRAINING:
+        for tier in self.tier_range:
+            there = [run.id for run in runs if run.state[tier] == RESIDENT]
+            if there:
+                runs[0].extra.pools[tier].hit_all(there, tick)  # type: ignore[attr-defined]  # hot
+        if self.copies:  # else nothing drains
+            for run in runs:
+                if DRAINING in run.state:
                     self.rescue(run)
         if self.durable_tier >= 0 and runs and len(self.hot) < MAX_HOT:
             self.hot.add(runs[-1].id)

@@ -15,12 +15,6 @@ from hicache.engine.core import Core
 from hicache.errors import ErrorCode
 
 
-def admits(core: Core, event: ev.Event) -> bool:
-    """Whether the event may change the engine; if not, it has been answered."""
-    look = _DOORS.get(type(event))
-    return look is None or look(core, event)
-
-
 def _namespace(core: Core, event: ev.Fetch | ev.Reserve | ev.Prefetch | ev.Pin | ev.Evict | ev.Clear) -> bool:
     if event.namespace in core.namespaces:
         return True
@@ -63,7 +57,8 @@ def _recovered(core: Core, event: ev.Recovered) -> bool:
     return False
 
 
-_DOORS: dict[type, Callable[[Core, Any], bool]] = {
+#: Whether an event of a type may change the engine; if not, this has answered it. Types that are not here always may.
+DOORS: dict[type, Callable[[Core, Any], bool]] = {
     ev.Touch: lambda core, event: event.namespace in core.namespaces,
     ev.Fetch: _call,
     ev.Reserve: _call,
@@ -74,8 +69,10 @@ _DOORS: dict[type, Callable[[Core, Any], bool]] = {
     ev.PageCorrupt: lambda core, event: (
         event.namespace in core.namespaces and bool(event.prompt) and 0 <= event.tier < len(core.tiers)
     ),
+    ev.PagesLost: lambda core, event: 0 <= event.tier < len(core.tiers),
     ev.TierLatched: lambda core, event: 0 <= event.tier < len(core.tiers),
     ev.TierRestored: lambda core, event: 0 <= event.tier < len(core.tiers),
     ev.SegmentClosed: lambda core, event: 0 <= event.tier < len(core.tiers),
+    ev.Recovering: lambda core, event: 0 <= event.tier < len(core.tiers),
     ev.Recovered: _recovered,
 }

@@ -19,6 +19,7 @@ from hicache.engine import (
     doors,
     heat,
     leases,
+    operator_pins,
     reclaim,
     recovery,
     reservations,
@@ -76,8 +77,10 @@ class Engine:
         try:
             if core.timers and core.timers[0][0] <= now_ms:
                 timers.fire(core)
-            if doors.admits(core, event):
-                _HANDLERS[type(event)](core, event)
+            kind = type(event)
+            look = doors.DOORS.get(kind)
+            if look is None or look(core, event):
+                _HANDLERS[kind](core, event)
             if core.returned:
                 recovery.revive(core)
             if core.room_changed or core.backlog_grew:
@@ -219,15 +222,17 @@ _HANDLERS: dict[type, Callable[[Core, Any], None]] = {
     ev.Abort: commits.abort,
     ev.RenewLeases: leases.renew,
     ev.ReleaseLeases: leases.release,
-    ev.Pin: leases.pin,
-    ev.Unpin: leases.unpin,
+    ev.Pin: operator_pins.pin,
+    ev.Unpin: operator_pins.unpin,
     ev.Evict: admin.evict,
     ev.Clear: admin.clear,
     ev.CopyDone: _copy_done,
     ev.SegmentClosed: reclaim.segment_closed,
     ev.PageCorrupt: admin.page_corrupt,
+    ev.PagesLost: admin.pages_lost,
     ev.TierLatched: admin.tier_latched,
     ev.TierRestored: admin.tier_restored,
+    ev.Recovering: recovery.recovering,
     ev.Recovered: recovery.recovered,
     ev.Drain: savers.drain,
     ev.Tick: _tick,

@@ -75,7 +75,11 @@ class Touch:
 
 @dataclasses.dataclass(slots=True)
 class Fetch:
-    """Match, lease what is readable, promote the rest. Answered at once with a FetchResult."""
+    """Match, lease what is readable, promote the rest. Answered at once with a FetchResult.
+
+    ``reserve_missing``: with it, a reservation for what does not match, if room can be had now: one call where a
+    Reserve would follow. ``reserve_ttl_ms`` is that one's.
+    """
 
     request: int
     session: int
@@ -85,6 +89,8 @@ class Fetch:
     ttl_ms: int = 0
     promote: bool = True
     use: Use = NO_USE
+    reserve_missing: bool = False
+    reserve_ttl_ms: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -233,6 +239,14 @@ class PageCorrupt:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PagesLost:
+    """A keyed tier has found pages of its own that are damaged, and removed them. Unknown keys are fine."""
+
+    tier: int
+    keys: Sequence[bytes]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class TierLatched:
     """A tier takes no more pages (``readable``) or is gone altogether."""
 
@@ -245,6 +259,14 @@ class TierRestored:
     """A latched tier is well again: it takes pages, and what is written from now on can be read."""
 
     tier: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Recovering:
+    """A durable tier is being read (``going``), or is no more. Meanwhile a Clear holds for what is still to come."""
+
+    tier: int
+    going: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -304,8 +326,10 @@ Event = (
     | CopyDone
     | SegmentClosed
     | PageCorrupt
+    | PagesLost
     | TierLatched
     | TierRestored
+    | Recovering
     | Recovered
     | Drain
     | Tick

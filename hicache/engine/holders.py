@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from array import array
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hicache.types import NO_USE, Ack, Namespace, Outcome, Pressure, Use
@@ -33,6 +34,9 @@ class NamespaceState:
         default_factory=dict
     )  # and the last key of a stranded one.
     page_bytes: int = dataclasses.field(init=False)  # of one page; the spec's, asked for often
+    many_hits: int = (
+        0  # from so many on nobody asks how often a run was hit, so that runs are joined (0: never)
+    )
 
     def __post_init__(self) -> None:
         """Copy what is asked for often."""
@@ -120,12 +124,10 @@ class Ingest:
     pages: int
     ack: Ack
     last: bool
-    outcomes: list[Outcome] | None = None  # None: not back yet; empty: all OK
-    charges: list[int] = dataclasses.field(default_factory=list)
-    keys: list[bytes] = dataclasses.field(default_factory=list)  # keyed destinations only, one a page
-    deleted: set[bytes] = dataclasses.field(
-        default_factory=set
-    )  # of those: deleted since the copy was started
+    outcomes: Sequence[Outcome] | None = None  # None: not back yet; empty: all OK
+    charges: Sequence[int] = ()
+    keys: Sequence[bytes] = ()  # keyed destinations only, one a page
+    deleted: frozenset[bytes] = frozenset()  # of those: deleted since the copy was started
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -139,7 +141,7 @@ class Reservation:
     present_pages: int
     next: int  # first page not in the tree yet
     submitted: int  # first page not handed over by a commit yet
-    end: int
+    end: int  # never changes once it is granted
     places: array[int]  # of pages [next, end)
     expires_ms: int
     runs: list[Run] = dataclasses.field(default_factory=list)  # the anchor, if there is one
@@ -160,7 +162,6 @@ class ReserveWaiter:
     deadline_ms: int
     pressure: Pressure
     use: Use = NO_USE
-    runs: list[Run] = dataclasses.field(default_factory=list)  # the anchor
 
 
 @dataclasses.dataclass(slots=True, eq=False)

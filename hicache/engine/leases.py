@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Iterable, Sequence
 
-from hicache.engine import copies, room, warming
-from hicache.engine.actions import FetchResult, OperationResult, Piece, PinResult, RenewResult
+from hicache.engine import copies, reservations, room, warming
+from hicache.engine.actions import FetchResult, OperationResult, Piece, RenewResult
 from hicache.engine.core import ABSENT, DRAINING, FILLING, RESIDENT, Core
 from hicache.engine.events import (
     CancelOperation,
     Fetch,
-    Pin,
     Prefetch,
     ReleaseLeases,
     RenewLeases,
     Touch,
-    Unpin,
 )
 from hicache.engine.holders import CopyJob, Lease, LeaseStage, NamespaceState, Operation
 from hicache.engine.pools import Pool
@@ -49,43 +48,53 @@ def fetch(core: Core, event: Fetch) -> None:
     if event.max_pages:
         prompt = prompt[: event.max_pages * tree.symbol_bytes]
     match = tree.match(prompt)
+    runs = core.cut(namespace, match)
+    result, as_matched = _answer(core, event, namespace, runs, match.pages)
     core.counters.fetches += 1
     core.counters.missed_pages += len(prompt) // tree.symbol_bytes - match.pages
+    if event.reserve_missing:
+        known = as_matched and (not event.max_pages or match.pages < event.max_pages)
+        end = (match.pages, runs[-1] if runs else None) if known else None
+        result.reserved = reservations.along(core, event, end)
+    core.reply(event.request, result)
+
+
+def _answer(
+    core: Core, event: Fetch, namespace: NamespaceState, runs: list[Run], pages: int
+) -> tuple[FetchResult, bool]:
+    """Lease a match; also whether the tree is still as it was matched."""
     tier_pages = [0] * len(core.tiers)
-    if not match.pages:
-        core.reply(event.request, FetchResult(0, 0, 0, 0, (), 0, tier_pages))
-        return
-    runs = core.cut(namespace, match)
+    if not runs:
+        return FetchResult(0, 0, 0, 0, (), 0, tier_pages), True
     core.touch(runs, event.use)
     tier = core.lease_tier
     namespace.pools[tier].tick = core.tick
     if core.warmed:
         warming.used(core, runs)
-    missing = _count_hits(core, runs, tier_pages, namespace.page_bytes)
-    if core.options.write_policy is WritePolicy.SELECTIVE:
+    missing = _count_hits(core, runs, tier_pages, pages, namespace.page_bytes)
+    if core.options.write_policy is WritePolicy.SELECTIVE and len(core.tiers) > 1:
         _save_hot(core, runs)
     if missing and not event.promote:
         runs = _resident_prefix(runs, tier)
-    lease = Lease(next(core.ids), event.session, namespace, tier, match.pages, tier_pages, 0)
+    lease = Lease(next(core.ids), event.session, namespace, tier, pages, tier_pages, 0)
     if runs:
-        _lease(core, lease, runs, _ttl(core, event.ttl_ms))
+        begin(core, lease, runs, _ttl(core, event.ttl_ms))
         if missing:
-            lease.operation = _promote(core, lease, event.session)
+            lease.operation = promote(core, lease, event.session)
         if not lease.runs:
             end(core, lease)
-    core.reply(event.request, view(core, lease) if lease.runs else _empty(lease))
+    return view(core, lease) if lease.runs else _empty(lease), not missing
 
 
-def _count_hits(core: Core, runs: list[Run], tier_pages: list[int], page_bytes: int) -> bool:
+def _count_hits(core: Core, runs: list[Run], tier_pages: list[int], pages: int, page_bytes: int) -> bool:
     """Count from where each page is served; whether some are not in the leases' tier. No run is DRAINING any more."""
     tier = core.lease_tier
-    missing = False
-    for run in runs:
-        if run.state[tier] == RESIDENT:
-            tier_pages[tier] += run.pages
-        else:
-            missing = True
-            tier_pages[run.state.index(RESIDENT)] += run.pages
+    elsewhere = [run for run in runs if run.state[tier] != RESIDENT]
+    tier_pages[tier] = pages
+    for run in elsewhere:
+        tier_pages[tier] -= run.pages
+        tier_pages[run.state.index(RESIDENT)] += run.pages
+    missing = bool(elsewhere)
     hits, hit_bytes = core.counters.hit_pages, core.counters.hit_bytes
     for index, pages in enumerate(tier_pages):
         hits[index] += pages
@@ -116,16 +125,17 @@ def _ttl(core: Core, asked_ms: int) -> int:
     return min(asked_ms or core.options.default_ttl_ms, core.options.max_ttl_ms)
 
 
-def _lease(core: Core, lease: Lease, runs: list[Run], ttl_ms: int) -> None:
+def begin(core: Core, lease: Lease, runs: list[Run], ttl_ms: int) -> None:
     """Let the lease pin these runs; ``ttl_ms`` 0: without an end."""
     core.leases[lease.id] = lease
+    core.held_pages += lease.matched_pages
     if ttl_ms:
         lease.expires_ms = core.now_ms + ttl_ms
         core.at(lease.expires_ms, "lease", lease.id)
     core.pin_all(lease, runs, lease.tier)
 
 
-def _promote(core: Core, lease: Lease, session: int) -> int:
+def promote(core: Core, lease: Lease, session: int) -> int:
     """Start bringing a lease's runs to its tier. Returns the operation, 0 if there is none to wait for."""
     operation = new_operation(core, lease.namespace, lease.tier, lease.runs, session)
     operation.lease = lease.id
@@ -291,22 +301,24 @@ def prefetch(core: Core, event: Prefetch) -> None:
 def view(core: Core, lease: Lease) -> FetchResult:
     """The lease as it stands: the prefix that can be read now."""
     tier = lease.tier
-    pieces: list[Piece] = []
-    granted = 0
+    places = array("q")
     for run in lease.runs:
         slots = run.slots[tier]
-        if run.state[tier] != RESIDENT or not slots or (core.condemned and (run.id, tier) in core.condemned):
+        if (
+            slots is None
+            or run.state[tier] != RESIDENT
+            or (core.condemned and (run.id, tier) in core.condemned)
+        ):
             break
-        pieces.append(Piece(tier, slots))
-        granted += run.pages
+        places += slots
     operation = core.operations.get(lease.operation)
     waiting = lease.operation if operation is not None and not operation.done else 0
     return FetchResult(
         lease.id,
         lease.matched_pages,
-        granted,
+        len(places),
         lease.expires_ms,
-        pieces,
+        (Piece(tier, places),) if places else (),
         waiting,
         lease.tier_pages,
         lease.namespace.page_bytes,
@@ -339,16 +351,22 @@ def release(core: Core, event: ReleaseLeases) -> None:
 def end(core: Core, lease: Lease) -> None:
     """Let go of everything the lease holds."""
     del core.leases[lease.id]
+    core.held_pages -= lease.matched_pages
     operation = core.operations.get(lease.operation)
     if operation is not None and not operation.done:
         drop_operation(core, operation)
     core.unpin_all(lease, lease.tier)
+    many = lease.namespace.many_hits
     later: Run | None = None
     for run in reversed(lease.runs):
         if not run.live:
             core.prune(run)
-        elif later is None or (run.hits == later.hits and run.node is later.node):
-            core.merge(run)  # the two may have been cut apart for a shorter match
+        elif later is None or (
+            run.node is later.node and (run.hits == later.hits or 0 < many <= later.hits <= run.hits)
+        ):
+            core.merge(
+                run
+            )  # cut apart for a shorter match, or come one after the other and now used together
         later = run
     lease.runs = []
     core.room_changed = True
@@ -362,32 +380,3 @@ def expire(core: Core, lease: Lease) -> None:
         drop_operation(core, operation)
     core.counters.expired_leases += 1
     core.at(core.now_ms + core.options.expiry_grace_ms, "rest", lease.id)
-
-
-# --- pins
-
-
-def pin(core: Core, event: Pin) -> None:
-    """A lease of the operator's, in any tier, without an end unless one is given."""
-    namespace = core.namespaces[event.namespace]
-    match = namespace.tree.match(event.prompt)
-    runs = core.cut(namespace, match)
-    if not runs:
-        core.reply(event.request, PinResult(0, 0))
-        return
-    core.touch(runs)
-    lease = Lease(next(core.ids), OPERATOR, namespace, event.tier, match.pages, [], 0)
-    _lease(core, lease, runs, event.ttl_ms)
-    if any(run.state[event.tier] != RESIDENT for run in runs):
-        lease.operation = _promote(core, lease, OPERATOR)
-    pages = sum(run.pages for run in lease.runs)
-    if not pages:
-        end(core, lease)
-    core.reply(event.request, PinResult(lease.id if pages else 0, pages))
-
-
-def unpin(core: Core, event: Unpin) -> None:
-    """Unknown pins are fine."""
-    lease = core.leases.get(event.pin)
-    if lease is not None and lease.session == OPERATOR:
-        end(core, lease)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
+
 from hicache.engine.holders import NamespaceState
 from hicache.engine.pools import Pool
 from hicache.engine.state import State
@@ -37,9 +40,7 @@ class Names(State):
         namespace = namespace_of(run)
         if namespace.spec.symbol_kind is SymbolKind.TOKENS:
             return [int.from_bytes(key[:8], "little") for key in self.keys(run)]
-        mix = int.from_bytes(namespace.fingerprint[:8], "little")
-        symbols, width = run.tree.symbols(run), run.tree.symbol_bytes
-        return [int.from_bytes(symbols[at : at + 8], "little") ^ mix for at in range(0, len(symbols), width)]
+        return ids_of_hashes(namespace, run.tree.symbols(run))
 
     def info(self, run: Run) -> RunInfo:
         """What policies and admission are told of a run."""
@@ -48,6 +49,15 @@ class Names(State):
         if type(use) is not Use:
             use = NO_USE
         return RunInfo(run.pages, run.tree.depth_pages(run), key, use.cls, use.turn, use.cost)
+
+
+def ids_of_hashes(namespace: NamespaceState, symbols: bytes) -> list[int]:
+    """The ghost ids of pages that are named by hashes."""
+    mix = int.from_bytes(namespace.fingerprint[:8], "little")
+    width = namespace.tree.symbol_bytes
+    if width % 8 or sys.byteorder == "big":
+        return [int.from_bytes(symbols[at : at + 8], "little") ^ mix for at in range(0, len(symbols), width)]
+    return [word ^ mix for word in array("Q", symbols)[:: width // 8]]
 
 
 def namespace_of(run: Run) -> NamespaceState:

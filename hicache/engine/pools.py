@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from hicache.policy import Admission, Policy
@@ -18,10 +18,27 @@ from hicache.types import SLOTS_PER_SEGMENT, TierSpec
 
 if TYPE_CHECKING:
     from hicache.engine.holders import Leaving, Operation, ReserveWaiter
+    from hicache.tree import Run
 
 #: What a page on a keyed tier is taken to cost until the store says what it really took: the raw bytes, rounded up to
 #: memory pages, plus one for the record's own header and index.
 KEYED_OVERHEAD_BYTES = 4096
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Stall:
+    """A walk for victims that did not give the room: until something has changed the next one would not either.
+
+    ``gained``: the units that it found; ``eased``: the pool's count then; ``rest``: the dirty victims that it met, in
+    their order, with their last use then, of those that have not begun to drain; ``tries``: how often it may stand for
+    a walk before one looks again whatever was counted, since uses change the order.
+    """
+
+    gained: int
+    lower: int
+    eased: int
+    rest: list[tuple[Run, int]]
+    tries: int
 
 
 class Segments:
@@ -55,6 +72,25 @@ class Pool:
     draining: int = 0  # units that copies under way will free
     waiters: deque[ReserveWaiter] = dataclasses.field(default_factory=deque)
     wanting: dict[int, Operation] = dataclasses.field(default_factory=dict)  # operations that wait for room
+    hit_all: Callable[[Sequence[int], int], None] = dataclasses.field(
+        init=False
+    )  # the policy's, or one by one
+    first: Callable[[], int | None] | None = dataclasses.field(init=False)  # the policy's, if it has one
+    taken: int = 0  # units ever taken
+    eased: int = 0  # units that have ever come free, become candidates, or become clean: at least as many
+    stall: Stall | None = None  # the last walk for victims, if it was in vain
+    cold_mark: int = 0  # ``taken + eased`` when the coldest pages were last looked for
+    cold_wanted: int = 0  # units of the tier below that the coldest pages did not get then; 0: they got all
+    cold_eased: int = 0  # how eased that tier was then
+
+    def __post_init__(self) -> None:
+        """Look once what the policy can do."""
+        self.hit_all = getattr(self.policy, "hit_all", self._hit_one_by_one)
+        self.first = getattr(self.policy, "first", None)
+
+    def _hit_one_by_one(self, runs: Sequence[int], now: int) -> None:
+        for run in runs:
+            self.policy.hit(run, now)
 
     @property
     def capacity(self) -> int:
@@ -88,19 +124,24 @@ class Pool:
         if self.spec.keyed:
             charge = self.units(1, page_bytes)
             self.used += charge * pages
+            self.taken += charge * pages
             return array("q", [charge]) * pages
         assert pages <= len(self.free), "took more slots than are free"
         taken = array("q", self.free[: -pages - 1 : -1])
         del self.free[len(self.free) - pages :]
         self.used += pages
+        self.taken += pages
         return taken
 
     def give_back(self, places: Sequence[int]) -> None:
         """The places hold nothing any more."""
         if self.spec.keyed:
-            self.used -= sum(places)
+            units = sum(places)
+            self.used -= units
+            self.eased += units
             return
         self.used -= len(places)
+        self.eased += len(places)
         if self.leaving < 0:
             self.free.extend(reversed(places))
             return

@@ -15,15 +15,28 @@ from array import array
 
 from hicache.engine import commits, room
 from hicache.engine.core import ABSENT, RESIDENT, TICKS_PER_MS, Core
-from hicache.engine.events import Recovered
+from hicache.engine.events import Recovered, Recovering
 from hicache.engine.holders import NamespaceState
 from hicache.engine.stranded import StrandedChain
+from hicache.keys import KEY_BYTES, chain_keys
 from hicache.policy import RunInfo
 from hicache.tree import Run
 
 STRANDED = -2
 #: How often a recovered run's hits are told again to its policy: what tells a run used once from one used often.
 TOLD_HITS = 4
+
+
+def recovering(core: Core, event: Recovering) -> None:
+    """Remember what is cleared meanwhile; the last word on it has been spoken when the recovery ends."""
+    core.reading = event.going
+    core.cleared.clear()
+
+
+def clear_coming(core: Core, number: int) -> None:
+    """What a recovery still brings of a namespace (0: of any) is to be deleted as it comes."""
+    if core.reading or (number in core.recovering if number else core.recovering):
+        core.cleared.add(number)
 
 
 def recovered(core: Core, event: Recovered) -> None:
@@ -40,6 +53,9 @@ def recovered(core: Core, event: Recovered) -> None:
 def _end_recovery(core: Core, namespace: NamespaceState, tier: int) -> None:
     """Forget the numbers of the chains; pages beyond the tier's capacity, which may be smaller by now, leave."""
     core.recovering.discard(namespace.id)
+    core.cleared.discard(namespace.id)
+    if not core.recovering and not core.reading:
+        core.cleared.clear()
     if core.recovering:
         for run in namespace.recovered:
             if run is not None:
@@ -57,7 +73,19 @@ def _end_recovery(core: Core, namespace: NamespaceState, tier: int) -> None:
 class _Part:
     """One event's chains on their way into the tree."""
 
-    __slots__ = ("charged", "core", "event", "namespace", "pages", "policy", "pool", "tier", "tree")
+    __slots__ = (
+        "arriving",
+        "charged",
+        "cleared",
+        "core",
+        "event",
+        "namespace",
+        "pages",
+        "policy",
+        "pool",
+        "tier",
+        "tree",
+    )
 
     def __init__(self, core: Core, event: Recovered) -> None:
         self.core = core
@@ -68,6 +96,8 @@ class _Part:
         self.pool = self.namespace.pools[event.tier]
         self.policy = self.pool.policy
         self.pages = self.charged = 0
+        self.cleared = not core.cleared.isdisjoint((0, event.namespace))
+        self.arriving = _arriving(core, event.tier) if self.cleared else set()
 
     def bring(self, number: int) -> None:
         """Give one chain its place: in the tree, or among the stranded."""
@@ -79,6 +109,10 @@ class _Part:
         depth = 0
         if not keys or not core.readable[self.tier]:
             core.free_keys(self.tier, list(keys))  # the tier has been lost meanwhile
+        elif self.cleared:
+            gone = [key for key in keys if key not in self.arriving]
+            core.free_keys(self.tier, gone)
+            core.counters.dropped_pages[self.tier] += len(gone)
         elif parent == STRANDED or parent in self.namespace.recovered_keys:
             self._strand(number)
         elif parent >= 0 and above is None:
@@ -160,6 +194,15 @@ class _Part:
         self.pool.used += self.charged
         core.counters.recovered_pages += self.pages
         core.counters.pages[self.tier][RESIDENT] += self.pages
+
+
+def _arriving(core: Core, tier: int) -> set[bytes]:
+    """Keys that are being written to the tier: they have been stored anew, and stay."""
+    found = {key for _, ingest in core.ingests.values() for key in ingest.keys}
+    for job in core.copies.values():
+        if job.dst == tier:
+            found.update(key for run in job.runs for key in core.keys(run))
+    return found
 
 
 def lay(core: Core, before: bytes, tier: int, chain: StrandedChain) -> Run:
@@ -260,8 +303,28 @@ def drop_stranded(core: Core, number: int) -> int:
         if namespace.id in core.recovering and number in {0, namespace.id}:
             find_parents(core, namespace, core.durable_tier)  # what somebody has stored again is not stranded
     revive(core)
+    return _delete(core, core.stranded.drop(number))
+
+
+def drop_below(core: Core, namespace: NamespaceState, prompt: bytes) -> int:
+    """Have the stranded pages from a prompt's last page on deleted; returns how many. O(prompt + them)."""
+    if not core.stranded.has(namespace.id):
+        return 0
+    width = namespace.tree.symbol_bytes
+    path = [namespace.fingerprint, *chain_keys(namespace.fingerprint, prompt, width)]
+    doomed: list[StrandedChain] = []
+    for at, key in enumerate(path):
+        ahead = b"".join(path[at + 1 :])
+        doomed += core.stranded.take(key, starting=ahead)
+    for chain in doomed:  # which grows
+        doomed += core.stranded.take(chain.keys[-KEY_BYTES:])
+    return _delete(core, doomed)
+
+
+def _delete(core: Core, chains: list[StrandedChain]) -> int:
+    """Delete chains that are in the ledger no more; returns their pages."""
     pages = 0
-    for chain in core.stranded.drop(number):
+    for chain in chains:
         chain.namespace.pools[core.durable_tier].used -= sum(chain.charges)
         core.free_keys(core.durable_tier, chain.key_list())
         pages += chain.pages

@@ -5,6 +5,7 @@ A reservation takes places and anchors the page before its first, so that the pa
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 
 from hicache.engine import room, shares
@@ -12,10 +13,11 @@ from hicache.engine.actions import ReserveResult
 from hicache.engine.commits import FIRST, let_go_anchor
 from hicache.engine.copies import merge_all
 from hicache.engine.core import Core
-from hicache.engine.events import Reserve
+from hicache.engine.events import Fetch, Reserve
 from hicache.engine.holders import NamespaceState, Reservation, ReserveWaiter
 from hicache.engine.pools import Pool
 from hicache.errors import ErrorCode
+from hicache.tree import Run
 from hicache.types import NO_USE, Pressure
 
 RETRY_MS = 200
@@ -50,6 +52,31 @@ def reserve(core: Core, event: Reserve) -> None:
     core.room_changed = True
 
 
+def along(core: Core, event: Fetch, end: tuple[int, Run | None] | None) -> ReserveResult | None:
+    """Room for what a Fetch did not find, if it can be had at once without passing those who wait for theirs.
+
+    ``end``: how many pages match and the run in which they end, where that is still so. None: no room, ask again with
+    Reserve, which waits.
+    """
+    namespace = core.namespaces[event.namespace]
+    pool = namespace.pools[FIRST]
+    if pool.waiters or not core.writable[FIRST] or not pool.fits(1, namespace.page_bytes):
+        return None
+    core.counters.reserves += 1
+    use = core.same_use(event.use) if event.use is not NO_USE else NO_USE
+    ask = ReserveWaiter(
+        event.request,
+        event.session,
+        namespace,
+        event.prompt,
+        event.reserve_ttl_ms,
+        core.now_ms,
+        Pressure.WAIT,
+        use,
+    )
+    return _try(core, ask, end, last_try=False)
+
+
 def _refuse_for_good(core: Core, waiter: ReserveWaiter, pool: Pool) -> bool:
     """Answer a call that no waiting helps."""
     name, size = core.tiers[FIRST].name, waiter.namespace.page_bytes
@@ -75,30 +102,64 @@ def _refuse_for_good(core: Core, waiter: ReserveWaiter, pool: Pool) -> bool:
 
 def try_grant(core: Core, waiter: ReserveWaiter, *, last_try: bool) -> bool:
     """Grant a reservation if the room can be had now. On the last try unsaved pages are dropped for it."""
-    namespace = waiter.namespace
-    match = namespace.tree.match(waiter.prompt)
-    total = len(waiter.prompt) // namespace.tree.symbol_bytes
-    if match.pages == total:
-        core.reply(waiter.request, ReserveResult(0, total, 0, 0))
-        return True
-    last = core.cut_end(namespace, match)
+    result = _try(core, waiter, None, last_try=last_try)
+    if result is not None:
+        core.reply(waiter.request, result)
+    return result is not None
+
+
+def _try(
+    core: Core, ask: ReserveWaiter, end: tuple[int, Run | None] | None, *, last_try: bool
+) -> ReserveResult | None:
+    """The answer to who asks; None if there is no room. ``end``: as in ``along``."""
+    namespace = ask.namespace
+    total = len(ask.prompt) // namespace.tree.symbol_bytes
+    if end is None:
+        match = namespace.tree.match(ask.prompt)
+        end = match.pages, core.cut_end(namespace, match) if match.pages < total else None
+    present, last = end
+    if present == total:
+        return ReserveResult(0, total, 0, 0)
+    ttl = min(ask.ttl_ms or core.options.default_ttl_ms, core.options.max_ttl_ms)
+    reservation = Reservation(
+        next(core.ids),
+        ask.session,
+        namespace,
+        ask.prompt,
+        present,
+        present,
+        present,
+        present,
+        array("q"),
+        core.now_ms + ttl,
+        use=ask.use,
+    )
     if last is not None:
-        # What makes room may split the run: the waiter follows, as the anchor does.
-        core.hold(waiter, last)
+        # What makes room may split the run: the reservation follows, as the anchor does.
+        core.hold(reservation, last)
         core.anchor(last, 1)
+    granted = _have_room(core, ask, total - present, last_try=last_try)
+    if not granted:
+        let_go_anchor(core, reservation)
+        return None
+    _grant(core, reservation, granted)
+    return ReserveResult(reservation.id, present, granted, reservation.expires_ms)
+
+
+def _have_room(core: Core, ask: ReserveWaiter, missing: int, *, last_try: bool) -> int:
+    """For how many of the missing pages there is room now.
+
+    A prompt that would take more than half of the tier gets at least that much: the head of a prompt is worth keeping,
+    and waiting for the tier to be idle helps nobody. The last try takes what there is.
+    """
+    namespace = ask.namespace
     most = _most_pages(core, namespace)
-    asked = min(total - match.pages, most)
-    drop = waiter.pressure is Pressure.DROP or last_try
-    # A prompt that would take more than half of the tier gets at least that much: the head of a prompt is worth
-    # keeping, and waiting for the tier to be idle helps nobody. The last try takes what there is.
-    granted = asked
-    if not _room(core, namespace, asked, drop=drop):
-        smaller = _halves(asked, 1 if last_try else max(most // 2, 1))
-        granted = next((pages for pages in smaller if _room(core, namespace, pages, drop=drop)), 0)
-    if granted:
-        _grant(core, waiter, match.pages, granted)
-    let_go_anchor(core, waiter)
-    return granted > 0
+    asked = min(missing, most)
+    drop = ask.pressure is Pressure.DROP or last_try
+    if _room(core, namespace, asked, drop=drop):
+        return asked
+    smaller = _halves(asked, 1 if last_try else max(most // 2, 1))
+    return next((pages for pages in smaller if _room(core, namespace, pages, drop=drop)), 0)
 
 
 def _halves(asked: int, least: int) -> Iterator[int]:
@@ -136,39 +197,26 @@ def _most_pages(core: Core, namespace: NamespaceState) -> int:
     return mine * pool.slots_per_segment
 
 
-def _grant(core: Core, waiter: ReserveWaiter, present: int, pages: int) -> None:
-    namespace = waiter.namespace
-    namespace.pools[FIRST].tick = core.tick
-    ttl = min(waiter.ttl_ms or core.options.default_ttl_ms, core.options.max_ttl_ms)
-    places = namespace.pools[FIRST].take(pages, namespace.page_bytes)
-    reservation = Reservation(
-        next(core.ids),
-        waiter.session,
-        namespace,
-        waiter.prompt,
-        present,
-        present,
-        present,
-        present + pages,
-        places,
-        core.now_ms + ttl,
-        use=waiter.use,
-    )
+def _grant(core: Core, reservation: Reservation, pages: int) -> None:
+    """Take the places."""
+    namespace = reservation.namespace
+    pool = namespace.pools[FIRST]
+    pool.tick = core.tick
+    reservation.places = pool.take(pages, namespace.page_bytes)
+    reservation.end += pages
     core.reservations[reservation.id] = reservation
-    if waiter.runs:
-        _pass_on(core, waiter, reservation)
+    core.held_pages += reservation.end
+    if len(reservation.runs) > 1:
+        _keep_last(core, reservation)
     core.at(reservation.expires_ms, "reservation", reservation.id)
-    core.reply(waiter.request, ReserveResult(reservation.id, present, pages, reservation.expires_ms))
 
 
-def _pass_on(core: Core, waiter: ReserveWaiter, reservation: Reservation) -> None:
-    """The hold on the last run, and its anchor, become the reservation's; the others are let go."""
-    *others, last = waiter.runs
-    waiter.runs = []
-    last.holders[last.holders.index(waiter)] = reservation
-    reservation.runs.append(last)
+def _keep_last(core: Core, reservation: Reservation) -> None:
+    """The run was split: only its last part is held on to."""
+    *others, last = reservation.runs
+    reservation.runs = [last]
     for run in others:
-        run.holders.remove(waiter)
+        run.holders.remove(reservation)
     merge_all(core, others)
 
 

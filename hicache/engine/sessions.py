@@ -68,4 +68,6 @@ def open_namespace(core: Core, event: NamespaceOpened) -> None:
     pools = [core.pool_for(tier, spec.tenant, spec.page_bytes) for tier in core.tier_range]
     tree = Tree(spec.symbol_bytes, len(core.tiers), core.run_ids)
     namespace = NamespaceState(event.namespace, spec, event.fingerprint, tree, pools)
+    if all(getattr(pool.policy, "only_last_use", False) and pool.admission is None for pool in pools):
+        namespace.many_hits = max(core.options.selective_hits, 1) if len(pools) > 1 else 1
     core.namespaces[event.namespace] = namespace

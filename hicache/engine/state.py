@@ -76,6 +76,8 @@ class State:
         self.stranded = Stranded()  # pages of the durable tier that hang below pages which nobody has
         self.returned: set[Run] = set()  # runs that have come while there are such
         self.recovering: set[int] = set()  # namespaces of which the durable tier still holds unknown pages
+        self.reading = False  # the durable tier is being read: namespaces that nobody has heard of may come
+        self.cleared: set[int] = set()  # namespaces (0: all) of which what is still to come is to go
         self.chain_ends: dict[int, int] = {}  # runs in which a chain of these ends -> its number
         self.hot: set[int] = set()  # runs in which used paths end, since the durable tier was told
         # (run, tier) whose bytes are known to be wrong while pins keep them.
@@ -88,9 +90,11 @@ class State:
             set()
         )  # runs that these have brought to the leases' tier and no Fetch has used
         self.timers: list[tuple[int, int, str, int]] = []
+        self.most_timers = SLACK_TIMERS  # with more, those of what is gone are looked for
         self.counters = Counters(len(self.tiers))
         self.now_ms = 0
         self.tick = 0
+        self.held_pages = 0  # at most so many pages are kept by leases and reservations
         self.out: list[Action] = []
         self.room_changed = False  # something was freed or finished: those who wait may get on
         self.backlog_grew = False
@@ -116,10 +120,8 @@ class State:
     def at(self, deadline_ms: int, kind: str, ident: int) -> None:
         """Have ``timers.fire`` look at this then. Stale timers are recognised there, or go when they are many."""
         heapq.heappush(self.timers, (deadline_ms, next(self.ids), kind, ident))
-        if len(self.timers) > SLACK_TIMERS:
-            alive = len(self.leases) + len(self.reservations) + len(self.operations)
-            if len(self.timers) > 4 * alive + SLACK_TIMERS:
-                self._forget_timers()
+        if len(self.timers) > self.most_timers:
+            self._forget_timers()
 
     def _forget_timers(self) -> None:
         """Drop the timers of what is gone: O(timers), paid for by those that go."""
@@ -134,11 +136,15 @@ class State:
             timer for timer in self.timers if timer[2] not in owners or timer[3] in owners[timer[2]]
         ]
         heapq.heapify(self.timers)
+        self.most_timers = 2 * len(self.timers) + SLACK_TIMERS
 
     def next_tick(self) -> int:
         """A new tick, later than all before."""
-        self.tick = max(self.tick + 1, self.now_ms * TICKS_PER_MS)
-        return self.tick
+        tick = self.now_ms * TICKS_PER_MS
+        if tick <= self.tick:
+            tick = self.tick + 1
+        self.tick = tick
+        return tick
 
     def same_use(self, use: Use) -> Use:
         """The one object that stands for equal uses. Callers choose them: what is kept is bounded."""
@@ -185,7 +191,7 @@ class State:
         self.emit(Free(tier, (), keys))
         if tier == 0:  # commits land in the first tier
             for _, ingest in self.ingests.values():
-                ingest.deleted.update(key for key in keys if key in ingest.keys)
+                ingest.deleted |= {key for key in keys if key in ingest.keys}
 
     def release_places(self, namespace: NamespaceState, tier: int, places: Sequence[int]) -> None:
         """Give back places that no page came to occupy (or that a page has left); the shell is told of slots."""

@@ -12,6 +12,7 @@ cannot disagree:
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 
 from hicache.engine.actions import Free
 from hicache.engine.holders import NamespaceState
@@ -65,18 +66,13 @@ class Steps(Names):
         policy = self.pool(run, tier).policy
         if not policy.wants_ghosts:
             return [run]
-        ids = self.page_ids(run)
-        parts, start = [run], 0
-        while start < len(ids):
-            known = policy.known(ids[start:])
-            end = start + known
-            while not known and end < len(ids) and not policy.known(ids[end : end + 1]):
-                end += 1
+        parts, left = [run], run.pages
+        for pages, known in stretches(policy, self.page_ids(run)):
             part = parts[-1]
-            if end < len(ids):
-                parts.append(self.split(part, end - start, rescue=False))
-            part.hits += known > 0
-            start = end
+            left -= pages
+            if left:
+                parts.append(self.split(part, pages, rescue=False))
+            part.hits += known
         return parts
 
     def split(self, run: Run, pages: int, *, rescue: bool = True) -> Run:
@@ -120,13 +116,13 @@ class Steps(Names):
     def forget_run(self, run: Run) -> None:
         """The run is no more."""
         del self.runs[run.id]
-        self.ahead.pop(run.id, None)
-        self.verdicts.pop(run.id, None)
-        self.warmed.discard(run)
-        self.hot.discard(run.id)
-        self.holes.discard(run)
-        self.gaps.discard(run)
-        self.returned.discard(run)
+        if self.ahead or self.verdicts or self.hot:
+            self.ahead.pop(run.id, None)
+            self.verdicts.pop(run.id, None)
+            self.hot.discard(run.id)
+        for known in (self.holes, self.gaps, self.warmed, self.returned):
+            if known:
+                known.discard(run)
         if self.chain_ends and run.id in self.chain_ends:
             namespace_of(run).recovered[self.chain_ends.pop(run.id)] = None
         if self.condemned:
@@ -138,7 +134,7 @@ class Steps(Names):
             return False  # chains are still to come that hang below its end
         if self.warmed and self._differ_in_use(run):
             return False
-        absorbed = run.tree.try_merge(run)
+        absorbed = run.tree.try_merge(run, run.extra.many_hits)  # type: ignore[attr-defined]  # hot
         if absorbed is None:
             return False
         self._know_alike(absorbed, run)
@@ -192,6 +188,7 @@ class Steps(Names):
                 policy.hide(above.id)
             else:
                 policy.expose(above.id)
+                pool.eased += above.pages
         if state != ABSENT and tier == self.durable_tier and self.gaps:
             self.gaps.discard(run)
         if self.stranded.pages and state == RESIDENT and old != DRAINING:
@@ -216,6 +213,9 @@ class Steps(Names):
             if policy.known(ghosts) < len(ghosts):
                 ghosts = []
         policy.insert(run.id, self.info(run), run.tick, ghosts)
+        if run.live > 1:
+            for other in namespace_of(run).pools:  # it is clean wherever it stands
+                other.eased += run.pages
         if not run.pins[tier] and not run.below[tier]:
             policy.expose(run.id)
         self.holes.discard(run)
@@ -280,6 +280,18 @@ class Steps(Names):
         """
         self.backlog[run.id] = tier
         self.backlog_grew = True
+
+
+def stretches(policy: Policy, ids: list[int]) -> Iterator[tuple[int, bool]]:
+    """The pages cut where the policy begins or ceases to know them: how many, and whether it does."""
+    start = 0
+    while start < len(ids):
+        known = policy.known(ids[start:] if start else ids)
+        end = start + known
+        while not known and end < len(ids) and not policy.known((ids[end],)):
+            end += 1
+        yield end - start, known > 0
+        start = end
 
 
 def _end_chain_in(state: Names, run: Run, number: int) -> None:

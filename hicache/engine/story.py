@@ -24,11 +24,7 @@ SHORT = 8
 def remember(event: ev.Event) -> Memory:
     """The event's type and its fields, without content: bytes and long columns by their length."""
     kind = type(event)
-    small, large = _FIELDS[kind]
-    values: tuple[object, ...] = small(event)
-    for name, keep in large:
-        values += (keep(getattr(event, name)),)
-    return kind, values
+    return kind, _FIELDS[kind](event)
 
 
 def tell(memory: Memory) -> str:
@@ -85,6 +81,19 @@ def _plan(
     return getter, small, large
 
 
+def _reader(
+    small: typing.Callable[[object], tuple[object, ...]], large: tuple[tuple[str, Keep], ...]
+) -> typing.Callable[[object], tuple[object, ...]]:
+    """Both in one call: this is done for every event."""
+    if not large:
+        return small
+    if len(large) == 1:
+        get, keep = attrgetter(large[0][0]), large[0][1]
+        return lambda event: (*small(event), keep(get(event)))
+    gets = tuple((attrgetter(name), keep) for name, keep in large)
+    return lambda event: (*small(event), *[keep(get(event)) for get, keep in gets])
+
+
 _PLANS = {kind: _plan(kind) for kind in typing.get_args(ev.Event)}
-_FIELDS = {kind: (getter, large) for kind, (getter, _, large) in _PLANS.items()}
+_FIELDS = {kind: _reader(getter, large) for kind, (getter, _, large) in _PLANS.items()}
 _NAMES = {kind: (*small, *(name for name, _ in large)) for kind, (_, small, large) in _PLANS.items()}

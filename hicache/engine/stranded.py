@@ -72,16 +72,21 @@ class Stranded:
         self._after[parent_key] = chain
         self._count(chain, chain.pages, sum(chain.charges))
 
-    def take(self, parent_key: bytes) -> list[StrandedChain]:
-        """The chains that follow this page: no longer in the ledger. O(them)."""
+    def take(self, parent_key: bytes, *, starting: bytes = b"") -> list[StrandedChain]:
+        """The chains that follow this page, whose keys begin with these: no longer in the ledger. O(them)."""
         found: list[StrandedChain] = []
+        stay: list[StrandedChain] = []
         each = self._after.pop(parent_key, None)
         while each is not None:
-            found.append(each)
-            self._count(each, -each.pages, -sum(each.charges))
+            (found if each.keys.startswith(starting) else stay).append(each)
             each = each.sibling
         for chain in found:
+            self._count(chain, -chain.pages, -sum(chain.charges))
             chain.sibling = None
+        if stay:
+            self._after[parent_key] = stay[0]
+            for before, after in zip(stay, [*stay[1:], None], strict=True):
+                before.sibling = after
         return found
 
     def trim(self, units: int) -> tuple[list[bytes], int]:

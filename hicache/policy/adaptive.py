@@ -15,52 +15,31 @@ a statistic. Everything random comes from one seeded generator, and a plan that 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from math import log2
 
 from hicache.errors import ViolationError
 from hicache.policy.base import Plan, RunInfo
+from hicache.policy.candidates import KINDS, LCG_ADD, LCG_MASK, LCG_MUL, USES, AdaptivePlan, RunRecord
 from hicache.policy.ghosts import GhostTable
-from hicache.policy.hazard import HazardTable
+from hicache.policy.guard import CELL_BITS, Guard
+from hicache.policy.hazard import BUCKETS, HazardTable, bucket
+from hicache.policy.steps import StepClock
 
-_DEPTHS = 3
-_SIZES = 8
-_USES = 4
-KINDS = _DEPTHS * (_SIZES + _USES - 1)
-
+_RANKS = 16  # an octave of worth
 _GHOST_SHARE = 4  # ghost pieces for each run in the pool
 _GHOSTS_MIN = 1024
 _LOOKED_AT = 2048  # lifetimes that go on, of runs and of ghosts each, that a refresh looks at
-_FIRST_REFRESH = 64
+_LOOKED_AT_ONCE = 256
+_FIRST_REFRESH = 32
 _REFRESH_RUNS = 1024
 _DECAY_TURNS = 32  # counts are halved when that many times the pool's pages have been reused
 _DECAY_PAGES_MIN = 100_000
 
-_LCG_MUL, _LCG_ADD, _LCG_MASK = 6364136223846793005, 1442695040888963407, (1 << 64) - 1
-
 _KIND_BITS, _USE_BITS, _SIZE_BITS, _PAGE_BITS = 6, 2, 4, 12
 _PAGES_MAX = (1 << _PAGE_BITS) - 1
-
-
-class _Run:
-    """One run."""
-
-    __slots__ = ("depth", "kind", "last", "pages", "run", "seat", "size", "slot", "uses")
-
-    def __init__(self, run: int, pages: int, depth: int, last: int) -> None:
-        self.run = run
-        self.pages = pages
-        self.depth = depth
-        self.last = last
-        self.uses = 0
-        self.size = min(pages.bit_length(), _SIZES - 1)  # of what came together
-        self.kind = 0
-        self.slot = -1  # among the exposed
-        self.seat = -1  # among all
-
-    def settle(self) -> None:
-        """The kind that follows from its history."""
-        which = self.size if not self.uses else _SIZES - 1 + self.uses
-        self.kind = which * _DEPTHS + (self.depth if self.depth < _DEPTHS else _DEPTHS - 1)
+_BEYOND = 4 * 64 - BUCKETS  # ages that no bucket was made for count as the oldest
+_LEVEL = [[0] * (BUCKETS + _BEYOND)] * KINDS  # all alike: LRU
 
 
 class AdaptivePolicy:
@@ -68,23 +47,26 @@ class AdaptivePolicy:
 
     wants_ghosts = True
 
-    def __init__(self, sample: int = 64, ghosts: int = 500_000, seed: int = 1) -> None:
+    def __init__(self, sample: int = 24, ghosts: int = 500_000, seed: int = 1) -> None:
         self.sample = sample
         self.ghosts_max = ghosts
         self.table = HazardTable(KINDS)
         self.ghosts = GhostTable(min(ghosts, _GHOSTS_MIN))
-        self.records: dict[int, _Run] = {}
-        self.exposed: list[_Run] = []
-        self.state = (seed * _LCG_MUL + _LCG_ADD) & _LCG_MASK
-        self.now = 0
+        self.records: dict[int, RunRecord] = {}
+        self.exposed: list[RunRecord] = []
+        self.kept: list[RunRecord] = []  # the best that were not taken the last time
+        self.state = (seed * LCG_MUL + LCG_ADD) & LCG_MASK
+        self.clock = StepClock()
+        self.guard = Guard()
         self.total = 0
-        self.steps = _steps(self.table)
+        self.ranks = _LEVEL
         self.open_plan: AdaptivePlan | None = None
-        self._all: list[_Run] = []
-        self._fresh = 0  # runs that came since the last refresh
-        self._arrived = 0
+        self._all: list[RunRecord] = []
+        self._learned = _LEVEL
+        self._floors = _LEVEL  # the least rank up to each age: who is let go at an age does not grow older
+        self._work: Iterator[None] = self._refreshes()
 
-    def find(self, run: int) -> _Run:
+    def find(self, run: int) -> RunRecord:
         """The record of a run. Raises ViolationError for an unknown one."""
         record = self.records.get(run)
         if record is None:
@@ -100,18 +82,15 @@ class AdaptivePolicy:
 
     def insert(self, run: int, info: RunInfo, now: int, ghosts: Sequence[int] = ()) -> None:
         """A run has arrived, used now; if it is remembered, that ends the lifetimes of its pieces. O(1) amortised."""
-        record = _Run(run, info.pages, info.depth, now)
+        record = RunRecord(run, info.pages, info.depth, now, self.clock.tell(now))
         self._enter(record)
-        self.now = max(self.now, now)
         self.total += info.pages
-        self._return(record, ghosts)
+        if ghosts:
+            self._return(record, ghosts)
         record.settle()
-        self._fresh += 1
-        self._arrived += 1
-        if self._fresh >= min(_REFRESH_RUNS, max(_FIRST_REFRESH, self._arrived >> 3)):
-            self._refresh()
+        next(self._work)
 
-    def _return(self, record: _Run, ghosts: Sequence[int]) -> None:
+    def _return(self, record: RunRecord, ghosts: Sequence[int]) -> None:
         at, total = 0, len(ghosts)
         while at < total and (note := self.ghosts.pop(ghosts[at])) >= 0:
             pages = note & _PAGES_MAX
@@ -121,22 +100,25 @@ class AdaptivePolicy:
             uses = note & (1 << _USE_BITS) - 1
             note >>= _USE_BITS
             kind = note & (1 << _KIND_BITS) - 1
-            self.table.reuse(kind, self.now - (note >> _KIND_BITS), min(pages, total - at))
+            self.table.reuse(kind, self.clock.step - (note >> _KIND_BITS), min(pages, total - at))
             if not at:
-                record.uses, record.size = min(uses + 1, _USES - 1), size
+                record.uses, record.size = min(uses + 1, USES - 1), size
             at += pages
 
     def hit(self, run: int, now: int) -> None:
         """A run was used: one lifetime ends and the next begins. O(1)."""
-        record = self.find(run)
-        if now > self.now:
-            self.now = now
+        record = self.records.get(run) or self.find(run)
+        at = self.clock.tell(now)
         if now > record.last:
-            self.table.reuse(record.kind, now - record.last, record.pages)
             record.last = now
-        if record.uses < _USES - 1:
-            record.uses += 1
-        record.settle()
+            if at <= record.at:  # the same use
+                return
+            self.table.reuse(record.kind, at - record.at, record.pages)
+            record.at = at
+        if record.uses < USES - 1 or record.passed:
+            record.uses = min(record.uses + 1, USES - 1)
+            record.passed = False
+            record.settle()
 
     def split(self, run: int, tail: int, tail_pages: int) -> None:
         """The last pages of a run have become a run of their own: hidden, with the same history. O(1)."""
@@ -145,8 +127,9 @@ class AdaptivePolicy:
             raise ViolationError(
                 f"policy: run {run} of {head.pages} pages cannot give {tail_pages} to a tail"
             )
-        record = _Run(tail, tail_pages, head.depth + head.pages - tail_pages, head.last)
-        record.uses, record.size, record.kind = head.uses, head.size, head.kind
+        record = RunRecord(tail, tail_pages, head.depth + head.pages - tail_pages, head.last, head.at)
+        record.uses, record.size, record.passed = head.uses, head.size, True
+        record.settle()
         self._enter(record)
         head.pages -= tail_pages
 
@@ -155,7 +138,8 @@ class AdaptivePolicy:
         head, gone = self.find(run), self.find(absorbed)
         if head.pages + gone.pages != pages or head is gone:
             raise ViolationError(f"policy: runs {run} and {absorbed} do not make one of {pages} pages")
-        head.uses, head.last = max(head.uses, gone.uses), max(head.last, gone.last)
+        head.uses, head.passed = max(head.uses, gone.uses), head.passed and gone.passed
+        head.last, head.at = max(head.last, gone.last), max(head.at, gone.at)
         head.settle()
         head.pages = pages
         self._leave(gone)
@@ -205,14 +189,14 @@ class AdaptivePolicy:
 
     # --- the inside
 
-    def _enter(self, record: _Run) -> None:
+    def _enter(self, record: RunRecord) -> None:
         if record.run in self.records:
             raise ViolationError(f"policy: run {record.run} is known already")
         self.records[record.run] = record
         record.seat = len(self._all)
         self._all.append(record)
 
-    def _leave(self, record: _Run) -> None:
+    def _leave(self, record: RunRecord) -> None:
         self.hide(record.run)
         del self.records[record.run]
         last = self._all.pop()
@@ -220,141 +204,64 @@ class AdaptivePolicy:
             self._all[record.seat] = last
             last.seat = record.seat
 
-    def _remember(self, record: _Run, ghosts: Sequence[int]) -> None:
+    def _remember(self, record: RunRecord, ghosts: Sequence[int]) -> None:
         """Keep what was evicted as one piece; the oldest pieces are lost sight of."""
         if not ghosts:
             return
         table = self.ghosts
         table.limit = min(self.ghosts_max, max(_GHOSTS_MIN, _GHOST_SHARE * len(self.records)))
-        note = record.last << _KIND_BITS | record.kind
+        note = record.at << _KIND_BITS | record.kind
         note = (note << _USE_BITS | record.uses) << _SIZE_BITS | record.size
         for start in range(0, len(ghosts), _PAGES_MAX):
             pages = min(_PAGES_MAX, len(ghosts) - start)
             while len(table) >= table.limit and (oldest := table.take_oldest()) >= 0:
-                kind, last, lost = _read(oldest)
-                self.table.lose(kind, self.now - last, lost)
+                kind, at, lost = _read(oldest)
+                self.table.lose(kind, self.clock.step - at, lost)
             table.add(ghosts[start], note << _PAGE_BITS | pages)
 
-    def _refresh(self) -> None:
-        """Learn what was counted. Its cost does not depend on the pool: O(1) a run that came."""
-        self._fresh = 0
-        if self.table.ended > max(_DECAY_PAGES_MIN, _DECAY_TURNS * self.total):
-            self.table.decay(0.5)
-        self.table.refresh(self._waiting())
-        self.steps = _steps(self.table)
+    def _refreshes(self) -> Iterator[None]:
+        """Learn what was counted, for ever: a small step for each run that comes, so that none waits for all of it."""
+        arrived = 0
+        while True:
+            for _ in range(min(_REFRESH_RUNS, max(_FIRST_REFRESH, arrived >> 3))):
+                arrived += 1
+                yield
+            standing: dict[int, float] = {}
+            for number, (kind, age, pages) in enumerate(self._waiting()):
+                cell = kind << CELL_BITS | bucket(age)
+                standing[cell] = standing.get(cell, 0.0) + pages
+                if not (number + 1) % _LOOKED_AT_ONCE:
+                    yield
+            for _ in self.guard.judge(self._floors, standing, self.table.fresh, self.total):
+                yield
+            if self.table.ended > max(_DECAY_PAGES_MIN, _DECAY_TURNS * self.total):
+                self.table.decay(0.5)
+            for _ in self.table.refresh(standing):
+                yield
+            for _ in self._learn():
+                yield
+
+    def _learn(self) -> Iterator[None]:
+        """Ranks from worths; those of all kinds together are one list."""
+        done: dict[int, tuple[list[int], list[int]]] = {}
+        for row in self.table.worth:
+            if id(row) not in done:
+                ranks = [int(_RANKS * log2(worth)) for worth in row]
+                done[id(row)] = ranks + [ranks[-1]] * _BEYOND, list(accumulate(ranks, min))
+                yield
+        self._learned = [done[id(row)][0] for row in self.table.worth]
+        self._floors = [done[id(row)][1] for row in self.table.worth]
+        self.ranks = self._learned if self.guard.leads else _LEVEL
 
     def _waiting(self) -> Iterator[tuple[int, int, float]]:
         """Kind, age and pages of a sample of the lifetimes that go on."""
-        now, stride = self.now, len(self._all) // _LOOKED_AT + 1
+        stride = len(self._all) // _LOOKED_AT + 1
         for record in self._all[::stride]:
-            yield record.kind, now - record.last, record.pages * stride
+            yield record.kind, self.clock.step - record.at, record.pages * stride
         stride = len(self.ghosts) // _LOOKED_AT + 1
         for note in self.ghosts.notes(stride):
-            kind, last, pages = _read(note)
-            yield kind, now - last, pages * stride
-
-
-class AdaptivePlan:
-    """Draws candidates with a generator of its own; what it takes out goes back where it was before it ends."""
-
-    def __init__(self, policy: AdaptivePolicy) -> None:
-        self._policy = policy
-        self._state = policy.state
-        self._taken: list[tuple[_Run, int]] = []  # and the slot that it had
-        self._shown: list[_Run] = []
-        self._given: set[int] = set()
-        self._over = False
-
-    def next(self) -> int | None:
-        """The next victim, each run at most once; None when no candidate is left. O(sample)."""
-        self._require_open()
-        exposed = self._policy.exposed
-        if not exposed:
-            return None
-        record = self._choose(exposed)
-        slot, last = record.slot, exposed.pop()
-        self._taken.append((record, slot))
-        if last is not record:
-            exposed[slot] = last
-            last.slot = slot
-        self._given.add(record.run)
-        return record.run
-
-    def _choose(self, exposed: list[_Run]) -> _Run:
-        policy = self._policy
-        steps, now, count, state = policy.steps, policy.now, len(exposed), self._state
-        sample = policy.sample
-        best, least, oldest = exposed[0], 1 << 60, 0
-        for turn in range(min(sample, count)):
-            at = turn
-            if count > sample:
-                state = (state * _LCG_MUL + _LCG_ADD) & _LCG_MASK
-                at = (state >> 32) * count >> 32
-            record = exposed[at]
-            last = record.last
-            age = now - last
-            if age < 4:
-                step = steps[record.kind][age]
-            else:
-                bits = age.bit_length()
-                step = steps[record.kind][4 * (bits - 2) + (age >> bits - 3 & 3)]
-            if step > least:
-                continue
-            if (
-                step < least
-                or last < oldest
-                or (last == oldest and (record.depth, record.run) > (best.depth, best.run))
-            ):
-                best, least, oldest = record, step, last
-        self._state = state
-        return best
-
-    def expose(self, run: int) -> None:
-        """Make a hidden run a candidate for the rest of this plan; idempotent. O(1)."""
-        self._require_open()
-        record = self._policy.find(run)
-        if record.slot < 0:
-            record.slot = len(self._policy.exposed)
-            self._policy.exposed.append(record)
-            self._taken.append((record, -1))
-
-    def commit(self, evicted: Sequence[int] = ()) -> None:
-        """End the plan. Raises ViolationError if a run leaves that the plan did not give. O(given)."""
-        self._require_open()
-        leaving = frozenset(evicted)
-        if not leaving <= self._given:
-            raise ViolationError(f"policy: runs {sorted(leaving - self._given)} leave, which no plan gave")
-        self._undo()
-        self._policy.state = self._state
-        for run in evicted:
-            self._policy.hide(run)
-
-    def abort(self) -> None:
-        """End the plan; the policy is as if it had never begun. O(given)."""
-        self._require_open()
-        self._undo()
-
-    def _undo(self) -> None:
-        """Undo, last first, what taking and showing did to the list of the exposed."""
-        self._over = True
-        self._policy.open_plan = None
-        exposed = self._policy.exposed
-        for record, slot in reversed(self._taken):
-            if slot < 0:  # it was shown, and stands last again
-                exposed.pop()
-                record.slot = -1
-            elif slot == len(exposed):
-                exposed.append(record)
-            else:
-                moved = exposed[slot]
-                moved.slot = len(exposed)
-                exposed.append(moved)
-                exposed[slot] = record
-                record.slot = slot
-
-    def _require_open(self) -> None:
-        if self._over:
-            raise ViolationError("policy: this plan is over")
+            kind, at, pages = _read(note)
+            yield kind, self.clock.step - at, pages * stride
 
 
 def _read(note: int) -> tuple[int, int, int]:
@@ -362,8 +269,3 @@ def _read(note: int) -> tuple[int, int, int]:
     pages = note & _PAGES_MAX
     note >>= _PAGE_BITS + _SIZE_BITS + _USE_BITS
     return note & (1 << _KIND_BITS) - 1, note >> _KIND_BITS, pages
-
-
-def _steps(table: HazardTable) -> list[list[int]]:
-    """Worths in whole steps of an eighth of an octave, so that what is nearly alike counts as equal."""
-    return [[int(8 * log2(worth)) for worth in row] for row in table.worth]

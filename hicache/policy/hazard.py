@@ -14,9 +14,12 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+from operator import add
 
-BUCKETS = 4 * 30
+from hicache.policy.guard import CELL_BITS
+
+BUCKETS = 4 * 22  # ages up to four millions; what is older counts as of the last
 
 _PRIOR_HAZARD = 0.005  # a bucket, with no data at all
 _PRIOR_PAGES = 1000.0  # data of all kinds that weigh as much as the prior
@@ -26,7 +29,7 @@ _SHARED_PAGES = 100.0  # data of one kind that weigh as much as those of all kin
 def bucket(age: int) -> int:
     """The bucket of an age: exact up to 3, then four an octave."""
     if age < 4:
-        return age
+        return max(age, 0)
     bits = age.bit_length()
     return min(BUCKETS - 1, 4 * (bits - 2) + (age >> bits - 3 & 3))
 
@@ -45,6 +48,7 @@ class HazardTable:
     def __init__(self, kinds: int) -> None:
         self.kinds = kinds
         self.ended = 0.0  # pages whose lifetime ended in a reuse since the last decay
+        self.fresh: dict[int, float] = {}  # reused since the last refresh, by cell
         self._reused = [[0.0] * BUCKETS for _ in range(kinds)]
         self._lost = [[0.0] * BUCKETS for _ in range(kinds)]
         prior = worths(_PRIORS)
@@ -52,7 +56,8 @@ class HazardTable:
 
     def reuse(self, kind: int, age: int, pages: int) -> None:
         """Pages of a kind were used again at that age."""
-        self._reused[kind][bucket(age)] += pages
+        cell = kind << CELL_BITS | bucket(age)
+        self.fresh[cell] = self.fresh.get(cell, 0.0) + pages
         self.ended += pages
 
     def lose(self, kind: int, age: int, pages: int) -> None:
@@ -66,34 +71,48 @@ class HazardTable:
             for row in table:
                 row[:] = [count * factor for count in row]
 
-    def refresh(self, waiting: Iterable[tuple[int, int, float]]) -> None:
-        """Compute all worths anew. ``waiting``: kind, age and pages of lifetimes that go on."""
-        reached = [list(row) for row in self._lost]
-        for kind, age, pages in waiting:
-            reached[kind][bucket(age)] += pages
-        reused = self._reused
-        live = [kind for kind in range(self.kinds) if any(reached[kind]) or any(reused[kind])]
-        everything = _hazards(
-            [sum(reused[kind][index] for kind in live) for index in range(BUCKETS)],
-            [sum(reached[kind][index] for kind in live) for index in range(BUCKETS)],
-            _PRIORS,
-            _PRIOR_PAGES,
-        )
-        common = worths(everything)
+    def refresh(self, standing: Mapping[int, float]) -> Iterator[None]:
+        """Compute all worths anew, a kind a step. ``standing``: pages of lifetimes that go on, by cell."""
+        mask = (1 << CELL_BITS) - 1
+        for cell, pages in self.fresh.items():
+            self._reused[cell >> CELL_BITS][cell & mask] += pages
+        self.fresh = {}
+        gone = [list(row) for row in self._lost]
+        for cell, pages in standing.items():
+            gone[cell >> CELL_BITS][cell & mask] += pages
+        live: dict[int, list[float]] = {}
+        ended, reached = [0.0] * BUCKETS, [0.0] * BUCKETS
         for kind in range(self.kinds):
-            self.worth[kind] = common
-        for kind in live:
-            self.worth[kind] = worths(_hazards(reused[kind], reached[kind], everything, _SHARED_PAGES))
+            if any(gone[kind]) or any(self._reused[kind]):
+                yield
+                live[kind] = _reaching(self._reused[kind], gone[kind])
+                ended = list(map(add, ended, self._reused[kind]))
+                reached = list(map(add, reached, live[kind]))
+        yield
+        everything = _hazards(ended, reached, _PRIORS, _PRIOR_PAGES)
+        found = [worths(everything)] * self.kinds
+        for kind, here in live.items():
+            yield
+            found[kind] = worths(_hazards(self._reused[kind], here, everything, _SHARED_PAGES))
+        self.worth = found
 
 
-def _hazards(reused: list[float], gone: list[float], prior: list[float], weight: float) -> list[float]:
-    """The hazard of each bucket: reuses over those that reached it; who goes in a bucket was there half of it."""
-    hazards = [0.0] * BUCKETS
-    reached = 0.0
+def _reaching(reused: list[float], gone: list[float]) -> list[float]:
+    """How many lifetimes reached each bucket; who goes in a bucket was there half of it."""
+    reached = [0.0] * BUCKETS
+    total = 0.0
     for index in range(BUCKETS - 1, -1, -1):
-        reached += reused[index] + gone[index]
-        hazards[index] = (reused[index] + weight * prior[index]) / (reached - gone[index] / 2 + weight)
-    return hazards
+        total += reused[index] + gone[index]
+        reached[index] = total - gone[index] / 2
+    return reached
+
+
+def _hazards(reused: list[float], reached: list[float], prior: list[float], weight: float) -> list[float]:
+    """The hazard of each bucket: reuses over those that reached it."""
+    return [
+        (ended + weight * before) / (here + weight)
+        for ended, here, before in zip(reused, reached, prior, strict=True)
+    ]
 
 
 def worths(hazards: list[float]) -> list[float]:

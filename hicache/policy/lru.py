@@ -16,6 +16,8 @@ from hicache.policy.records import Key, Queue, Record, run_of
 class LruPolicy(OrderedPolicy):
     """Ranks a run by the tick of its last hit, or of its arrival."""
 
+    only_last_use = True
+
     def __init__(self) -> None:
         super().__init__(queues=1)
 
@@ -32,6 +34,19 @@ class LruPolicy(OrderedPolicy):
         record = self.records.get(run) or self.find(run)
         if now > record.rank:
             record.rank = now
+
+    def hit_all(self, runs: Sequence[int], now: int) -> None:
+        """These runs were used. O(runs)."""
+        records = self.records
+        for run in runs:
+            record = records.get(run) or self.find(run)
+            if now > record.rank:
+                record.rank = now
+
+    def first(self) -> int | None:
+        """Whom a plan would give first. O(log n) amortised."""
+        record = self.queues[0].peek()
+        return None if record is None else record.run
 
     def merge(self, run: int, absorbed: int, pages: int) -> None:
         """The merged run was last used when the later used of the two was. O(1) amortised."""

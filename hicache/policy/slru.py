@@ -19,19 +19,21 @@ PROBATION, PROTECTED = 0, 1
 
 
 class SlruPolicy(SegmentedPolicy):
-    """Two LRU queues. ``protected``: the largest share of the pages in the second."""
+    """Two LRU queues. ``protected``: the largest share of the pages in the second; ``uses`` that bring a run there."""
 
-    def __init__(self, protected: float = 0.8) -> None:
+    def __init__(self, protected: float = 0.8, uses: int = 1) -> None:
         super().__init__(2)
-        self.protected = protected
+        self.protected, self.uses = protected, uses
 
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
         """Its first place."""
         record.place(record.last)
 
     def hit(self, run: int, now: int) -> None:
-        """The run becomes the youngest of the protected. O(log n)."""
-        self.move(self.find(run), PROTECTED, now)
+        """The run becomes the youngest of its segment. O(log n)."""
+        record = self.find(run)
+        record.hits += 1
+        self.move(record, PROTECTED if record.hits > self.uses else PROBATION, now)
 
     def new_plan(self) -> OrderedPlan:
         """A plan that brings the protected segment under its cap first."""

@@ -92,6 +92,12 @@ def _tiers(tiers: tuple[TierStats, ...]) -> Iterator[Metric]:
         for word in ("ok", "read-only", "off"):
             writable.add_metric([tier.name, word], float(tier.state == word))
     yield writable
+    degraded = GaugeMetricFamily(
+        f"{PREFIX}tier_degraded", "1 while the tier is not ok; the log says why", labels=["tier"]
+    )
+    for tier in tiers:
+        degraded.add_metric([tier.name], float(tier.state != "ok"))
+    yield degraded
 
 
 def _totals(stats: ServiceStats) -> Iterator[Metric]:

@@ -39,6 +39,7 @@ class Performer:
         for port in ports:
             port.on_latched = self._latched
             port.on_restored = self._restored
+            port.on_lost = self._lost
             port.on_opened = self._opened
         self.on_tier: Callable[[str, bool], None] = lambda _name, _well: None
 
@@ -87,6 +88,9 @@ class Performer:
     def _latched(self, port: TierPort) -> None:
         self._handle(events.TierLatched(port.index, port.health.readable))
         self.on_tier(port.spec.name, False)  # noqa: FBT003
+
+    def _lost(self, port: TierPort, keys: list[bytes]) -> None:
+        self._handle(events.PagesLost(port.index, keys))
 
     def _restored(self, port: TierPort) -> None:
         self._handle(events.TierRestored(port.index))

@@ -108,6 +108,7 @@ class TierPort:
         self.on_latched: Callable[[TierPort], None] = lambda _: None
         self.on_ill: Callable[[], None] = lambda: None  # it has just latched, and everybody knows
         self.on_restored: Callable[[TierPort], None] = lambda _: None
+        self.on_lost: Callable[[TierPort, list[bytes]], None] = lambda _port, _keys: None
         self.now_ms: Callable[[], int] = lambda: 0
         self.on_opened: Callable[[TierPort, int, str], None] = lambda _port, _segment, _domain: None
         self.on_local: Callable[[], None] = lambda: None  # something for ``poll`` that no store rang for
@@ -119,6 +120,7 @@ class TierPort:
         self._moving: Counter[int] = Counter()  # batches under way, by segment
         self._closing: dict[int, Callable[[], None]] = {}
         self._closed = False
+        self._take_lost: Callable[[], list[bytes]] = getattr(store, "take_lost", list)
         self._given_ms: dict[int, int] = {}  # when the store got each batch, oldest first
         self._owed: dict[bytes, None] = {}  # deletes that the medium did not take
         self._failed_get: tuple[bytes, int] | None = None  # a page to try when the medium may be read again
@@ -201,6 +203,9 @@ class TierPort:
                 self._watch(batch, completion)
             found += 1
             then(completion)
+        lost = self._take_lost() if self._held is None else []  # before its recovery nobody knows these pages
+        if lost:
+            self.on_lost(self, lost)
         while self._local:
             completion = self._local.popleft()
             _, then = self._settle(completion)
@@ -293,6 +298,7 @@ class TierPort:
         held, self._held = self._held or deque(), None
         for batch in held:
             self._give(batch)
+        self.on_local()  # what the store has found meanwhile
 
     def _try_owed(self) -> None:
         batch = Batch(next(self._ids), Op.DELETE, keys=list(self._owed))

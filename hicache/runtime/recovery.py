@@ -15,9 +15,8 @@ import logging
 from collections.abc import Callable, Generator, Iterator
 from typing import Protocol, TypeVar
 
-from hicache.engine.events import Recovered
+from hicache.engine.events import Recovered, Recovering
 from hicache.runtime.ports import TierPort
-from hicache.tier.priority import background
 from hicache.types import Op
 
 _log = logging.getLogger(__name__)
@@ -31,6 +30,7 @@ CHAIN_PAGES = 8
 #: Events after which what has come is taken out of the garbage collector's sight: it would look through all of it
 #: again and again, for tenths of a second. Runs and nodes are freed by their counts.
 EVENTS_PER_FREEZE = 64
+PAGES_PER_LOG_LINE = 250_000
 STRANDED = -2  # the parent of a chain whose parent is not stored
 ORPHANS_PER_BATCH = 4096
 
@@ -58,8 +58,8 @@ class Chain(Protocol):
     def charges(self) -> list[int]:
         """Bytes of capacity, one a page."""
 
-    # A store may say more: ``last_use_ms`` (wall clock, 0 unknown), ``hits``, and ``parent_key`` of a chain whose
-    # ``parent`` is -2: the page before it is not stored.
+    # A store may say more: of the whole, ``read_rows`` of ``total_rows``; of a chain, ``last_use_ms`` (wall clock, 0
+    # unknown), ``hits``, and ``parent_key`` of a chain whose ``parent`` is -2: the page before it is not stored.
 
 
 class Chains(Protocol):
@@ -80,6 +80,8 @@ class RecoveryReport:
     orphan_pages: int = 0
     done: bool = False
     error: str = ""
+    read_pages: int = 0  # whose rows have been read, which is done before the first comes back
+    total_pages: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -151,7 +153,7 @@ class Recoverer:
         port: TierPort,
         *,
         namespace: Callable[[bytes], int],
-        handle: Callable[[Recovered], None],
+        handle: Callable[[Recovered | Recovering], None],
         clock_ms: Callable[[int], int] = lambda wall_ms: wall_ms,
     ) -> None:
         self._read = read
@@ -161,8 +163,18 @@ class Recoverer:
         self._clock_ms = clock_ms
         self._stopping = False
         self._events = 0
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "hicache-recovery", initializer=background)
-        self.report = RecoveryReport()
+        # Of ordinary priority: it holds the interpreter's lock most of the time, and a thread that is put aside
+        # while it holds that keeps the loop waiting for as long.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "hicache-recovery")
+        self._chains: Chains | None = None
+        self._report = RecoveryReport()
+
+    @property
+    def report(self) -> RecoveryReport:
+        """How it stands."""
+        self._report.read_pages = getattr(self._chains, "read_rows", 0)
+        self._report.total_pages = getattr(self._chains, "total_rows", 0)
+        return self._report
 
     def stop(self) -> None:
         """Read no further; ``run`` returns soon."""
@@ -170,12 +182,14 @@ class Recoverer:
 
     async def run(self) -> None:
         """Recover; then delete orphans and let writes through. Raises nothing for what the store does."""
+        self._handle(Recovering(self._port.index, going=True))
         try:
-            chains = await self._in_thread(self._read)
+            chains = self._chains = await self._in_thread(self._read)
             if chains is not None and await self._hand_on(iter(chains)):
                 _delete(self._port, chains.orphans)
                 self.report.orphan_pages = len(chains.orphans)
         finally:
+            self._handle(Recovering(self._port.index, going=False))
             self._thread.shutdown(wait=True)
             self._port.release_writes()
             self.report.done = True
@@ -223,8 +237,14 @@ class Recoverer:
         self._events += 1
         if self._events % EVENTS_PER_FREEZE == 0:
             gc.freeze()
-        self.report.pages += part.pages
-        self.report.chains += len(part.parents)
+        report = self.report
+        told = report.pages // PAGES_PER_LOG_LINE
+        report.pages += part.pages
+        report.chains += len(part.parents)
+        if report.pages // PAGES_PER_LOG_LINE > told:
+            _log.info(
+                "tier %s: %d of %d pages are back", self._port.spec.name, report.pages, report.total_pages
+            )
 
     async def _in_thread(self, work: Callable[[], T]) -> T | None:
         """The result; None where the store failed, which is noted."""

@@ -118,6 +118,8 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
         "calls_waiting": house.loop.open_requests,
         "regions_retiring": house.regions.retiring,
         "recovering": int(report is not None and not report.done),
+        "recovery_read_pages": report.read_pages if report is not None else 0,
+        "recovery_total_pages": report.total_pages if report is not None else 0,
         "disk_degraded_ms": max((port.degraded_ms for port in house.ports), default=0),
         "disk_oldest_batch_ms": max(
             (port.oldest_batch_ms for port in house.ports if port.spec.durable), default=0

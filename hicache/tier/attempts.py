@@ -29,8 +29,11 @@ class Attempts:
         self._on_error = on_error
         self._last = ""  # a disk that stays broken is logged once
 
-    def run(self, work: Callable[[], None]) -> str:
-        """Do something with the medium: empty when it worked, ``FULL`` when a map is full, or what failed."""
+    def run(self, work: Callable[[], None], *, commits: int = 1) -> str:
+        """Do something with the medium: empty when it worked, ``FULL`` when a map is full, or what failed.
+
+        ``commits``: what it counts as when it worked.
+        """
         try:
             work()
         except lmdb.MapFullError:
@@ -44,7 +47,7 @@ class Attempts:
             self._stats.faults += 1
             self._on_error(text)
             return text
-        self._stats.commits += 1
+        self._stats.commits += commits
         self._last = ""
         return ""
 

@@ -4,7 +4,8 @@ A page is never stored in an earlier transaction than its parent, nor removed in
 class (a namespace has one) stay in order and go into one shard as long as there is room, and deletes go
 shard by shard, children first (``ops.delete_order``). So whatever a crash between two shards' commits leaves
 has its ancestors. A page whose parent was just refused is refused, too. A page put anew is written before its
-old copy in another shard is removed, and acknowledged after both.
+old copy in another shard is removed, and acknowledged after both. Deletes wait for puts into their shard, or for more
+of them (``doomed``).
 
 A full map poisons its transaction: the pages then go elsewhere, or after freed pages had time to come back,
 in pieces, halving what does not fit until single pages are refused with FULL. Any other failure of the medium
@@ -17,10 +18,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from hicache.tier.attempts import FULL, Attempts
+from hicache.tier.doomed import Doomed
 from hicache.tier.encoder import PagePut
 from hicache.tier.lmdb_env import WriteTxn
 from hicache.tier.ops import WriterStats
-from hicache.tier.pieces import PIECE_PAGES, pieces_charge_bytes, put_pieces, put_record
+from hicache.tier.pieces import PIECE_PAGES, delete_record, pieces_charge_bytes, put_pieces, put_record
 from hicache.tier.placing import Placing
 from hicache.tier.remove import Homes, Remover
 from hicache.tier.rows import charge_bytes, pack_row, row_bytes
@@ -41,6 +43,7 @@ class Committer:
         remover: Remover,
         attempts: Attempts,
         *,
+        doomed: Doomed,
         stats: WriterStats,
         wall_ms: Callable[[], int],
     ) -> None:
@@ -48,6 +51,7 @@ class Committer:
         self._placing = placing
         self._remover = remover
         self._attempts = attempts
+        self._doomed = doomed
         self._stats = stats
         self._wall_ms = wall_ms
         self._refused: dict[bytes, Outcome] = {}
@@ -94,7 +98,11 @@ class Committer:
         chosen: list[Shard | None] = []
         charge = waiting[0].charge_bytes
         total = sum(put.charge_bytes for put in waiting)
-        error = self._attempts.run(lambda: chosen.append(self._placing.choose(size_class, charge, total)))
+        if not self._placing.is_roomy(size_class, total):
+            self._doomed.flush()
+        error = self._attempts.run(
+            lambda: chosen.append(self._placing.choose(size_class, charge, total)), commits=0
+        )
         if error:
             self._refuse(waiting.popleft(), Outcome.FAULT, error, homes)
             return
@@ -111,6 +119,7 @@ class Committer:
             return
         error = self._put_whole(shard, batch)
         if error == FULL:
+            self._doomed.flush()
             shard.note_full()
             waiting.extendleft(reversed(batch))  # elsewhere, or in pieces
         else:
@@ -147,11 +156,15 @@ class Committer:
         return batch
 
     def _put_whole(self, shard: Shard, batch: Sequence[PagePut], piece_pages: int = 0) -> str:
-        """Write pages and their rows in one transaction; what failed."""
+        """Write pages and their rows in one transaction, remove what is doomed there; what failed."""
+        doomed = self._doomed.of(shard)
 
         def work() -> None:
             now_ms = self._wall_ms()
             with shard.write() as txn:
+                for key in doomed:
+                    delete_record(txn, shard.db, key)
+                    txn.delete(key, db=shard.db.meta)
                 added = self._add_namespaces(txn, shard, batch)
                 for put in batch:
                     assert put.encoded is not None, "only encoded pages get here"
@@ -164,7 +177,10 @@ class Committer:
                     txn.put(put.key, row, db=shard.db.meta)
             shard.namespaces |= added
 
-        return self._attempts.run(work)
+        error = self._attempts.run(work)
+        if not error:
+            self._doomed.settle(doomed, {})
+        return error
 
     def _add_namespaces(self, txn: WriteTxn, shard: Shard, batch: Sequence[PagePut]) -> set[bytes]:
         wanted = {put.record.namespace for put in batch if put.record is not None}

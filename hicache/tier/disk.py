@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from hicache.tier.attempts import Attempts
 from hicache.tier.codec import PageCodec
 from hicache.tier.codec_names import LOSSLESS, PAGE_CODECS
 from hicache.tier.commit import Committer
+from hicache.tier.doomed import Doomed
 from hicache.tier.encoder import Encoder, PagePut
 from hicache.tier.folder import Folder
 from hicache.tier.geometry import USABLE_PART, divide
@@ -131,6 +133,7 @@ class DiskStore:
             quarantine = open_quarantine(self._folder.path, self._geometry.quarantine_bytes)
             opened.pop_all()
         self._namespaces = self._shelf.namespaces()
+        self._lost: deque[bytes] = deque()
         self._outbox = Outbox(notify)
         self._encoder = Encoder(compress_workers, backlog_bytes)
         crew = self._hire(quarantine, layout.medium, wall_ms)
@@ -146,10 +149,18 @@ class DiskStore:
 
         def purge(key: bytes, raw_bytes: int) -> None:
             pending = Pending(Batch(0, Op.GET, raw_bytes, keys=[key]), 1, Outbox(lambda: None))
-            self._writer.submit([Purge(pending, (0,))])
+            self._writer.submit([Purge(pending, (0,), self._lose)])
 
         options = ScrubOptions(bytes_per_s, self._folder.path / CURSOR_FILE, wall_ms)
         return Scrubber(lambda: Look(self._shelf), purge, options)
+
+    def _lose(self, keys: list[bytes]) -> None:
+        self._lost.extend(keys)
+        self._outbox.ring()
+
+    def take_lost(self) -> list[bytes]:
+        """Pages that the scrubber found damaged and that are gone, since the last call."""
+        return [self._lost.popleft() for _ in range(len(self._lost))]
 
     def _hire(self, quarantine: Quarantine, medium: Medium, wall_ms: Callable[[], int]) -> Crew:
         shelf, stats = self._shelf, WriterStats()
@@ -157,9 +168,12 @@ class DiskStore:
         remover = Remover(shelf, attempts, stats)
         keeper = Keeper(shelf, attempts, remover, stats=stats, surplus=self._surplus)
         placing = Placing(shelf, wanted=keeper.wanted)
-        committer = Committer(shelf, placing, remover, attempts, stats=stats, wall_ms=wall_ms)
+        doomed = Doomed(remover)
+        committer = Committer(shelf, placing, remover, attempts, doomed=doomed, stats=stats, wall_ms=wall_ms)
         committer.namespaces.update({fp: pack_namespace(n) for fp, n in self._namespaces.items()})
-        return Crew(shelf, self._encoder, committer, remover, attempts, keeper, quarantine, medium, stats)
+        return Crew(
+            shelf, self._encoder, committer, remover, attempts, keeper, quarantine, medium, doomed, stats
+        )
 
     # -- namespaces and restart
 

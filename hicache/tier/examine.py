@@ -18,7 +18,7 @@ import lmdb
 from xxhash import xxh3_64_intdigest
 
 from hicache.keys import KEY_BYTES, MAX_PAGE_BYTES, chain_keys
-from hicache.tier.codec import HEADER_BYTES, decode
+from hicache.tier.codec import HEADER_BYTES, Kind, decode
 from hicache.tier.lmdb_env import DATA, Database
 from hicache.tier.pieces import get_record
 from hicache.tier.rows import DISK_PAGE_BYTES, Row, charge_bytes, row_bytes, unpack_namespace, unpack_row
@@ -170,7 +170,7 @@ def judge_record(record: memoryview, key: bytes, page_bytes: int = 0) -> tuple[B
         return Bad(key, Fault.CORRUPT, f"a page of {found.raw_bytes} bytes"), found
     decoded = decode(record, key, memoryview(bytearray(found.raw_bytes)))
     if decoded.outcome is not Outcome.OK:
-        fault = Fault.OLD_VERSION if "version" in decoded.reason else Fault.CORRUPT
+        fault = Fault.OLD_VERSION if decoded.kind is Kind.VERSION else Fault.CORRUPT
         return Bad(key, fault, decoded.reason), found
     return None, found
 

@@ -41,10 +41,14 @@ class SaveNamespace:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Purge:
-    """Pages a GET found corrupt: removed unless they were replaced meanwhile; then the GET is settled."""
+    """Pages found corrupt: removed unless they were replaced meanwhile; then the GET that found them is settled.
+
+    ``gone``, if given, is told which pages are no longer in the store.
+    """
 
     pending: Pending
     positions: tuple[int, ...]
+    gone: Callable[[list[bytes]], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,7 +83,9 @@ class WriterStats:
     refused_pages: int = 0
     faults: int = 0
     purged_pages: int = 0
-    corrupt: dict[str, int] = dataclasses.field(default_factory=dict)  # purged pages by kind of damage
+    corrupt: dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # purged pages by the word of their codec.Kind
     quarantined_pages: int = 0
     heat_rows: int = 0
     evacuations: int = 0
@@ -137,7 +143,7 @@ def delete_order(
     steps = []
     while any(waiting.values()):
         number, taken = next(
-            ((n, taken) for n, doomed in waiting.items() if (taken := _take_free(doomed, parents, children))),
+            ((n, taken) for n, doomed in waiting.items() if (taken := take_free(doomed, parents, children))),
             (-1, []),
         )
         if not taken:  # only rows that lie about their parents get here
@@ -148,7 +154,7 @@ def delete_order(
     return steps
 
 
-def _take_free(
+def take_free(
     waiting: dict[bytes, None], parents: Mapping[bytes, bytes], children: dict[bytes, int]
 ) -> list[bytes]:
     """Take what has nothing doomed below it, or only what is taken along."""

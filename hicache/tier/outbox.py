@@ -25,6 +25,10 @@ class Outbox:
     def publish(self, completion: Completion) -> None:
         """Hand a completion to the owner and wake it."""
         self._done.append(completion)
+        self.ring()
+
+    def ring(self) -> None:
+        """Wake the owner: there is something to ask for."""
         try:
             self._notify()
         except RuntimeError as exc:  # the owner's event loop is closed; the worker must go on

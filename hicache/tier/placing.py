@@ -26,6 +26,15 @@ class Placing:
         """The size class of a page."""
         return page_bytes if self._shelf.geometry.several else 0
 
+    def is_roomy(self, size_class: int, total: int) -> bool:
+        """Whether a shard of the class has much room as it is, or a new one may be made."""
+        geometry = self._shelf.geometry
+        return bool(geometry.map_bytes(size_class, self._shelf.free_bytes - geometry.reserve_bytes)) or any(
+            s.room_bytes >= min(total, s.info.map_bytes // _MUCH_ROOM_PART)
+            for s in self._shelf.shards
+            if s.info.size_class_bytes == size_class and not s.tired
+        )
+
     def choose(self, size_class: int, charge: int, total: int) -> Shard | None:
         """A shard for records whole: room for ``charge``, hopefully for ``total``. Raises OSError, lmdb.Error.
 

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from hicache.errors import ConfigError
-from hicache.tier.codec import Decoded
+from hicache.tier.codec import Kind
 from hicache.tier.rows import DISK_PAGE_BYTES
 
 _log = logging.getLogger(__name__)
@@ -22,11 +22,9 @@ QUARANTINE = "quarantine"
 _FILES_MAX = 256
 
 
-def kind_of(found: Decoded) -> str:
-    """The kind of damage, one word."""
-    kind = getattr(found, "kind", None)
-    text = str(getattr(kind, "value", "") or found.reason or "unknown")
-    return "".join(c if c.isalnum() else "-" for c in text.lower())
+def word_of(kind: Kind) -> str:
+    """A kind of damage as one word, for names of files and counters."""
+    return kind.value.replace(" ", "-")
 
 
 def open_quarantine(home: Path, bound_bytes: int) -> Quarantine:

@@ -96,6 +96,6 @@ def _read_once(look: Look, pending: Pending, at: int) -> Outcome:
         if found.outcome is Outcome.OK:
             pending.checksums[at] = found.checksum
         else:
-            _log.warning("disk: page %s is corrupt: %s", key.hex(), found.reason)
+            _log.warning("disk: page %s is corrupt: %s", key.hex(), found.kind.value)
         return found.outcome
     return Outcome.MISS

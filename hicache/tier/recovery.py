@@ -39,6 +39,7 @@ assert np.dtype(_FIELDS).itemsize == SYMBOL_AT, "the flat head is a row's"
 _SHORT_SYMBOL_BYTES = 64
 _PACK_BYTES = 2 << 20  # of keys
 _PAGES_PER_BLOCK = 1 << 14
+_ROWS_PER_REPORT = 4096
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ class Recovery:
 
     ``orphans``, complete after the iteration: keys of rows that nobody can read, of unknown namespaces, and of
     pages that are too many for the capacity. Nothing will ever match them: delete them. ``copies``: pages that a
-    crash left in a second shard.
+    crash left in a second shard. ``read_rows`` of ``total_rows``: how far it is before the first chain, which comes
+    when all rows are read.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Recovery:
         self._on_end = on_end
         self.orphans: list[bytes] = []
         self.copies: list[tuple[Shard, bytes]] = []
+        self.read_rows = self.total_rows = 0
 
     def __iter__(self) -> Generator[RecoveredChain, None, None]:
         look = self._look()
@@ -144,6 +147,7 @@ class Recovery:
             if not look.outdated:
                 break
             look.renew()
+        self.total_rows = sum(look.txn(shard).stat(shard.db.meta)["entries"] for shard in look.shards)
         tables = {space: _Table(n.symbol_bytes) for space, n in self._namespaces.items()}
         for index, shard in enumerate(look.shards):
             for table in tables.values():
@@ -155,7 +159,10 @@ class Recovery:
 
     def _scan_shard(self, txn: lmdb.Transaction, shard: Shard, tables: dict[bytes, _Table]) -> None:
         sha256 = hashlib.sha256
-        for raw_key, raw_row in txn.cursor(db=shard.db.meta):
+        before = self.read_rows
+        for number, (raw_key, raw_row) in enumerate(txn.cursor(db=shard.db.meta)):
+            if not number % _ROWS_PER_REPORT:
+                self.read_rows = before + number
             key, row = bytes(raw_key), bytes(raw_row)
             if len(row) <= VERSION_AT or row[VERSION_AT] != ROW_VERSION:
                 row = upgraded(row)
@@ -167,6 +174,7 @@ class Recovery:
                     table.pack()
             else:
                 self.orphans.append(key)
+        self.read_rows = before + txn.stat(shard.db.meta)["entries"]
 
     def _grow(self, tables: dict[bytes, _Table], shards: Sequence[Shard]) -> dict[bytes, Forest]:
         """Trees of every namespace that has pages, without copies and without what is too much."""

@@ -39,7 +39,7 @@ class Remover:
 
     def _spare_ancestors(self, failed: dict[bytes, str], homes: Homes, error: str) -> None:
         """What stays keeps its ancestors: do not even try to remove these."""
-        parents = self._parents(homes)
+        parents = self.parents(homes)
         for key in list(failed):
             above = parents.get(key, b"")
             while above in homes and above not in failed:
@@ -50,9 +50,10 @@ class Remover:
         touched = {shard.info.number: shard for places in homes.values() for shard in places}
         if len(touched) <= 1:
             return [(shard, [key for key, places in homes.items() if places]) for shard in touched.values()]
-        return delete_order(homes, self._parents(homes))
+        return delete_order(homes, self.parents(homes))
 
-    def _parents(self, homes: Homes) -> dict[bytes, bytes]:
+    def parents(self, homes: Homes) -> dict[bytes, bytes]:
+        """The key of each page's parent; empty where its row does not say."""
         parents = {}
         with Look(self._shelf) as look:
             for key, places in homes.items():
@@ -75,7 +76,7 @@ class Remover:
             error = self._attempts.run(work)
         if error == FULL and len(keys) > 1:  # copy less of them at once
             homes: Homes = {key: (shard,) for key in keys}
-            [(_, ordered)] = delete_order(homes, self._parents(homes))
+            [(_, ordered)] = delete_order(homes, self.parents(homes))
             half = len(keys) // 2
             error = self._delete_from(shard, ordered[:half]) or self._delete_from(shard, ordered[half:])
         return error

@@ -207,7 +207,8 @@ class Shelf:
     @property
     def file_bytes(self) -> int:
         """The most that the shards' files can come to."""
-        return sum(shard.file_bytes for shard in self.shards) + sum(self._leftovers.values())
+        with self._changed:
+            return sum(shard.file_bytes for shard in self.shards) + sum(self._leftovers.values())
 
     @property
     def free_bytes(self) -> int:
@@ -244,24 +245,31 @@ class Shelf:
         number = self._number
         self._medium.before("file", self.home)
         info = create_shard(self.home, number, size_class_bytes=size_class_bytes, map_bytes=map_bytes)
-        try:
+        with contextlib.ExitStack() as unfinished:
+            unfinished.callback(self._abandon, info)
             shard = self._open(info)
-        except lmdb.Error:
-            with contextlib.suppress(OSError):
-                remove_shard(info.path)
-            raise
-        fsync_folder(info.path)  # LMDB syncs its file, not the file's name
-        self._put_up((*self.shards, shard))
+            unfinished.callback(shard.db.env.close)
+            fsync_folder(info.path)  # LMDB syncs its file, not the file's name
+            unfinished.pop_all()
+        with self._changed:
+            self.shards = (*self.shards, shard)
         _log.info("disk: shard %d made for pages of %d bytes", number, size_class_bytes)
         return shard
 
+    def _abandon(self, info: ShardInfo) -> None:
+        """Remove a shard that did not come to be; what stays counts, and the next start would adopt it."""
+        with self._changed:
+            self._leftovers[info.path] = info.map_bytes + SHARD_FILES_BYTES
+        with contextlib.suppress(lmdb.Error, OSError):
+            self.clear_leftovers()
+
     def retire(self, shard: Shard) -> None:
         """Close a shard after its last reader, remove its files. Raises OSError when these stay."""
-        self._put_up(tuple(s for s in self.shards if s is not shard))
-        with self._changed:
+        with self._changed:  # whoever adds the files up sees it once, in one place or the other
+            self._leftovers[shard.info.path] = shard.file_bytes
+            self.shards = tuple(s for s in self.shards if s is not shard)
             self._changed.wait_for(lambda: not shard.leases)
         shard.db.env.close()
-        self._leftovers[shard.info.path] = shard.file_bytes
         self.clear_leftovers()
         _log.info("disk: shard %d given back", shard.info.number)
 
@@ -270,7 +278,8 @@ class Shelf:
         for path in list(self._leftovers):
             self._medium.before("file", self.home)
             remove_shard(path)
-            del self._leftovers[path]
+            with self._changed:
+                del self._leftovers[path]
 
     def sync(self) -> None:
         """Everything committed is on the medium. Raises lmdb.Error."""
@@ -282,10 +291,6 @@ class Shelf:
         shards, self.shards = self.shards, ()
         for shard in shards:
             shard.db.env.close()
-
-    def _put_up(self, shards: tuple[Shard, ...]) -> None:
-        with self._changed:
-            self.shards = shards
 
     def _open(self, info: ShardInfo) -> Shard:
         self._medium.before("open", info.path)

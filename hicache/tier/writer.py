@@ -20,6 +20,7 @@ from hicache import heap
 from hicache.tier.attempts import Attempts
 from hicache.tier.codec import decode
 from hicache.tier.commit import Committer
+from hicache.tier.doomed import Doomed
 from hicache.tier.encoder import Encoder, PagePut
 from hicache.tier.geometry import PROBE_BYTES
 from hicache.tier.lmdb_env import Medium
@@ -38,7 +39,7 @@ from hicache.tier.ops import (
 )
 from hicache.tier.pieces import get_record
 from hicache.tier.priority import background
-from hicache.tier.quarantine import Quarantine, kind_of
+from hicache.tier.quarantine import Quarantine, word_of
 from hicache.tier.remove import Homes, Remover
 from hicache.tier.shelf import Look, Shelf
 from hicache.tier.upkeep import Upkeep as Keeper
@@ -50,6 +51,8 @@ _LINGER_S = 0.002
 _IDLE_S = 1.0
 _GROUP_OPS = 8192
 _PROBE_FILE = "probe"
+#: Deletes may wait while there is nothing else than these.
+_CAN_WAIT_FOR = (PagePut, DeleteKeys, SaveNamespace, SaveHeat)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class Crew:
     keeper: Keeper
     quarantine: Quarantine
     medium: Medium
+    doomed: Doomed
     stats: WriterStats
 
 
@@ -105,6 +109,8 @@ class Writer:
                 heap_is_trimmed = False
                 self._write(group)
                 del group  # idle, it would keep the last pages' buffers
+                if self._crew.doomed.due or not self._queue or keeper.busy:
+                    self._crew.doomed.flush()
             elif self._closed and not self._queue:
                 return
             elif not busy and not heap_is_trimmed:
@@ -171,14 +177,16 @@ class Writer:
         """Deletes, then puts, then the rest; within a part nobody sees the difference."""
         crew = self._crew
         keys = [key for op in part for key in keys_of(op)]
+        above = [op.record.parent_key for op in part if isinstance(op, PagePut) and op.record is not None]
+        if crew.doomed.names((*keys, *above)):
+            crew.doomed.flush()
         homes: Homes = {}
-        error = crew.attempts.run(lambda: homes.update(crew.remover.locate(keys))) if keys else ""
+        error = crew.attempts.run(lambda: self._look(part, keys, homes), commits=0) if keys else ""
         if error:
             self._fail(part, error)
             return
-        deletes = [op for op in part if isinstance(op, DeleteKeys)]
-        if deletes:
-            self._delete(deletes, homes)
+        if not all(isinstance(op, _CAN_WAIT_FOR) for op in part):
+            crew.doomed.flush()
         for op in part:
             if isinstance(op, Purge):
                 self._purge(op, homes)
@@ -191,6 +199,14 @@ class Writer:
             crew.committer.put(puts, homes)
         for op in part:
             self._do_small(op)
+
+    def _look(self, part: list[WriteOp], keys: list[bytes], homes: Homes) -> None:
+        """Find what the part names; its deletes take their place among those that wait."""
+        crew = self._crew
+        homes.update(crew.remover.locate(keys))
+        deletes = [op for op in part if isinstance(op, DeleteKeys)]
+        if deletes:
+            crew.doomed.add(deletes, homes)
 
     def _do_small(self, op: WriteOp) -> None:
         crew = self._crew
@@ -206,21 +222,6 @@ class Writer:
         elif isinstance(op, Flush):
             op.pending.settle()
 
-    def _delete(self, ops: Sequence[DeleteKeys], homes: Homes) -> None:
-        keys = {bytes(key) for op in ops for key in op.pending.batch.keys}
-        failed = self._crew.remover.delete({key: homes[key] for key in homes if key in keys and homes[key]})
-        gone: set[bytes] = set()
-        for op in ops:
-            pending = op.pending
-            for at, key in enumerate(map(bytes, pending.batch.keys)):
-                if key in failed:
-                    pending.outcomes[at] = Outcome.FAULT
-                    pending.error = failed[key]
-                else:
-                    pending.outcomes[at] = Outcome.OK if homes[key] and key not in gone else Outcome.MISS
-                gone.add(key)
-            pending.settle(len(pending.batch.keys))
-
     def _purge(self, op: Purge, homes: Homes) -> None:
         """Remove what is still corrupt, keep it aside. Nobody needs to know when that fails: it is read again."""
         crew, batch = self._crew, op.pending.batch
@@ -235,11 +236,13 @@ class Writer:
                     if found.outcome is not Outcome.CORRUPT:
                         continue
                     doomed[key] = (*doomed.get(key, ()), shard)
-                    kind = kind_of(found)
+                    kind = word_of(found.kind)
                     crew.stats.corrupt[kind] = crew.stats.corrupt.get(kind, 0) + 1
                     crew.stats.quarantined_pages += crew.quarantine.keep(key, kind, record)
         crew.stats.purged_pages += len(doomed)
-        crew.remover.delete(doomed)
+        failed = crew.remover.delete(doomed)
+        if op.gone is not None:
+            op.gone([key for key in doomed if key not in failed])
         op.pending.settle(len(op.positions))
 
     def _probe(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hicache.errors import ViolationError
 from hicache.keys import KEY_BYTES
-from hicache.tree.edit import drop_last_run, shorten
+from hicache.tree.edit import add_pages, drop_last_run, shorten
 from hicache.tree.node import ABSENT, RESIDENT, Match, Run, count_above, index_at, parent_run
 
 if TYPE_CHECKING:
@@ -94,3 +94,21 @@ def drop_tip(run: Run, tier: int) -> tuple[Run | None, Run | None]:
     run.slots[tier] = None
     run.live = 0
     return above, leaf
+
+
+def add_tip(
+    tree: Tree, after: Run | None, symbols: bytes, tier: int, slots: array[int]
+) -> tuple[Run, Run | None]:
+    """Give pages just after ``after`` a place, RESIDENT in one tier: ``insert``, ``set_slots`` and ``set_state``.
+
+    Returns the run, and the one above that ceased to be a leaf of the tier, if there is one. Cost as of these three.
+    Raises ViolationError if the pages have a place already, or for another number of slots.
+    """
+    if len(slots) * tree.symbol_bytes != len(symbols) or not slots:
+        raise ViolationError(f"add: {len(slots)} slots for {len(symbols)} bytes of symbols")
+    run = add_pages(tree, after, symbols)
+    run.slots[tier] = slots
+    run.state[tier] = RESIDENT
+    run.live = 1
+    run.node.holes -= 1
+    return run, count_above(after, tier, 1)

@@ -238,17 +238,18 @@ class Tree:
             raise ViolationError(f"set_slots: {len(slots)} slots for {run}")
         run.slots[tier] = slots
 
-    def try_merge(self, run: Run) -> Run | None:
+    def try_merge(self, run: Run, many_hits: int = 0) -> Run | None:
         """Take over the next run of the same node when the two have one residency, history and ``extra``.
 
-        Never when either is held, pinned or anchored. Returns the run that is no more, or None. O(pages).
+        Never when either is held, pinned or anchored. ``many_hits``: from so many on hits are alike (0: never); the
+        sum of both is as much used as the first. Returns the run that is no more, or None. O(pages).
         """
         siblings = run.node.runs
         if siblings[-1] is run:
             return None
         index = index_at(run.node, run.start) + 1
         after = siblings[index]
-        if not _alike(run, after):
+        if not _alike(run, after, many_hits):
             return None
         del siblings[index]
         run.pages += after.pages
@@ -278,11 +279,13 @@ class Tree:
         return removed
 
 
-def _alike(run: Run, after: Run) -> bool:
+def _alike(run: Run, after: Run, many_hits: int) -> bool:
     """Whether two neighbours could be one run."""
     return (
-        run.state == after.state
-        and (run.tick, run.hits, run.extra, run.use) == (after.tick, after.hits, after.extra, after.use)
+        run.tick == after.tick
+        and (run.hits == after.hits or 0 < many_hits <= min(run.hits, after.hits))
+        and run.state == after.state
+        and (run.extra, run.use) == (after.extra, after.use)
         and not (run.holders or after.holders or run.anchors or after.anchors)
         and not (any(run.pins) or any(after.pins))
     )

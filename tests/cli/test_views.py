@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from hicache.cli import report, stats, tree
+from hicache.cli import doctor, report, stats, tree
 from hicache.cli.drive import Tally
 from hicache.rpc.client.results import CheckResult, LatencyStats, Stats, TierStats, Tree, TreeNode
 
@@ -75,6 +75,37 @@ def test_stats_show_tiers_calls_and_counters() -> None:
     ):
         assert word in text, word
     assert "███░░░" in text
+
+
+def test_stats_say_what_is_wrong_with_a_tier_and_since_when() -> None:
+    ill = tier("disk", state="read-only", reason="[Errno 28] No space left on device", degraded_ms=90_000)
+    text = shown(stats.render(figures(tiers=(tier("host"), ill)), None))
+    assert "tier disk is degraded: it takes no pages, for 90.0 s now: [Errno 28] No space left" in text
+    assert "tier host is" not in text
+    assert "neither takes pages nor gives any" in stats.ill(tier("disk", state="off"))
+    assert "degraded" not in shown(stats.render(figures(tiers=(tier("host"),)), None))
+
+
+def test_stats_say_how_far_a_recovery_is() -> None:
+    counters = {
+        "recovering": 1,
+        "recovery_read_pages": 4096,
+        "recovery_total_pages": 9000,
+        "recovered_pages": 7,
+    }
+    found = figures(counters=counters)
+    assert "recovering: 7 pages are back, 4,096 of 9,000 read" in shown(stats.render(found, None))
+    assert not stats.recovery_line(figures(counters=counters | {"recovering": 0}))
+
+
+def test_the_doctor_looks_at_a_running_sidecars_tiers() -> None:
+    sick = figures(tiers=(tier("host"), tier("disk", state="off", reason="EIO", degraded_ms=5)))
+    checks = {check.name: check for check in doctor.judge_sidecar(sick)}
+    assert checks["tier host"].verdict is doctor.Verdict.FINE
+    assert checks["tier disk"].verdict is doctor.Verdict.CHANGE
+    assert "EIO" in checks["tier disk"].found
+    back = doctor.judge_sidecar(figures(tiers=(), counters={"recovering": 1, "recovery_total_pages": 3}))
+    assert [check.name for check in back] == ["recovery"]
 
 
 def test_stats_show_rates_since_the_last_look() -> None:

@@ -61,6 +61,8 @@ class Server:
             expires_in_ms=1000,
             operation=0,
             tier_pages=(len(slots), 0),
+            pending_pages=0,
+            pending_ms=0,
             extents=tuple(
                 Extent(self.info.region_id, pages, HEADER + first * self.info.slot_stride, first)
                 for first, pages in runs

@@ -180,3 +180,9 @@ class WorkerProcess:
         if kind is not None and self._child.poll() is None:
             self._child.kill()
         self.close()
+
+
+def data_file(disk: Path) -> Path:
+    """The file that holds the pages of a disk folder too small for more than one shard."""
+    (found,) = disk.glob("shards/*/data.mdb")
+    return found

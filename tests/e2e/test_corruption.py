@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from e2e_actor import PAGE_BYTES, SHARED_PAGES, Actor, prompt
-from e2e_kit import assert_idle, free_port, metric, serving, tiers, wait_recovered
+from e2e_kit import assert_idle, data_file, free_port, metric, serving, tiers, wait_recovered
 
 from hicache.cli.sidecar import Sidecar
 from hicache.errors import CorruptError
@@ -72,13 +73,11 @@ def rest_of(page: np.ndarray) -> bytes:
     return (page[0::2] & 127 | page[1::2] & 128).tobytes()
 
 
-def test_flipped_bytes_of_records_on_disk_are_misses(tmp_path: Path, rng: random.Random) -> None:
-    """Where pages lie is known by their signs and mantissas."""
-    port = free_port()
-    sidecar = stored(tmp_path, *tiers(tmp_path, "32MiB", "64MiB", "--metrics-port", str(port)))
-    data = tmp_path / "disk" / "data.mdb"
+def flip_eight_pages(folder: Path, target: str, rng: random.Random) -> None:
+    """Flip a bit in a page of eight talks. Where pages lie is known by their signs and mantissas."""
+    data = data_file(folder / "disk")
     raw = bytearray(data.read_bytes())
-    actor = Actor(sidecar.target)
+    actor = Actor(target)
     hit = 0
     for talk in rng.sample(range(TALKS), 8):
         page = rng.randrange(SHARED_PAGES, PAGES)
@@ -91,6 +90,13 @@ def test_flipped_bytes_of_records_on_disk_are_misses(tmp_path: Path, rng: random
     actor.client.close()
     assert hit >= 8, "the pages were found in the file"
     data.write_bytes(raw)
+
+
+def test_flipped_bytes_of_records_on_disk_are_misses(tmp_path: Path, rng: random.Random) -> None:
+    port = free_port()
+    flags = ["--metrics-port", str(port), "--scrub-bytes-per-s", "0"]
+    sidecar = stored(tmp_path, *tiers(tmp_path, "32MiB", "64MiB", *flags))
+    flip_eight_pages(tmp_path, sidecar.target, rng)
     with restarted(sidecar) as actor:
         readable = read_all(actor)
         assert TALKS * PAGES * 0.3 < readable < TALKS * PAGES
@@ -99,10 +105,28 @@ def test_flipped_bytes_of_records_on_disk_are_misses(tmp_path: Path, rng: random
         assert_idle(actor.client)
 
 
+def test_the_scrubber_finds_flipped_bytes_before_anybody_asks(tmp_path: Path, rng: random.Random) -> None:
+    """The engine hears of it: what is lost is no longer offered, and stored again when it is offered anew."""
+    port = free_port()
+    flags = ["--metrics-port", str(port), "--scrub-bytes-per-s", "1GiB"]
+    sidecar = stored(tmp_path, *tiers(tmp_path, "32MiB", "64MiB", *flags))
+    flip_eight_pages(tmp_path, sidecar.target, rng)
+    with restarted(sidecar) as actor:
+        end = time.monotonic() + 30
+        while metric(port, "hicache_scrub_corrupt_pages_total") < 8 and time.monotonic() < end:
+            time.sleep(0.1)
+        assert metric(port, "hicache_scrub_corrupt_pages_total") == 8
+        for talk in range(TALKS):
+            offered = actor.matched(talk, PAGES)
+            assert actor.read(talk, PAGES).granted == offered
+        heal(actor)
+        assert_idle(actor.client)
+
+
 def test_a_lost_page_above_pages_that_stayed_on_disk_can_be_stored_again(tmp_path: Path) -> None:
     """Pages below a hole stay where they are; when the hole is filled again, nothing claims more than is on disk."""
     sidecar = stored(tmp_path, *tiers(tmp_path, "32MiB", "64MiB"))
-    data = tmp_path / "disk" / "data.mdb"
+    data = data_file(tmp_path / "disk")
     raw = bytearray(data.read_bytes())
     actor = Actor(sidecar.target)
     for talk in range(6, 12):  # one page in the middle of each
@@ -137,7 +161,7 @@ def test_a_lost_page_above_pages_that_stayed_on_disk_can_be_stored_again(tmp_pat
 def test_random_rot_anywhere_in_the_data_file(tmp_path: Path, rng: random.Random, how_many: int) -> None:
     """LMDB's own pages may be hit: then the folder may start empty, or lose pages; nothing worse."""
     sidecar = stored(tmp_path, *tiers(tmp_path, "32MiB", "64MiB"))
-    data = tmp_path / "disk" / "data.mdb"
+    data = data_file(tmp_path / "disk")
     raw = bytearray(data.read_bytes())
     for _ in range(how_many):
         raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
@@ -152,10 +176,9 @@ def test_random_rot_anywhere_in_the_data_file(tmp_path: Path, rng: random.Random
 
 def test_a_truncated_or_foreign_data_file_is_a_cold_start(tmp_path: Path) -> None:
     sidecar = stored(tmp_path, *tiers(tmp_path, "32MiB", "64MiB"))
-    data = tmp_path / "disk" / "data.mdb"
-    whole = data.read_bytes()
+    whole = data_file(tmp_path / "disk").read_bytes()
     for broken in (whole[: len(whole) // 2], os.urandom(len(whole)), b""):
-        data.write_bytes(broken)
+        data_file(tmp_path / "disk").write_bytes(broken)
         with restarted(sidecar) as actor:
             read_all(actor)
             heal(actor)
@@ -167,7 +190,7 @@ def test_two_records_that_change_places_are_misses(tmp_path: Path) -> None:
     """Every record echoes its key: a sound record in another's place is not taken for it."""
     lmdb = pytest.importorskip("lmdb")
     sidecar = stored(tmp_path, *tiers(tmp_path, "32MiB", "64MiB"))
-    with lmdb.open(str(tmp_path / "disk"), max_dbs=4, map_size=1 << 28) as env:
+    with lmdb.open(str(data_file(tmp_path / "disk").parent), max_dbs=4, map_size=1 << 28) as env:
         pages = env.open_db(b"pages", create=False)
         with env.begin(db=pages, write=True) as txn:
             rows = list(txn.cursor())

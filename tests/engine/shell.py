@@ -94,6 +94,12 @@ class Shell:
         self.failed[index] = readable
         self.handle(ev.TierLatched(index, readable))
 
+    def lose(self, index: int, keys: Sequence[bytes]) -> None:
+        """A keyed tier has found damaged pages, and reports them."""
+        for key in keys:
+            self.content[index][key] = ROT
+        self.handle(ev.PagesLost(index, keys))
+
     def restore(self, index: int) -> None:
         """A latched tier is well again."""
         if self.failed.pop(index, None) is not None:

@@ -123,6 +123,21 @@ def test_a_page_corrupt_on_disk_is_written_there_again_from_host():
     assert not shell.engine._core.gaps
 
 
+def test_pages_that_the_disk_found_damaged_are_known_to_be_lost():
+    """Anywhere in a run, several at once, and keys that nobody has."""
+    shell = world(tier(HOST, 16), tier(DISK, 100))
+    put(shell, line(0, 8), ack=Ack.DURABLE)
+    shell.ask(ev.Evict, namespace=NS, prompt=line(0, 8), tier=0)
+    keys = list(shell.content[1])
+    shell.lose(1, [keys[6], keys[2], bytes(32)])
+    assert matched(shell, line(0, 8)) == 2
+    assert shell.engine.stats().counters.corrupt_pages == [0, 2]
+    assert shell.engine.stats().stranded_pages == 4
+    assert put(shell, line(0, 8)).stored_pages == 2
+    shell.finish_all()
+    assert matched(shell, line(0, 8)) == 8
+
+
 def test_a_refilled_hole_is_written_to_disk_again_where_the_disk_has_what_is_below():
     """Recommitting a lost page mends the disk, too, whatever the write policy."""
     shell = world(tier(HOST, 16), tier(DISK, 100))

@@ -200,14 +200,23 @@ class EngineMachine(RuleBasedStateMachine):
         prompt=PROMPTS,
         most=st.sampled_from([0, 0, 2]),
         promote=st.sampled_from([True, True, False]),
+        room=st.booleans(),
     )
-    def fetch(self, session: int, namespace: int, prompt: bytes, most: int, promote: bool) -> None:
+    def fetch(
+        self, session: int, namespace: int, prompt: bytes, most: int, promote: bool, room: bool
+    ) -> None:
+        room = room and "reserve" in self.enabled
         answer = self.shell.ask(
-            ev.Fetch, session=session, namespace=namespace, prompt=prompt, max_pages=most, promote=promote
-        )
+            ev.Fetch, session=session, namespace=namespace, prompt=prompt, max_pages=most, promote=promote,
+            reserve_missing=room, reserve_ttl_ms=1000,
+        )  # fmt: skip
         assert isinstance(answer, act.FetchResult)
         assert answer.matched_pages == sum(answer.tier_pages)
         self.shell.verify(namespace, prompt, answer)
+        self.lost = self.lost or (room and self.setup != "roomy")
+        assert room or answer.reserved is None
+        if answer.reserved is not None:
+            self._note_room(session, namespace, prompt, answer.reserved)
         if answer.lease:
             self.leases[answer.lease] = (session, namespace, prompt)
 
@@ -388,6 +397,17 @@ class EngineMachine(RuleBasedStateMachine):
         self.shell.handle(ev.PageCorrupt(namespace, target, prompt))
         self.lost = self.damaged = True
 
+    @when("scrub")
+    @rule(picks=st.lists(st.integers(0, 63), min_size=1, max_size=3))
+    def pages_lost(self, picks: list[int]) -> None:
+        target = len(self.shell.specs) - 1
+        held = self.shell.content[target]
+        if not self.shell.specs[target].keyed or not held or target in self.shell.failed:
+            return
+        keys = sorted(held)
+        self.shell.lose(target, [keys[pick % len(keys)] for pick in picks])
+        self.lost = self.damaged = True
+
     @when("rot")
     @rule(namespace=NAMESPACES, prompt=PROMPTS, index=st.integers(0, 2))
     def rot_unseen(self, namespace: int, prompt: bytes, index: int) -> None:
@@ -444,15 +464,13 @@ class EngineMachine(RuleBasedStateMachine):
             if answer is None:
                 continue
             session, namespace, prompt = self.waiting.pop(request)
-            if isinstance(answer, act.ReserveResult) and answer.reservation:
-                end = answer.present_pages + answer.missing_pages
-                self.reservations[answer.reservation] = (
-                    session,
-                    namespace,
-                    prompt,
-                    answer.present_pages,
-                    end,
-                )
+            if isinstance(answer, act.ReserveResult):
+                self._note_room(session, namespace, prompt, answer)
+
+    def _note_room(self, session: int, namespace: int, prompt: bytes, answer: act.ReserveResult) -> None:
+        if answer.reservation:
+            end = answer.present_pages + answer.missing_pages
+            self.reservations[answer.reservation] = (session, namespace, prompt, answer.present_pages, end)
 
     @invariant()
     def matches_only_what_was_stored(self) -> None:

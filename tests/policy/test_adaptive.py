@@ -5,15 +5,23 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hicache.policy import RunInfo, make_policy
-from hicache.policy.adaptive import KINDS, AdaptivePolicy
+from hicache.policy.adaptive import AdaptivePolicy
+from hicache.policy.candidates import KEPT, KINDS
+from hicache.policy.guard import Guard
 from hicache.policy.hazard import BUCKETS, HazardTable, bucket, worths
+from hicache.policy.steps import StepClock
 from hicache.sim.leaf import LeafCache
 
 WIDTHS = [sum(bucket(age) == index for age in range(5000)) for index in range(40)]
+
+
+def exhaust(steps):
+    for _ in steps:
+        pass
 
 
 def test_buckets_are_exact_below_four_and_a_quarter_octave_above():
@@ -25,6 +33,7 @@ def test_buckets_are_exact_below_four_and_a_quarter_octave_above():
         last = here
     assert all(width <= max(1, 2 ** (index // 4 - 1)) for index, width in enumerate(WIDTHS[:36]))
     assert bucket(1 << 60) == BUCKETS - 1
+    assert bucket(-7) == 0
 
 
 @given(st.lists(st.floats(0, 1), min_size=5, max_size=30))
@@ -49,14 +58,14 @@ def test_the_table_learns_a_pause():
         table.reuse(0, 200, 10)
         table.lose(1, 400, 10)
         table.reuse(2, 5, 10)
-    table.refresh([])
+    exhaust(table.refresh({}))
     assert table.worth[0][bucket(150)] > 2 * table.worth[0][bucket(1)]
     assert table.worth[0][bucket(1)] > 2 * table.worth[1][bucket(1)]
     assert table.worth[2][bucket(1)] > table.worth[0][bucket(1)]
     assert table.worth[2][bucket(150)] < table.worth[0][bucket(150)]
     before = [list(row) for row in table.worth]
     table.decay(0.5)
-    table.refresh([])
+    exhaust(table.refresh({}))
     assert table.worth != before
     assert table.ended == 0
 
@@ -72,33 +81,31 @@ def test_with_nothing_learned_it_is_lru():
 
 
 class Twin:
-    """The definition on plain lists: the exposed in a list with holes filled from its end, worths looked up."""
+    """The definition on plain lists: the exposed in a list with holes filled from its end, ranks looked up."""
 
     def __init__(self, policy):
-        self.policy = policy  # for its table only
+        self.policy = policy  # for its list of the exposed, its generator and its ranks
+
+    def key(self, each):
+        policy = self.policy
+        rank = policy.ranks[each.kind][bucket(policy.clock.step - each.at)]
+        return rank, each.last, -each.depth, -each.run
 
     def victims(self, count):
         policy = self.policy
-        left = list(policy.exposed)
+        left, kept = list(policy.exposed), sorted(policy.kept, key=self.key)
         state, found = policy.state, []
         for _ in range(count):
             if not left:
                 break
-            drawn = range(len(left))
-            if len(left) > policy.sample:
-                drawn = []
-                for _ in range(policy.sample):
-                    state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
-                    drawn.append((state // 2**32) * len(left) // 2**32)
-            chosen = min(
-                (left[at] for at in drawn),
-                key=lambda each: (
-                    policy.steps[each.kind][bucket(policy.now - each.last)],
-                    each.last,
-                    -each.depth,
-                    -each.run,
-                ),
-            )
+            stride = -(-len(left) // policy.sample)
+            state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+            drawn = left[(state // 2**32) * stride // 2**32 :: stride]
+            kept = [each for each in kept if each in left]
+            bar = self.key(kept[KEPT - 1])[:2] if len(kept) >= KEPT else (2**60, 0)
+            some = {*kept, *(each for each in drawn if self.key(each)[:2] <= bar)}
+            chosen, *others = sorted(some, key=self.key)
+            kept = others[:KEPT]
             found.append(chosen.run)
             at = left.index(chosen)
             left[at] = left[-1]
@@ -109,6 +116,7 @@ class Twin:
 def test_order_equals_the_definition(rng: random.Random):
     """Random histories: every plan gives what the definition gives, whatever is aborted or spared."""
     policy = AdaptivePolicy(sample=8)
+    ranks = [[rng.randrange(30) for _ in range(256)] for _ in range(KINDS)]
     twin, live, now, seen = Twin(policy), [], 0, 0
     for run in range(4000):
         now += rng.randrange(3)
@@ -124,6 +132,7 @@ def test_order_equals_the_definition(rng: random.Random):
             policy.hide(rng.choice(live)[0])
         while len(live) > 60:
             count = rng.randint(1, 5)
+            policy.ranks = ranks
             expected = twin.victims(count)
             plan = policy.begin()
             given_ = [plan.next() for _ in expected]
@@ -143,6 +152,109 @@ def test_order_equals_the_definition(rng: random.Random):
                     policy.expose(each)
     assert seen > 3000
     assert any(any(row) for row in policy.table._reused)
+
+
+def test_a_fetch_and_the_store_after_it_are_one_use():
+    """Ticks that follow each other directly are one step; a use in the same step counts once."""
+    policy = AdaptivePolicy()
+    policy.insert(1, RunInfo(3, 0), 1024)
+    policy.hit(1, 1025)
+    assert policy.records[1].uses == 0
+    policy.hit(1, 2048)
+    policy.hit(1, 2049)
+    assert policy.records[1].uses == 1
+    assert policy.table.ended == 3
+
+
+def test_what_a_prompt_passed_by_is_a_kind_of_its_own():
+    """The tail of a split is told from its head until it is used again."""
+    policy = AdaptivePolicy()
+    policy.insert(1, RunInfo(5, 0), 1)
+    policy.split(1, 2, 2)
+    assert policy.records[2].kind != policy.records[1].kind
+    assert policy.records[2].passed
+    policy.hit(2, 9)
+    assert not policy.records[2].passed
+
+
+@pytest.mark.parametrize("scale", [1, 1024, 300 * 1024])
+def test_the_clock_counts_uses_whatever_the_ticks_are(scale):
+    """A step a use; an older tick lies as far back as it took; nothing goes below zero."""
+    clock = StepClock()
+    first = clock.tell(7)
+    for use in range(1, 201):
+        clock.tell(7 + use * 2 * scale)
+    assert clock.step == first + 200
+    assert clock.tell(7 + 100 * 2 * scale) == pytest.approx(first + 100, abs=1)
+    assert clock.step == first + 200
+    assert clock.tell(-(1 << 80)) == 0
+
+
+ticks = st.one_of(st.integers(-(1 << 50), 1 << 50), st.integers(-5, 60))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), ticks, st.integers(0, 99)), max_size=60), st.integers(0, 40))
+def test_no_tick_makes_it_raise(steps, busy):
+    """Runs from before a restart, a clock that jumps, ages beyond the table: every call goes through."""
+    policy = AdaptivePolicy(sample=4)
+    for run in range(1000, 1000 + 60 * busy):  # so that it has learned something
+        policy.insert(run, RunInfo(1, 0), 4 * run, [run])
+        if run % 3:
+            policy.hit(run, 4 * run + 3)
+        policy.forget(run, [run])
+    policy.guard.leads, policy.ranks = True, policy._learned
+    live = []
+    for number, (kind, tick, which) in enumerate(steps):
+        if kind < 4 or not live:
+            pages = 1 + which % 5
+            ids = [which << 8 | page for page in range(pages)]
+            ids = ids[: policy.known(ids)] or ids
+            policy.insert(number, RunInfo(len(ids), which % 4), tick, ids)
+            policy.expose(number)
+            live.append(number)
+        elif kind < 7:
+            policy.hit(live[which % len(live)], tick)
+        elif kind == 7 and policy.records[live[which % len(live)]].pages > 1:
+            policy.split(live[which % len(live)], 10_000 + number, 1)
+            live.append(10_000 + number)
+        else:
+            plan = policy.begin()
+            victim = plan.next()
+            plan.commit([] if victim is None else [victim])
+            if victim is not None:
+                policy.forget(victim, [which << 8])
+                live.remove(victim)
+    assert sorted(policy.records) == sorted(live)
+
+
+def cells(*found):
+    return {kind << 8 | age: pages for kind, age, pages in found}
+
+
+def test_the_guard_follows_the_learned_order_only_where_it_hits_more():
+    """Kind 1 comes back late, kind 0 never: the learned order leads. Then the other way round: LRU again."""
+    guard = Guard()
+    standing = cells((0, 1, 100.0), (0, 20, 100.0), (1, 1, 100.0), (1, 20, 100.0))
+    floors = [[0] * BUCKETS, [9] * BUCKETS]
+    assert not guard.leads
+    exhaust(guard.judge(floors, standing, cells((1, 20, 250.0)), 200))
+    assert not guard.leads  # ahead, but by too few pages to be sure
+    exhaust(guard.judge(floors, standing, cells((1, 20, 250.0)), 200))
+    assert guard.leads
+    for _ in range(3):
+        exhaust(guard.judge(floors, standing, cells((0, 1, 500.0)), 200))
+    assert not guard.leads
+
+
+@given(st.dictionaries(st.integers(0, 3), st.floats(0, 500)), st.dictionaries(st.integers(0, 3), st.floats(0, 500)))
+def test_level_ranks_are_lru_to_the_guard(standing, reused):
+    """An order without differences gets the same hits, and never leads."""
+    guard = Guard()
+    for pages in (0, 100, 300, 5000):
+        exhaust(guard.judge([[0] * BUCKETS], standing, reused, pages))
+        assert guard.learned == pytest.approx(guard.lru)
+        assert not guard.leads
 
 
 def test_ghost_pieces_are_remembered_whole():
@@ -209,16 +321,11 @@ def scan(seed, count=2000):
     return [list(range(8 * at, 8 * at + 8)) if at % 3 else rng.choice(hot) for at in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("make", "below"),
-    [(chat, 0.009), (zipf, 0.005), (loop, 0.005), (scan, 0.005)],
-    ids=["chat", "zipf", "loop", "scan"],
-)
-def test_never_much_below_lru(make, below):
+@pytest.mark.parametrize("make", [chat, zipf, loop, scan])
+def test_never_much_below_lru(make):
     """On kinds of traffic that it was not made on: at no size more than half a percent below LRU.
 
-    ``chat`` is LRU's home (reuse falls with stack distance and with nothing else) in pools of a few dozen runs: there
-    what is learned is noise, and costs up to nine thousandths (docs/POLICIES.md, what is missing).
+    ``chat`` is LRU's home: reuse falls with stack distance and with nothing else.
     """
     requests = make(3)
     distinct = len({block for request in requests for block in request})
@@ -226,4 +333,4 @@ def test_never_much_below_lru(make, below):
         capacity = distinct * share // 100
         adaptive = LeafCache(make_policy("adaptive"), capacity).replay(requests).ratio
         lru = LeafCache(make_policy("lru"), capacity).replay(requests).ratio
-        assert adaptive >= lru - below
+        assert adaptive >= lru - 0.005

@@ -227,10 +227,13 @@ class Walk:
 
     def check(self) -> None:
         self.steps += 1
-        if "shrinking" not in self.driver.store.progress():
-            assert self.disk_use(self.folder) <= self.capacity_bytes
-        files = self.driver.store._shelf
-        assert files.free_bytes >= 0 or self.driver.store.progress()
+        store = self.driver.store
+        what = store.progress()  # first: a shrink may end between two looks, it never begins
+        used, free = self.disk_use(self.folder), store._shelf.free_bytes
+        told = f"step {self.steps}: du {used} of {self.capacity_bytes}, free {free}, {what!r}"
+        told += f", shards {[(s.info.number, s.file_bytes) for s in store._shelf.shards]}"
+        assert "shrinking" in what or used <= self.capacity_bytes, told
+        assert "shrinking" in what or free >= 0, told
 
     def end(self) -> None:
         self.medium.rate = 0.0

@@ -127,6 +127,8 @@ def _tier(tier: admin_pb2.TierStats) -> TierStats:
         admitted_pages=tier.admitted_pages,
         refused_pages=tier.refused_pages,
         written_per_hit=tier.written_bytes / tier.hit_bytes if tier.hit_bytes else 0.0,
+        reason=tier.reason,
+        degraded_ms=tier.degraded_ms,
     )
 
 

@@ -84,7 +84,10 @@ class EvictResult:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TierStats:
-    """One tier's figures. ``written_per_hit``: bytes written to it for each byte served from it; 0 before a hit."""
+    """One tier's figures. ``written_per_hit``: bytes written to it for each byte served from it; 0 before a hit.
+
+    ``reason``: why its state is not ok, and for ``degraded_ms`` now; empty if it is.
+    """
 
     name: str
     kind: str
@@ -103,6 +106,8 @@ class TierStats:
     admitted_pages: int = 0
     refused_pages: int = 0
     written_per_hit: float = 0.0
+    reason: str = ""
+    degraded_ms: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -133,7 +133,7 @@ class GetStatsResponse(_message.Message):
     def __init__(self, server_version: _Optional[str] = ..., uptime_ms: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., waiting: _Optional[int] = ..., copies_in_flight: _Optional[int] = ..., namespaces: _Optional[int] = ..., tree_nodes: _Optional[int] = ..., tree_runs: _Optional[int] = ..., tree_pages: _Optional[int] = ..., latencies: _Optional[_Iterable[_Union[LatencyStats, _Mapping]]] = ..., state: _Optional[str] = ...) -> None: ...
 
 class TierStats(_message.Message):
-    __slots__ = ("name", "kind", "state", "capacity_bytes", "used_bytes", "pages", "hit_pages", "bytes_in", "bytes_out", "evicted_pages", "dropped_pages", "corrupt_pages", "hit_bytes", "written_bytes", "admitted_pages", "refused_pages")
+    __slots__ = ("name", "kind", "state", "capacity_bytes", "used_bytes", "pages", "hit_pages", "bytes_in", "bytes_out", "evicted_pages", "dropped_pages", "corrupt_pages", "hit_bytes", "written_bytes", "admitted_pages", "refused_pages", "reason", "degraded_ms")
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +150,8 @@ class TierStats(_message.Message):
     WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_PAGES_FIELD_NUMBER: _ClassVar[int]
     REFUSED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_MS_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: str
     state: str
@@ -166,7 +168,9 @@ class TierStats(_message.Message):
     written_bytes: int
     admitted_pages: int
     refused_pages: int
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., pages: _Optional[int] = ..., hit_pages: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., dropped_pages: _Optional[int] = ..., corrupt_pages: _Optional[int] = ..., hit_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., admitted_pages: _Optional[int] = ..., refused_pages: _Optional[int] = ...) -> None: ...
+    reason: str
+    degraded_ms: int
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., state: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., pages: _Optional[int] = ..., hit_pages: _Optional[int] = ..., bytes_in: _Optional[int] = ..., bytes_out: _Optional[int] = ..., evicted_pages: _Optional[int] = ..., dropped_pages: _Optional[int] = ..., corrupt_pages: _Optional[int] = ..., hit_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., admitted_pages: _Optional[int] = ..., refused_pages: _Optional[int] = ..., reason: _Optional[str] = ..., degraded_ms: _Optional[int] = ...) -> None: ...
 
 class LatencyStats(_message.Message):
     __slots__ = ("call", "count", "p50_ms", "p99_ms")

@@ -49,4 +49,6 @@ def _tier(tier: TierStats) -> admin_pb2.TierStats:
         written_bytes=tier.written_bytes,
         admitted_pages=tier.admitted_pages,
         refused_pages=tier.refused_pages,
+        reason=tier.reason,
+        degraded_ms=tier.degraded_ms,
     )
