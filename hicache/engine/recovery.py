@@ -64,6 +64,7 @@ def _end_recovery(core: Core, namespace: NamespaceState, tier: int) -> None:
         core.chain_ends = {}
     namespace.recovered, namespace.recovered_keys, namespace.recovered_depths = [], {}, array("q")
     core.room_changed = True
+    core.stranded.forget_numbers(namespace.id)
     find_parents(core, namespace, tier)
     pool = namespace.pools[tier]
     if pool.available < 0:

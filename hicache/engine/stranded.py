@@ -112,6 +112,13 @@ class Stranded:
             del self._after[parent_key]
         return keys, freed
 
+    def forget_numbers(self, namespace: int) -> None:
+        """A namespace's recovery is over: nobody asks by number any more, and each is an object of 32 bytes."""
+        if self.has(namespace):
+            for _, chain in self:
+                if chain.namespace.id == namespace:
+                    chain.number = -1
+
     def drop(self, namespace: int) -> list[StrandedChain]:
         """The chains of a namespace (0: of all), which leave the ledger. O(chains)."""
         dropped: list[StrandedChain] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
+import functools
 import gc
 import itertools
 import logging
@@ -31,6 +32,9 @@ CHAIN_PAGES = 8
 #: again and again, for tenths of a second. Runs and nodes are freed by their counts.
 EVENTS_PER_FREEZE = 64
 PAGES_PER_LOG_LINE = 250_000
+#: Parts read at one go: on a busy machine each change from the loop's thread to the reader's and back may wait for a
+#: time slice of somebody else's.
+PARTS_PER_READ = 16
 STRANDED = -2  # the parent of a chain whose parent is not stored
 ORPHANS_PER_BATCH = 4096
 
@@ -117,9 +121,6 @@ class _Part:
         return self.pages + CHAIN_PAGES * len(self.keys) >= PAGES_PER_EVENT
 
 
-_END = _Part(b"")
-
-
 def parts(chains: Iterator[Chain]) -> Generator[_Part, None, None]:
     """Chains in parts of about ``PAGES_PER_EVENT`` pages; longer chains are cut, and numbered anew for that."""
     for fingerprint, group in itertools.groupby(chains, key=lambda chain: chain.namespace_fingerprint):
@@ -138,6 +139,15 @@ def parts(chains: Iterator[Chain]) -> Generator[_Part, None, None]:
             ends.append(parent)
         part.last = True
         yield part
+
+
+def _read_some(stream: Iterator[_Part], into: list[_Part]) -> bool:
+    """Read some parts, which stay there whatever comes next; whether there are more."""
+    for part in stream:
+        into.append(part)  # what was read before an error counts
+        if len(into) == PARTS_PER_READ:
+            return True
+    return False
 
 
 class Recoverer:
@@ -205,13 +215,16 @@ class Recoverer:
         stream = parts(chains)
         open_namespace = b""  # of which the engine still expects chains
         while not self._stopping:
-            part = await self._in_thread(lambda: next(stream, _END))
-            if part is None:
+            read: list[_Part] = []
+            going_on = await self._in_thread(functools.partial(_read_some, stream, read))
+            for part in read:
+                self._hand(part)
+                open_namespace = b"" if part.last else part.fingerprint
+                await asyncio.sleep(0)  # calls first
+            if going_on is None:
                 break
-            if part is _END:
+            if not going_on:
                 return True
-            self._hand(part)
-            open_namespace = b"" if part.last else part.fingerprint
         if open_namespace:
             self._hand(_Part(open_namespace, last=True))
         await self._in_thread(stream.close)  # ends the store's transaction

@@ -98,6 +98,8 @@ def test_a_bad_disk_costs_the_disk_tier_and_nothing_else(patient: Patient, fault
     before = patient.disk()
     assert before.state == "read-only"
     assert metric(patient.port, "hicache_tier_state", state="read-only", tier="disk") == 1
+    assert metric(patient.port, "hicache_tier_degraded", tier="disk") == 1
+    assert before.reason, "why is told as well"
     fresh = patient.store(120)  # three times what the host tier holds
     assert patient.read(fresh[-20:]) == 20 * PAGES, "the host tier goes on"
     assert patient.disk().pages == before.pages, "nothing is written any more"

@@ -263,8 +263,10 @@ class FakeService:
         views = [TierView("host", "host", True, 100, 10, 3), TierView("disk", "disk", False, 200, 20, 4)]
         engine = EngineStats(views, Counters(2), len(self.sessions), 1, 2, 3, 4, 5, 6, 7, 8, 9)
         tiers = tuple(
-            TierStats(view.name, view.kind, state, 100, 10, 3, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)
-            for view, state in zip(views, ("ok", "read-only"), strict=True)
+            TierStats(
+                view.name, view.kind, state, 100, 10, 3, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, reason=reason
+            )
+            for view, state, reason in zip(views, ("ok", "read-only"), ("", "disk full"), strict=True)
         )
         return ServiceStats(
             self.state,

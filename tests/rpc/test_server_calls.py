@@ -195,6 +195,7 @@ def test_administrators_calls_translate(tmp_path: Path) -> None:
             stats = await admin.GetStats(admin_pb2.GetStatsRequest(session_id=sid))
             assert (stats.state, stats.uptime_ms, stats.counters["fetches"]) == ("serving", 77, 5)
             assert [tier.state for tier in stats.tiers] == ["ok", "read-only"]
+            assert [tier.reason for tier in stats.tiers] == ["", "disk full"]
             assert {"rpc/Pin", "rpc/OpenNamespace"} <= {latency.call for latency in stats.latencies}
             tree = await admin.GetTree(admin_pb2.GetTreeRequest(session_id=sid))
             assert (tree.nodes[0].first_symbol_digest, tree.omitted_nodes) == (b"12345678", 4)

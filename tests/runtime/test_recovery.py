@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from runtime_helpers import TestClient, prompt, running, settle
 
-from hicache.engine.events import Recovered
+from hicache.engine.events import Recovered, Recovering
 from hicache.runtime import ServiceOptions
 from hicache.runtime.ports import TierPort
 from hicache.runtime.recovery import PAGES_PER_EVENT, Recoverer, parts
@@ -119,6 +119,52 @@ def test_serving_goes_on_while_the_disk_is_read(tmp_path: Path, monkeypatch: pyt
     asyncio.run(second())
 
 
+def test_clear_holds_for_what_has_not_been_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first chain is there, too; and stats say how far it is."""
+    go_on = threading.Event()
+
+    async def first() -> None:
+        async with running(options(tmp_path)) as service:
+            client = TestClient(service)
+            for salt in range(3):
+                await client.store(20, salt)
+            await service.drain(10_000)
+
+    async def second() -> None:
+        from hicache.tier.recovery import Recovery
+
+        whole = Recovery.__iter__
+
+        def slow(self: Recovery) -> Iterator[RecoveredChain]:
+            for chain in whole(self):
+                assert go_on.wait(20)
+                yield chain
+
+        monkeypatch.setattr(Recovery, "__iter__", slow)
+        async with running(options(tmp_path)) as service:
+            client = TestClient(service)
+            await settle(lambda: service.stats().counters["recovery_read_pages"] == 60)
+            assert service.stats().counters["recovery_total_pages"] == 60
+            await service.clear()
+            await client.store(20, 1)
+            go_on.set()
+            assert (await service.recovered()).done
+            service.check()
+            assert [client.match(20, salt) for salt in range(3)] == [0, 20, 0]
+            await service.drain(10_000)
+
+    async def third() -> None:
+        async with running(options(tmp_path)) as service:
+            await service.recovered()
+            client = TestClient(service)
+            assert [client.match(20, salt) for salt in range(3)] == [0, 20, 0]
+
+    asyncio.run(first())
+    asyncio.run(second())
+    monkeypatch.undo()
+    asyncio.run(third())
+
+
 def test_closing_in_the_middle_of_recovery(tmp_path: Path) -> None:
     async def first() -> None:
         async with running(options(tmp_path)) as service:
@@ -205,9 +251,16 @@ def recover(found: Found, *, stop: bool = False) -> tuple[Recoverer, list[Recove
     store = Quiet()
     port = TierPort(0, TierSpec("disk", TierKind.DISK, 1 << 20, keyed=True, durable=True), store)
     handed: list[Recovered] = []
+    going: list[bool] = []
+
+    def handle(event: Recovered | Recovering) -> None:
+        if isinstance(event, Recovering):
+            going.append(event.going)
+        else:
+            handed.append(event)
 
     async def main() -> Recoverer:
-        recoverer = Recoverer(lambda: found, port, namespace=lambda _: 3, handle=handed.append)
+        recoverer = Recoverer(lambda: found, port, namespace=lambda _: 3, handle=handle)
         port.hold_writes()
         port.submit(Op.PUT, lambda _: None, keys=[b"o" * 32])
         if stop:
@@ -215,7 +268,9 @@ def recover(found: Found, *, stop: bool = False) -> tuple[Recoverer, list[Recove
         await recoverer.run()
         return recoverer
 
-    return asyncio.run(main()), handed, store
+    recoverer = asyncio.run(main())
+    assert going == [True, False]  # whatever happens
+    return recoverer, handed, store
 
 
 def test_orphans_are_deleted_before_the_writes_that_waited() -> None:

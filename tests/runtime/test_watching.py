@@ -47,6 +47,7 @@ def test_metrics_tell_what_happened(tmp_path: Path) -> None:
             assert found["hicache_tier_bytes_in_total", host] == 20 * 4096
             assert found["hicache_tier_capacity_bytes", host] == 4 << 20
             assert found["hicache_tier_state", (("state", "ok"), ("tier", "disk"))] == 1
+            assert found["hicache_tier_degraded", (("tier", "disk"),)] == 0
             assert found["hicache_missed_pages_total", ()] == 5
             assert found["hicache_committed_pages_total", ()] == 20
             assert found["hicache_state", (("state", "serving"),)] == 1
