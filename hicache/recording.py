@@ -22,6 +22,7 @@ from typing import IO
 
 MAGIC = b"HCRECORD1\r\n\x1a"
 HEAD = struct.Struct("<4sBxxxIII")
+_SAID = struct.Struct("<II")
 MARKER = b"HCb1"
 #: A block with more is refused as damaged: no writer makes one.
 RAW_BYTES_MAX = 1 << 28
@@ -163,7 +164,12 @@ def _little(column: array[int]) -> bytes:
 def packed(kind: BlockKind, raw: bytes) -> bytes:
     """A block of these bytes."""
     body = zlib.compress(raw, 1)
-    return HEAD.pack(MARKER, kind, len(body), len(raw), zlib.crc32(body)) + body
+    return HEAD.pack(MARKER, kind, len(body), len(raw), _sum(kind, len(raw), body)) + body
+
+
+def _sum(kind: int, raw_bytes: int, body: bytes) -> int:
+    """The checksum of a block: of its body, and of what its head says of it."""
+    return zlib.crc32(body, zlib.crc32(_SAID.pack(kind, raw_bytes)))
 
 
 def opening(info: dict[str, object]) -> bytes:
@@ -190,7 +196,7 @@ def read_block(stream: IO[bytes]) -> tuple[int, bytes] | None:
     body = stream.read(body_bytes)
     if len(body) < body_bytes:
         raise Damaged("the file ends within a block")
-    if zlib.crc32(body) != crc:
+    if _sum(kind, raw_bytes, body) != crc:
         raise Damaged("a block's checksum is wrong")
     raw = zlib.decompressobj().decompress(body, raw_bytes or 1)
     if len(raw) != raw_bytes:

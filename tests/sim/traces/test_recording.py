@@ -82,6 +82,19 @@ def test_a_cut_recording_is_read_up_to_its_last_whole_block(tmp_path: Path, shar
         list(open_trace(path, format="recording", strict=True, block_tokens=16))
 
 
+def test_damage_to_a_block_s_head_is_seen(tmp_path: Path) -> None:
+    """Every byte before the entries: a head that lies about its block must not hide it."""
+    path = tmp_path / "t.hcrec"
+    made = many(path, 30)
+    raw = path.read_bytes()
+    for at in range(120):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        opened = open_trace(path, format="recording")
+        read = list(opened)
+        assert read in (made, [])
+        assert opened.problems or read == made, at
+
+
 @given(st.data())
 def test_a_damaged_recording_gives_no_wrong_request(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
