@@ -285,10 +285,13 @@ class Steps(Names):
 def stretches(policy: Policy, ids: list[int]) -> Iterator[tuple[int, bool]]:
     """The pages cut where the policy begins or ceases to know them: how many, and whether it does."""
     start = 0
+    next_known = getattr(policy, "next_known", None)
     while start < len(ids):
         known = policy.known(ids[start:] if start else ids)
         end = start + known
-        while not known and end < len(ids) and not policy.known((ids[end],)):
+        if not known and next_known is not None:
+            end = next_known(ids, start + 1)
+        while not known and next_known is None and end < len(ids) and not policy.known((ids[end],)):
             end += 1
         yield end - start, known > 0
         start = end

@@ -80,6 +80,10 @@ class AdaptivePolicy:
             count += note & _PAGES_MAX
         return min(count, total)
 
+    def next_known(self, ghosts: Sequence[int], start: int) -> int:
+        """Where the first page from ``start`` on stands that is known; the end if none is."""
+        return self.ghosts.missing(ghosts, start)
+
     def insert(self, run: int, info: RunInfo, now: int, ghosts: Sequence[int] = ()) -> None:
         """A run has arrived, used now; if it is remembered, that ends the lifetimes of its pieces. O(1) amortised."""
         record = RunRecord(run, info.pages, info.depth, now, self.clock.tell(now))

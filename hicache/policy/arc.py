@@ -35,6 +35,10 @@ class ArcPolicy(SegmentedPolicy):
         """How many, from the first on, are in the list that the first is in."""
         return self.b1.leading(ghosts) or self.b2.leading(ghosts)
 
+    def next_known(self, ghosts: Sequence[int], start: int) -> int:
+        """Where the first page from ``start`` on stands that is known; the end if none is."""
+        return min(self.b1.missing(ghosts, start), self.b2.missing(ghosts, start))
+
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
         """Its first place."""
         in_b1, in_b2 = len(self.b1), len(self.b2)

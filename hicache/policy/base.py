@@ -49,10 +49,11 @@ class Plan(Protocol):
 class Policy(Protocol):
     """Order of one pool's runs. Only exposed ones are candidates; ``hide`` and ``expose`` decide which.
 
-    A policy may have two methods more, which save time: ``hit_all(runs, now)``, as ``hit`` of each in turn, and
-    ``first()``, the run that a plan begun now would give first (None: no candidate), which must change nothing. One
-    that has ``only_last_use`` set says that of a run it knows pages, depth and last use: the engine may then merge runs
-    that were last used together however often each was used before.
+    A policy may have methods more, which save time: ``hit_all(runs, now)``, as ``hit`` of each in turn; ``first()``,
+    the run that a plan begun now would give first (None: no candidate), which must change nothing;
+    ``next_known(ghosts, start)``, where the first page from ``start`` on stands that it remembers, the end if there is
+    none. One that has ``only_last_use`` set says that of a run it knows pages, depth and last use: the engine may then
+    merge runs that were last used together however often each was used before.
     """
 
     #: Whether it remembers pages that have left. Only such a policy is told ghost ids, which cost a hash a page.

@@ -32,6 +32,10 @@ class FrequencyPolicy(SegmentedPolicy):
         """How many, from the first on, it remembers."""
         return self.out.leading(ghosts)
 
+    def next_known(self, ghosts: Sequence[int], start: int) -> int:
+        """Where the first page from ``start`` on stands that is known; the end if none is."""
+        return self.out.missing(ghosts, start)
+
     def rank(self, record: Tally) -> int:
         """Time and uses, and the tick below them."""
         bonus = int(self.weight * self.full * log2(record.hits))

@@ -58,9 +58,10 @@ class GhostTable:
         """Remember an id as the newest."""
         if self.limit <= 0:
             return
-        self.pop(ghost)
+        if self.size:
+            self.pop(ghost)
         while self.size >= self.limit:
-            self.take_oldest()
+            self.pop(self._keys[self._after[0]])
         place = self._free
         if not place:
             self._grow()
@@ -117,6 +118,19 @@ class GhostTable:
         for at in range(0, len(index), stride):
             if index[at]:
                 yield notes[index[at]]
+
+    def missing(self, ghosts: Sequence[int], start: int = 0) -> int:
+        """Where the first id from ``start`` on stands that is here; the end if none is."""
+        index, keys, shift = self._index, self._keys, self._shift
+        mask = len(index) - 1
+        for number in range(start, len(ghosts)):
+            ghost = ghosts[number] & _WORD
+            at = (ghost * _MIX & _WORD) >> shift
+            while place := index[at]:
+                if keys[place] == ghost:
+                    return number
+                at = at + 1 & mask
+        return len(ghosts)
 
     def leading(self, ghosts: Sequence[int]) -> int:
         """How many of the ids, from the first on, are here."""

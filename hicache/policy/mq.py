@@ -33,6 +33,10 @@ class MqPolicy(SegmentedPolicy):
         """How many, from the first on, are in Qout."""
         return self.out.leading(ghosts)
 
+    def next_known(self, ghosts: Sequence[int], start: int) -> int:
+        """Where the first page from ``start`` on stands that is known; the end if none is."""
+        return self.out.missing(ghosts, start)
+
     def level(self, hits: int) -> int:
         """The queue of a run used so often."""
         return min(hits.bit_length(), len(self.queues)) - 1

@@ -35,6 +35,10 @@ class S3FifoPolicy(SegmentedPolicy):
         """How many, from the first on, are in G."""
         return self.ghosts.leading(ghosts)
 
+    def next_known(self, ghosts: Sequence[int], start: int) -> int:
+        """Where the first page from ``start`` on stands that is known; the end if none is."""
+        return self.ghosts.missing(ghosts, start)
+
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
         """Its first place."""
         self.arrivals += 1

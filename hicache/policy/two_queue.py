@@ -34,6 +34,10 @@ class TwoQueuePolicy(SegmentedPolicy):
         """How many, from the first on, are in A1out."""
         return self.out.leading(ghosts)
 
+    def next_known(self, ghosts: Sequence[int], start: int) -> int:
+        """Where the first page from ``start`` on stands that is known; the end if none is."""
+        return self.out.missing(ghosts, start)
+
     def welcome(self, record: Tally, info: RunInfo, ghosts: Sequence[int]) -> None:
         """Its first place."""
         if self.out.recall(ghosts) >= 0:

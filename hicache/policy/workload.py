@@ -50,6 +50,10 @@ class WorkloadPolicy(SegmentedPolicy):
         """How many, from the first on, it remembers."""
         return self.out.leading(ghosts)
 
+    def next_known(self, ghosts: Sequence[int], start: int) -> int:
+        """Where the first page from ``start`` on stands that is known; the end if none is."""
+        return self.out.missing(ghosts, start)
+
     def learn(self, category: int, wait: int) -> None:
         """A page of a category was used again after so long."""
         self.reuses[category] += 1

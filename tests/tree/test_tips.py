@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hicache.errors import ViolationError
 from hicache.tree import Run, Tree
-from hicache.tree.tips import drop_tip, is_new, is_tip, last_run, trim_tip
+from hicache.tree.tips import add_tip, drop_tip, is_new, is_tip, last_run, trim_tip
 from hicache.types import Residency
 
 ABSENT, RESIDENT = int(Residency.ABSENT), int(Residency.RESIDENT)
@@ -94,4 +94,52 @@ def test_what_is_no_tip_is_refused() -> None:
     for refused in (lambda: trim_tip(top, 0, 1), lambda: drop_tip(top, 0), lambda: trim_tip(top, 0, 2)):
         with pytest.raises(ViolationError):
             refused()
+    tree.check()
+
+
+def test_add_tip_is_insert_and_set_state() -> None:
+    """The same tree, run by run, and the same word on who ceased to be a leaf."""
+    shapes = []
+    for quick in (False, True):
+        tree = Tree(2, 2, itertools.count(1))
+        first = tree.insert(b"aabbcc", None, 0, 3)
+        tree.set_slots(first, 1, array("q", [1, 2, 3]))
+        tree.set_state(first, 1, RESIDENT)
+        told = []
+        for after, prompt, page in ((first, b"aabbccddee", 3), (first, b"aabbccff", 3), (None, b"gg", 0)):
+            slots = array("q", range(10, 10 + len(prompt) // 2 - page))
+            if quick:
+                run, covered = add_tip(tree, after, prompt[2 * page :], 1, slots)
+            else:
+                run = tree.insert(prompt, after, page, len(slots))
+                tree.set_slots(run, 1, slots)
+                covered = tree.set_state(run, 1, RESIDENT)
+            told.append((run.id, covered and covered.id))
+        tree.check()
+        runs = sorted((run for node in tree.walk() for run in node.runs), key=lambda run: run.id)
+        shapes.append(
+            (told, [(run.id, run.start, run.state, run.slots, run.below, run.live) for run in runs])
+        )
+    assert shapes[0] == shapes[1]
+
+
+def test_add_tip_refuses() -> None:
+    tree = Tree(2, 1, itertools.count(1))
+    run, _ = add_tip(tree, None, b"aabb", 0, array("q", [1, 2]))
+    for after, symbols, slots in ((run, b"cc", []), (run, b"cc", [1, 2]), (None, b"aa", [7])):
+        with pytest.raises(ViolationError):
+            add_tip(tree, after, symbols, 0, array("q", slots))
+    tree.check()
+
+
+def test_many_hits_are_alike() -> None:
+    """From so many on runs merge whatever their hits; below it, and without that word, only equal ones."""
+    tree = Tree(2, 1, itertools.count(1))
+    head, _ = add_tip(tree, None, b"aabb", 0, array("q", [1, 2]))
+    tail, _ = add_tip(tree, head, b"cc", 0, array("q", [3]))
+    head.hits, tail.hits = 5, 2
+    assert tree.try_merge(head) is None
+    assert tree.try_merge(head, 3) is None
+    assert tree.try_merge(head, 2) is tail
+    assert (head.hits, head.pages, head.slots) == (5, 3, [array("q", [1, 2, 3])])
     tree.check()
