@@ -63,8 +63,9 @@ class Geometry:
     def usable_bytes(self) -> int:
         """The sum of charges up to which pages find room."""
         shards, rest = divmod(self.data_bytes - self.reserve_bytes, self.shard_bytes + SHARD_FILES_BYTES)
-        shards = max(1, shards + bool(self.map_bytes(0, rest)))
-        maps = self.data_bytes - self.reserve_bytes - shards * SHARD_FILES_BYTES
+        last = self.map_bytes(0, rest)
+        maps = shards * self.shard_bytes + last
+        shards = max(1, shards + bool(last))
         limits = min(int(maps * FILL_LIMIT), maps - shards * COPY_BYTES * 5 // 4)
         return min(int(maps * USABLE_PART), limits - (shards - 1) * self.promised_bytes)
 
@@ -84,7 +85,7 @@ def divide(capacity_bytes: int, quarantine_bytes: int, shard_bytes: int = 0) -> 
     page += page // _PROMISED_SLACK_PART
     if not shard_bytes and capacity_bytes < SEVERAL_FROM_BYTES:
         return Geometry(data, _whole(data - SHARD_FILES_BYTES), 0, quarantine, page)
-    few = min(data // _SHARDS_FEW, _FEW_BYTES)
+    few = data // max(_SHARDS_FEW, data // _FEW_BYTES)
     chosen = max(few, min(data // _SHARDS_MIN, _SHARD_BYTES_MAX), data // _SHARDS_MAX) - SHARD_FILES_BYTES
     size = _whole(min(shard_bytes or chosen, data // 2 - SHARD_FILES_BYTES))
     return Geometry(data, size, size + SHARD_FILES_BYTES, quarantine, page)
