@@ -13,8 +13,8 @@ page its ancestors.
 The bound. ``capacity_bytes`` is what ``du`` shows for the folder, from the first completed PUT on: the maps of all
 shards, the other files and the quarantine fit into it, and LMDB never writes past its map. A smaller capacity than
 before is reached by moving pages together and giving shards back, before any PUT is taken. ``usable_bytes`` is less,
-because values of mixed sizes need free room to find a place; a page that is larger than a tenth of a shard may be
-refused before that. Not safe across fork.
+because pages of mixed sizes need free room to find a place: up to that, by charges, no page of 8 MiB or less (and of a
+64th of the capacity or less) is refused. Not safe across fork.
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ class DiskStore:
     def put_namespace(self, namespace_fingerprint: bytes, namespace: Namespace) -> None:
         """Store a namespace; it is durable before any page submitted after it. Does not wait.
 
-        As long as the folder holds no page at all there is nowhere to write it, and a restart forgets it.
+        As long as the folder has no shard there is nowhere to write it, and a restart forgets it: nothing is lost,
+        since no page can be of it, and pages bring their namespace along in their own transaction.
 
         Raises InvalidArgumentError when the fingerprint is not the namespace's.
         """

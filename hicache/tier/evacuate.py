@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from hicache.tier.attempts import FULL, Attempts
+from hicache.tier.examine import Header, read_header
 from hicache.tier.ops import WriterStats
 from hicache.tier.pieces import PIECE_PAGES, get_record, put_pieces, put_record
 from hicache.tier.remove import Remover
@@ -24,8 +25,8 @@ _STEP_PART = 16  # of a shard: small enough to find room in another one
 _STEP_PAGES = 1024
 _ROW_BYTES = 4096  # a record's share of the trees, at most
 
-#: Room for so many bytes in another shard, or None; may make one.
-Choose = Callable[[Shard, int], Shard | None]
+#: Room for so many bytes of a size class in another shard, or None; may make one.
+Choose = Callable[[Shard, int, int], Shard | None]
 
 
 class Evacuation:
@@ -58,12 +59,12 @@ class Evacuation:
 
     def step(self) -> None:
         """Move some pages; at the end give the shard back."""
-        keys, size = self._next()
+        keys, size, size_class = self._next()
         if not keys:
             self._end()
             return
         found: list[Shard | None] = []
-        error = self._attempts.run(lambda: found.append(self._choose(self.source, size)))
+        error = self._attempts.run(lambda: found.append(self._choose(self.source, size, size_class)))
         target = found[0] if found else None
         if target is None:
             self.stuck = error or "no room elsewhere"
@@ -77,21 +78,28 @@ class Evacuation:
         self._stats.evacuated_pages += len(keys)
         self._stats.evacuated_bytes += size
 
-    def _next(self) -> tuple[list[bytes], int]:
-        """Keys of the next pages, and the bytes they take."""
+    def _next(self) -> tuple[list[bytes], int, int]:
+        """Keys of the next pages, the bytes they take, and their size class: of a mixed shard, one class a step."""
         keys: list[bytes] = []
-        size = 0
+        size, seen = 0, 0
         source = self.source
+        size_class, mixed = source.info.size_class_bytes, not source.info.size_class_bytes
         limit = min(_STEP_BYTES, source.info.map_bytes // _STEP_PART)
         with source.db.env.begin(buffers=True) as txn:
             for key, value in txn.cursor(db=source.db.pages):
                 record = value if len(value) > DISK_PAGE_BYTES else get_record(txn, source.db, bytes(key))
+                seen += 1
+                if mixed and self._shelf.geometry.several:
+                    own = _class_of(record)
+                    size_class = size_class if keys else own
+                    if own != size_class:
+                        continue
                 more = (len(record) if record is not None else 0) + _ROW_BYTES
-                if keys and (size + more > limit or len(keys) >= _STEP_PAGES):
+                if keys and (size + more > limit or seen >= _STEP_PAGES):
                     break
                 keys.append(bytes(key))
                 size += more
-        return keys, size
+        return keys, size, size_class
 
     def _copy(self, keys: Sequence[bytes], target: Shard) -> bool:
         """Whether the pages are in the target; otherwise try again or be stuck."""
@@ -142,3 +150,9 @@ class Evacuation:
         self.stuck = self._attempts.run(lambda: self._shelf.retire(self.source))
         self._stats.evacuations += 1
         self.done = True
+
+
+def _class_of(record: memoryview | None) -> int:
+    """Raw bytes of a record's page; 0 where it does not say."""
+    head = read_header(record) if record is not None else None
+    return head.raw_bytes if isinstance(head, Header) else 0

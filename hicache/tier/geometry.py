@@ -1,8 +1,12 @@
 """How a capacity is divided: shards, the reserve, the quarantine, and what else the folder holds. Pure.
 
 ``capacity_bytes`` is what ``du`` shows. Small capacities are one shard for pages of any size: a reserve would
-cost too much of them. Larger ones are 16 shards or more, never more than 64, and one shard's room stays free
-(the reserve), so that the live pages of any shard can be moved and its file given back.
+cost too much of them. Larger ones are 8 shards, with the capacity 16 or more, never more than 64, and one shard's
+room stays free (the reserve), so that the live pages of any shard can be moved and its file given back.
+
+What is usable. A page goes into one shard, so shards may be left with less room than a page each. As long as what
+is stored leaves as many pages' room as there are shards, one of them has room for a page, in pieces if need be:
+``usable_bytes`` leaves that much, for pages of up to ``PROMISED_BYTES`` or a 64th of the capacity.
 """
 
 from __future__ import annotations
@@ -30,9 +34,14 @@ _OTHER_FILES_BYTES = (96 << 10) + PROBE_BYTES
 _METADATA_PART = 1024
 _QUARANTINE_PART = 64
 _SHARDS_MIN, _SHARDS_MAX = 16, 64
+#: Small capacities are fewer shards, so that a page of the promised size is an eighth to a tenth of one.
+_SHARDS_FEW, _FEW_BYTES = 8, 80 << 20
+#: A page of up to this size, or a 64th of the capacity, finds room until ``usable_bytes``.
+PROMISED_BYTES, PROMISED_PART = 8 << 20, 64
+_PROMISED_SLACK_PART = 32  # a record's header, its place in the trees, and pieces
 _SHARD_BYTES_MAX = 4 << 30  # until 64 of them do not suffice
 #: A shard of large pages holds at least this many, if a quarter of the capacity allows.
-_CLASS_PAGES = 16
+_CLASS_PAGES = 6
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,6 +52,7 @@ class Geometry:
     shard_bytes: int
     reserve_bytes: int
     quarantine_bytes: int
+    promised_bytes: int  # charge of the largest page that finds room until ``usable_bytes``
 
     @property
     def several(self) -> bool:
@@ -52,9 +62,12 @@ class Geometry:
     @property
     def usable_bytes(self) -> int:
         """The sum of charges up to which pages find room."""
-        shards = max(1, (self.data_bytes - self.reserve_bytes) // (self.shard_bytes + SHARD_FILES_BYTES))
-        maps = self.data_bytes - self.reserve_bytes - shards * SHARD_FILES_BYTES
-        return min(int(maps * USABLE_PART), maps - shards * COPY_BYTES * 5 // 4)
+        shards, rest = divmod(self.data_bytes - self.reserve_bytes, self.shard_bytes + SHARD_FILES_BYTES)
+        last = self.map_bytes(0, rest)
+        maps = shards * self.shard_bytes + last
+        shards = max(1, shards + bool(last))
+        limits = min(int(maps * FILL_LIMIT), maps - shards * COPY_BYTES * 5 // 4)
+        return min(int(maps * USABLE_PART), limits - (shards - 1) * self.promised_bytes)
 
     def map_bytes(self, size_class_bytes: int, free_bytes: int) -> int:
         """Map of a new shard for a class when so many bytes are free for it and its files; 0: not worth it."""
@@ -68,11 +81,14 @@ def divide(capacity_bytes: int, quarantine_bytes: int, shard_bytes: int = 0) -> 
     """The parts of a capacity. ``shard_bytes``: 0 chooses."""
     quarantine = min(quarantine_bytes, capacity_bytes // _QUARANTINE_PART)
     data = capacity_bytes - _OTHER_FILES_BYTES - capacity_bytes // _METADATA_PART - quarantine
+    page = min(PROMISED_BYTES, capacity_bytes // PROMISED_PART)
+    page += page // _PROMISED_SLACK_PART
     if not shard_bytes and capacity_bytes < SEVERAL_FROM_BYTES:
-        return Geometry(data, _whole(data - SHARD_FILES_BYTES), 0, quarantine)
-    chosen = max(min(data // _SHARDS_MIN, _SHARD_BYTES_MAX), data // _SHARDS_MAX) - SHARD_FILES_BYTES
+        return Geometry(data, _whole(data - SHARD_FILES_BYTES), 0, quarantine, page)
+    few = data // max(_SHARDS_FEW, data // _FEW_BYTES)
+    chosen = max(few, min(data // _SHARDS_MIN, _SHARD_BYTES_MAX), data // _SHARDS_MAX) - SHARD_FILES_BYTES
     size = _whole(min(shard_bytes or chosen, data // 2 - SHARD_FILES_BYTES))
-    return Geometry(data, size, size + SHARD_FILES_BYTES, quarantine)
+    return Geometry(data, size, size + SHARD_FILES_BYTES, quarantine, page)
 
 
 def _whole(size: int) -> int:

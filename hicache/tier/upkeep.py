@@ -4,6 +4,7 @@
                            first, are for the runtime to delete after its recovery; what is then still too
                            much is removed here
     a class without room   while a shard of another class would fit into its siblings
+    pages of any size      a shard of version 1, or of a capacity that was small, becomes shards of one size each
     fragmentation          a shard that has room by its figures and no place for a whole record
     ``compact``            shards whose files are much larger than what lives in them
 
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 from hicache.tier.attempts import Attempts
 from hicache.tier.evacuate import Evacuation
-from hicache.tier.geometry import SHARD_FILES_BYTES
+from hicache.tier.geometry import SHARD_FILES_BYTES, USABLE_PART
 from hicache.tier.lmdb_env import DATA
 from hicache.tier.ops import WriterStats
 from hicache.tier.remove import Remover
@@ -75,6 +76,7 @@ class Upkeep:
         self.gave_up = ""
         self._free_before = shelf.free_bytes - 1
         self._target_bytes = shelf.geometry.usable_bytes
+        self._split_bytes = 1 << 62  # a mixed shard that holds more is left as it is
 
     @property
     def holds_puts(self) -> bool:
@@ -116,6 +118,21 @@ class Upkeep:
         self._start(source)
         return True
 
+    def note_mixed(self) -> None:
+        """Take a shard of pages of any size apart, once what lives in it fits elsewhere, the reserve included."""
+        shelf = self._shelf
+        if self.busy or self.recoveries.value or not shelf.geometry.several:
+            return
+        for shard in shelf.shards:
+            if shard.info.size_class_bytes or shard.leaving or shard.used_bytes > self._split_bytes:
+                continue
+            room = sum(s.room_bytes for s in shelf.shards if s is not shard)
+            room += int(max(0, shelf.free_bytes) * USABLE_PART)
+            if shard.used_bytes <= room * _FIT_PART:
+                self._what = "taking a file of mixed page sizes apart"
+                self._start(shard)
+                return
+
     def note_fragmented(self) -> None:
         """Write shards anew that have room and no place, if the reserve is there."""
         if self._evacuation is not None or self._queue or not self._shelf.geometry.several:
@@ -144,6 +161,7 @@ class Upkeep:
     def resume(self) -> None:
         """A recovery ended."""
         self.recoveries.add(-1)
+        self.note_mixed()
 
     # -- steps
 
@@ -158,6 +176,8 @@ class Upkeep:
         if evacuation.stuck and not evacuation.done:
             _log.warning("disk: shard %d stays: %s", evacuation.source.info.number, evacuation.stuck)
             evacuation.abandon()
+            if not evacuation.source.info.size_class_bytes:
+                self._split_bytes = evacuation.source.used_bytes * 7 // 8
             self._evacuation = None
             if self.too_large:
                 self.gave_up = evacuation.stuck
@@ -169,6 +189,7 @@ class Upkeep:
         self._attempts.run(self._shelf.clear_leftovers)
         self.gave_up = ""
         self._free_before = self._shelf.free_bytes - 1
+        self.note_mixed()
 
     def _next(self) -> None:
         if self.too_large:
@@ -219,14 +240,14 @@ class Upkeep:
             if s is not source and s.info.size_class_bytes == source.info.size_class_bytes
         )
 
-    def _choose(self, source: Shard, size: int) -> Shard | None:
+    def _choose(self, source: Shard, size: int, size_class: int) -> Shard | None:
         """Where the next pages of a shard go: siblings if all fits there, else a new shard, else anywhere."""
         shelf = self._shelf
-        size_class = source.info.size_class_bytes
         others = [s for s in shelf.shards if s is not source and s.room_bytes >= size]
         siblings = [s for s in others if s.info.size_class_bytes == size_class]
         best = max(siblings, key=lambda s: s.room_bytes, default=None)
-        fits = self._sibling_room(source) * _FIT_PART >= source.used_bytes
+        apart = size_class != source.info.size_class_bytes
+        fits = apart or self._sibling_room(source) * _FIT_PART >= source.used_bytes
         if best is not None and (fits or not best.used_bytes or self.too_large):
             return best
         free = shelf.free_bytes

@@ -172,6 +172,7 @@ class Writer:
         crew.committer.save_namespaces()
         crew.encoder.release(held)
         crew.keeper.note_fragmented()
+        crew.keeper.note_mixed()
 
     def _write_part(self, part: list[WriteOp]) -> None:
         """Deletes, then puts, then the rest; within a part nobody sees the difference."""
