@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -43,7 +42,7 @@ from hicache.tier.folder import Folder
 from hicache.tier.geometry import USABLE_PART, divide
 from hicache.tier.lmdb_env import Medium
 from hicache.tier.ops import DeleteKeys, Flush, Probe, Purge, SaveHeat, SaveNamespace, Upkeep, WriterStats
-from hicache.tier.outbox import Outbox, Pending
+from hicache.tier.outbox import Lost, Outbox, Pending
 from hicache.tier.placing import Placing
 from hicache.tier.quarantine import Quarantine, open_quarantine
 from hicache.tier.reader import Readers
@@ -79,7 +78,10 @@ class Layout:
 
 
 class DiskStore:
-    """Keyed page store on a local disk. See the module's text for what it promises."""
+    """Keyed page store on a local disk. See the module's text for what it promises.
+
+    ``take_lost()``: keys of pages that the scrubber found damaged and that are gone, since the last call.
+    """
 
     def __init__(
         self,
@@ -100,8 +102,7 @@ class DiskStore:
         """Open the folder and start the threads.
 
         Args:
-        path: a folder of its own, on a local disk.
-        capacity_bytes: bound on what ``du`` shows for the folder; at least ``MIN_CAPACITY_BYTES``.
+        path: a folder of its own, on a local disk. capacity_bytes: bound on what ``du`` shows for it.
         notify: called from worker threads when ``poll`` has something.
         sync: fsync every commit.
         page_codec: "lossless" compresses where it pays, "lossless-fast" a little less and faster, "raw" never;
@@ -116,7 +117,7 @@ class DiskStore:
         layout = layout or Layout()
         self._geometry = divide(capacity_bytes, layout.quarantine_bytes, layout.shard_bytes)
         self._page_codec = page_codec
-        self._codecs: dict[bytes, PageCodec] = {}  # by namespace; b"": pages of which nothing is known
+        self._codecs: dict[bytes, PageCodec] = {}  # by namespace
         self._pid = os.getpid()
         self._closed = False
         self.last_error = ""
@@ -133,8 +134,9 @@ class DiskStore:
             quarantine = open_quarantine(self._folder.path, self._geometry.quarantine_bytes)
             opened.pop_all()
         self._namespaces = self._shelf.namespaces()
-        self._lost: deque[bytes] = deque()
         self._outbox = Outbox(notify)
+        self._lost = Lost(self._outbox)
+        self.take_lost = self._lost.take
         self._encoder = Encoder(compress_workers, backlog_bytes)
         crew = self._hire(quarantine, layout.medium, wall_ms)
         self._keeper, self._stats = crew.keeper, crew.stats
@@ -146,21 +148,14 @@ class DiskStore:
     def _start_scrubber(self, bytes_per_s: int, wall_ms: Callable[[], int]) -> Scrubber | None:
         if not bytes_per_s:
             return None
+        lost = self._lost
 
         def purge(key: bytes, raw_bytes: int) -> None:
             pending = Pending(Batch(0, Op.GET, raw_bytes, keys=[key]), 1, Outbox(lambda: None))
-            self._writer.submit([Purge(pending, (0,), self._lose)])
+            self._writer.submit([Purge(pending, (0,), lost.add)])
 
         options = ScrubOptions(bytes_per_s, self._folder.path / CURSOR_FILE, wall_ms)
         return Scrubber(lambda: Look(self._shelf), purge, options)
-
-    def _lose(self, keys: list[bytes]) -> None:
-        self._lost.extend(keys)
-        self._outbox.ring()
-
-    def take_lost(self) -> list[bytes]:
-        """Pages that the scrubber found damaged and that are gone, since the last call."""
-        return [self._lost.popleft() for _ in range(len(self._lost))]
 
     def _hire(self, quarantine: Quarantine, medium: Medium, wall_ms: Callable[[], int]) -> Crew:
         shelf, stats = self._shelf, WriterStats()

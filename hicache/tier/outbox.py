@@ -44,6 +44,23 @@ class Outbox:
                 return done
 
 
+class Lost:
+    """Keys of pages that are gone without anybody having asked. ``add`` from any thread, ``take`` from the owner's."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._keys: deque[bytes] = deque()
+
+    def add(self, keys: list[bytes]) -> None:
+        """These are gone."""
+        self._keys.extend(keys)
+        self._outbox.ring()
+
+    def take(self) -> list[bytes]:
+        """All since the last call; never blocks."""
+        return [self._keys.popleft() for _ in range(len(self._keys))]
+
+
 class Pending:
     """A batch under way. Whichever thread worked on a page settles it, once; the last one publishes."""
 

@@ -80,7 +80,7 @@ def test_a_use_that_ends_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
     shell.handle(ev.ReleaseLeases(ME, (*others[: PROMPTS - 1],)))
     before = full.walks
     assert full.room(PAGES)
-    assert full.walks == before + 1
+    assert full.walks <= before + 1  # the front victim may do without one
     shell.handle(ev.ReleaseLeases(ME, (lease, others[-1])))
     shell.engine.check()
 

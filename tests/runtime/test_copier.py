@@ -227,7 +227,7 @@ def test_a_region_outlives_its_session_while_it_is_read(tmp_path: Path) -> None:
             assert region.fd >= 0
             assert (await bench.finished(copy)).outcomes is None
             assert region.fd == -1
-            assert open_fds() == before
+            assert open_fds() <= before
 
     run(test)
 
