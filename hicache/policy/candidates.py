@@ -159,7 +159,6 @@ class AdaptivePlan:
             raise ViolationError("policy: this plan is over")
 
 
-
 def _place(record: RunRecord, ranks: list[list[int]], now: int) -> _Place:
     """The record, and where it stands in the order: the first goes first."""
     age = now - record.at

@@ -107,8 +107,8 @@ class DiskStore:
         sync: fsync every commit.
         page_codec: "lossless" compresses where it pays, "lossless-fast" a little less and faster, "raw" never;
         for lossless namespaces: one that names another codec gets that.
-        group_bytes: raw bytes of pages in one transaction; less for small capacities.
-        backlog_bytes: raw bytes of pages encoded and not yet committed.
+        group_bytes: raw bytes of pages in one transaction, less for small capacities; backlog_bytes: of pages encoded
+        and not yet committed.
         tune_malloc: raise glibc's thresholds, process-wide. wall_ms: unix time, stored with each page.
 
         Raises ConfigError for a folder that cannot be used, UnavailableError when LMDB does not open it.
@@ -123,15 +123,13 @@ class DiskStore:
         self.last_error = ""
         if tune_malloc:
             heap.keep_freed(heap.COMMIT_BYTES)
-        self._folder = Folder(Path(path), capacity_bytes=capacity_bytes, sync=sync)
+        folder = self._folder = Folder(Path(path), capacity_bytes=capacity_bytes, sync=sync)
         with contextlib.ExitStack() as opened:
-            opened.callback(self._folder.close)
-            self._shelf = Shelf(
-                self._folder.path, self._geometry, sync=sync, readers=readers, medium=layout.medium
-            )
+            opened.callback(folder.close)
+            self._shelf = Shelf(folder.path, self._geometry, sync=sync, readers=readers, medium=layout.medium)
             opened.callback(self._shelf.close)
             self._geometry = self._shelf.geometry
-            quarantine = open_quarantine(self._folder.path, self._geometry.quarantine_bytes)
+            quarantine = open_quarantine(folder.path, self._geometry.quarantine_bytes)
             opened.pop_all()
         self._namespaces = self._shelf.namespaces()
         self._outbox = Outbox(notify)
