@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("--device-bytes", text, "48MiB", "capacity of the device tier"),
         ("--host-bytes", text, "128MiB", "capacity of the host tier"),
         ("--disk-bytes", text, "1GiB", "capacity of the disk tier"),
-        ("--policy", text, "lru", f"eviction policy: {' or '.join(sorted(POLICIES))}"),
+        ("--policy", text, "adaptive", f"eviction policy: {' or '.join(sorted(POLICIES))}"),
     ):
         parser.add_argument(flag, type=kind, default=default, metavar="N", help=f"{what}; default {default}")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
