@@ -63,7 +63,9 @@ class Guard:
             self.leads = self.learned > max(_AHEAD * self.lru, self.lru + _PAGES_MIN)
 
 
-def _hits(order: Sequence[int], standing: Mapping[int, float], reused: Mapping[int, float], pages: float) -> float:
+def _hits(
+    order: Sequence[int], standing: Mapping[int, float], reused: Mapping[int, float], pages: float
+) -> float:
     """Hits of a pool that holds cells in this order, as far as there is room; a part of the last one."""
     hits, left = 0.0, float(pages)
     for place in order:

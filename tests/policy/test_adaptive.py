@@ -247,7 +247,10 @@ def test_the_guard_follows_the_learned_order_only_where_it_hits_more():
     assert not guard.leads
 
 
-@given(st.dictionaries(st.integers(0, 3), st.floats(0, 500)), st.dictionaries(st.integers(0, 3), st.floats(0, 500)))
+@given(
+    st.dictionaries(st.integers(0, 3), st.floats(0, 500)),
+    st.dictionaries(st.integers(0, 3), st.floats(0, 500)),
+)
 def test_level_ranks_are_lru_to_the_guard(standing, reused):
     """An order without differences gets the same hits, and never leads."""
     guard = Guard()

@@ -128,7 +128,7 @@ def test_adaptive_passes_its_bars(trace):
         assert leaf(trace, "adaptive", share) >= bar
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("share", [1, 2, 5, 10, 25, 50])
 @pytest.mark.parametrize("trace", sorted(BARS))
 def test_adaptive_is_never_much_below_lru(trace, share):
