@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("--device-bytes", size, "48MiB", "capacity of the device tier"),
         ("--host-bytes", size, "128MiB", "capacity of the host tier"),
         ("--disk-bytes", size, "1GiB", "capacity of the disk tier"),
-        ("--policy", (str, "NAME"), "lru", f"eviction policy: {', '.join(sorted(POLICIES))}"),
+        ("--policy", (str, "NAME"), "adaptive", f"eviction policy: {', '.join(sorted(POLICIES))}"),
     ):
         parser.add_argument(
             flag, type=kind, default=default, metavar=metavar, help=f"{what}; default {default}"

@@ -156,7 +156,7 @@ class ServeConfig:
     )
 
     policy: str = setting(
-        "policy", Kind.TEXT, "lru", f"which pages leave first: {', '.join(sorted(POLICIES))}"
+        "policy", Kind.TEXT, "adaptive", f"which pages leave first: {', '.join(sorted(POLICIES))}"
     )
     device_policy: str = setting("policy", Kind.TEXT, "", "the same in the device tier; empty: as policy")
     host_policy: str = setting("policy", Kind.TEXT, "", "the same in the host tier; empty: as policy")

@@ -27,7 +27,7 @@ class EngineOptions:
     """
 
     tiers: tuple[TierSpec, ...]
-    policy: str = "lru"
+    policy: str = "adaptive"
     tier_policies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     admission: str = NO_ADMISSION
     tier_admissions: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -1,11 +1,15 @@
 """Our own: keeps the pages whose room pays best, by what was learned of pages like them.
 
 A run is of a kind: how often it was used (0 to 3 times after it came), how deep it begins (at the root, one page
-down, deeper), and, if never used again, how many pages came with it. ``hazard.py`` counts when pages of each kind
-come back, those that have left included, and turns that into what a page of a kind and an age is worth. A victim is
-the candidate that is worth least among ``sample`` drawn from all; worths that differ by less than a step count as
-equal, and among equals the oldest goes, and of one age the deepest: where nothing is to be learned, it is (sampled)
-LRU.
+down, deeper), if never used again how many pages came with it, and whether a prompt went another way from where it
+begins and none came since. ``hazard.py`` counts when pages of each kind come back, those that have left included, and
+turns that into what a page of a kind and an age is worth. ``guard.py`` weighs that order against LRU on data that it
+has not seen; while it is not ahead, all worths count as equal.
+
+A victim is the candidate that is worth least among the best that the last plan left over and about ``sample`` drawn
+evenly from all; worths that differ by less than a step count as equal, and among equals the oldest goes, and of one
+age the deepest: where nothing is to be learned, it is (sampled) LRU. Ages are counted in uses of the pool
+(``steps.py``), so any ticks will do.
 
 Ghosts are kept by piece, not by page: the first page's id stands for what left with it. An arriving stretch that
 begins with such a page is taken for that piece, which costs one look-up; that pages behind it may differ only blurs

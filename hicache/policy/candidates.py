@@ -41,10 +41,7 @@ class RunRecord:
 
     def settle(self) -> None:
         """The kind that follows from its history."""
-        if self.passed:
-            which = _PASSED
-        else:
-            which = self.size if not self.uses else _SIZES - 1 + self.uses
+        which = _PASSED if self.passed else self.size if not self.uses else _SIZES - 1 + self.uses
         self.kind = which * _DEPTHS + (self.depth if self.depth < _DEPTHS else _DEPTHS - 1)
 
 

@@ -41,8 +41,5 @@ class StepClock:
     def _back(self, ticks: int) -> int:
         assert self.now is not None
         taken = self.step - _START
-        if taken < _TRUSTED:
-            steps = ticks >> _SHIFT
-        else:
-            steps = ticks * taken // max(1, self.now - self._first)
+        steps = ticks >> _SHIFT if taken < _TRUSTED else ticks * taken // max(1, self.now - self._first)
         return max(0, self.step - steps)

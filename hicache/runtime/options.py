@@ -46,7 +46,7 @@ class ServiceOptions:
     disk_codec: str = LOSSLESS
     disk_quarantine_bytes: int = 64 << 20
     scrub_bytes_per_s: int = 8 << 20
-    policy: str = "lru"
+    policy: str = "adaptive"
     device_policy: str = ""
     host_policy: str = ""
     disk_policy: str = ""

@@ -10,8 +10,13 @@ from collections.abc import Iterable, Sequence
 from hicache.policy import Policy, RunInfo
 
 
-def flat_hits(policy: Policy, capacity: int, requests: Iterable[Sequence[int]]) -> tuple[int, int]:
-    """Hits, and blocks asked for, of a pool of ``capacity`` pages; each block is one access, first to last."""
+def flat_hits(
+    policy: Policy, capacity: int, requests: Iterable[Sequence[int]], *, store_first: bool = False
+) -> tuple[int, int]:
+    """Hits, and blocks asked for, of a pool of ``capacity`` pages; each block is one access, first to last.
+
+    ``store_first``: room is made after a block has come, so that it may be the one to leave.
+    """
     resident: set[int] = set()
     info = RunInfo(1, 0)
     hits = now = 0
@@ -26,11 +31,13 @@ def flat_hits(policy: Policy, capacity: int, requests: Iterable[Sequence[int]]) 
                 continue
             ghosts: tuple[int, ...] = (block,) if wants_ghosts else ()
             back = wants_ghosts and known(ghosts) > 0
-            if len(resident) >= capacity:
+            if not store_first and len(resident) >= capacity:
                 _evict_one(policy, resident)
             insert(block, info, now, ghosts if back else ())
             expose(block)
             resident.add(block)
+            if len(resident) > capacity:
+                _evict_one(policy, resident)
     return hits, now
 
 

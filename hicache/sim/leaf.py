@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 
 from hicache.policy import Policy, RunInfo
 
-
 TICKS = 1024  # between two requests: not the one tick that parts a fetch from the store after it
 
 
