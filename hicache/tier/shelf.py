@@ -93,8 +93,10 @@ class Shard:
         self._extend()
 
     def _extend(self) -> None:
-        """Pages taken and freed in one transaction are never written: the file may end before its own count of pages,
-        and the next start would take it for cut off. A hole at its end costs nothing."""
+        """See that the file is as long as its own count of pages: a shorter one counts as cut off at the next start.
+
+        Pages taken and freed in one transaction are never written. The hole takes no room.
+        """
         needed = (self.db.env.info()["last_pgno"] + 1) * DISK_PAGE_BYTES
         data = self.info.path / DATA
         if data.stat().st_size < needed:
