@@ -207,3 +207,19 @@ def test_a_namespace_without_pages_is_forgotten_and_nothing_is_lost(tmp_path: Pa
     second.store.close()
     third = drive(tmp_path, 16 << 20)
     assert third.store.namespaces() == {name: space}  # its shard is there still
+
+
+@pytest.mark.parametrize("pages", [1, 2, 5, 40])
+def test_a_file_whose_last_pages_were_never_written_is_not_taken_for_cut_off(
+    tmp_path: Path, drive: Any, pages: int
+) -> None:
+    for turn in range(3):
+        driver = drive(tmp_path, CAPACITY, layout=LAYOUT)
+        assert not driver.store.wiped
+        names = [key(turn * 100 + n) for n in range(pages)]
+        driver.put({name: noise(1, 1500) for name in names})
+        driver.delete(names)
+        for shard in driver.store._shelf.shards:
+            needed = (shard.db.env.info()["last_pgno"] + 1) * 4096
+            assert (shard.info.path / "data.mdb").stat().st_size >= needed
+        driver.store.close()
