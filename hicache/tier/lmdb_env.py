@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,24 +55,50 @@ class Database:
         return total * DISK_PAGE_BYTES
 
 
-class WriteTxn:
-    """A write transaction whose steps pass the medium's check first."""
+#: Disk pages that a put or delete may add beside its value: what it copies of the trees, its place in the free list.
+_STEP_PAGES = 12
+#: And a commit by itself.
+_COMMIT_PAGES = 64
 
-    __slots__ = ("_before", "_path", "_txn")
+
+def _lengthen(database: Database, path: Path, new_pages: int) -> None:
+    """See that the file is as long as its count of pages will be, before the commit that makes it so.
+
+    LMDB never writes pages that a transaction takes and gives back, so that its file may end before the last page that
+    it counts. A file that was cut off looks the same, and reading beyond its end kills the process. The hole that this
+    leaves takes no room on the disk.
+    """
+    info = database.env.info()
+    wanted = min((info["last_pgno"] + 1 + new_pages) * DISK_PAGE_BYTES, info["map_size"])
+    data = path / DATA
+    if data.stat().st_size < wanted:
+        os.truncate(data, wanted)
+
+
+class WriteTxn:
+    """A write transaction whose steps pass the medium's check first.
+
+    ``new_pages``: at least as many disk pages as it may have added to the file.
+    """
+
+    __slots__ = ("_before", "_path", "_txn", "new_pages")
 
     def __init__(self, medium: Medium, path: Path, txn: lmdb.Transaction) -> None:
         self._before = medium.before
         self._path = path
         self._txn = txn
+        self.new_pages = _COMMIT_PAGES
 
     def put(self, key: bytes, value: bytes | memoryview, *, db: Any) -> None:
         """Store a value in place of whatever the key had."""
         self._before("put", self._path)
+        self.new_pages += len(value) // DISK_PAGE_BYTES + _STEP_PAGES
         self._txn.put(key, value, db=db)
 
     def delete(self, key: bytes, *, db: Any) -> bool:
         """Remove a key; says whether it was there."""
         self._before("delete", self._path)
+        self.new_pages += _STEP_PAGES
         return bool(self._txn.delete(key, db=db))
 
     def get(self, key: bytes, *, db: Any) -> memoryview | None:
@@ -101,8 +128,10 @@ class Medium:
         txn = database.env.begin(write=True, buffers=True)
         with contextlib.ExitStack() as unfinished:
             unfinished.callback(txn.abort)
-            yield WriteTxn(self, path, txn)
+            writing = WriteTxn(self, path, txn)
+            yield writing
             self.before("commit", path)
+            _lengthen(database, path, writing.new_pages)
             unfinished.pop_all()
         txn.commit()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from hicache.errors import UnavailableError
 from hicache.keys import KEY_BYTES
 from hicache.tier.geometry import COPY_BYTES, FILL_LIMIT, SHARD_FILES_BYTES, Geometry
 from hicache.tier.lmdb_env import DATA, LOCK, TICK_KEY, UNUSABLE, Database, Medium, WriteTxn, open_database
-from hicache.tier.rows import DISK_PAGE_BYTES, unpack_namespace
+from hicache.tier.rows import unpack_namespace
 from hicache.tier.shards import ShardInfo, create_shard, list_shards, remove_shard
 from hicache.tier.smallfile import fsync_folder
 from hicache.types import Namespace
@@ -90,17 +89,6 @@ class Shard:
             yield txn
             used_bytes = self.db.used_bytes(txn)
         self.used_bytes = used_bytes
-        self._extend()
-
-    def _extend(self) -> None:
-        """See that the file is as long as its own count of pages: a shorter one counts as cut off at the next start.
-
-        Pages taken and freed in one transaction are never written. The hole takes no room.
-        """
-        needed = (self.db.env.info()["last_pgno"] + 1) * DISK_PAGE_BYTES
-        data = self.info.path / DATA
-        if data.stat().st_size < needed:
-            os.truncate(data, needed)
 
     def recycle(self) -> None:
         """Pages freed by a commit come back two commits later: make these commits. Raises lmdb.Error."""
