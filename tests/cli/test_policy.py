@@ -47,7 +47,7 @@ def test_check_passes_the_template_and_fails_a_broken_policy(
 def test_both_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["policy", "list", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["policies"]["slru"]["parameters"] == {"protected": 0.8}
+    assert told["policies"]["slru"]["parameters"]["protected"] == 0.8
     assert "second-touch" in told["admissions"]
     assert main(["policy", "check", "fifo", "--json"]) == 0
     assert all(not each["problem"] for each in json.loads(capsys.readouterr().out))

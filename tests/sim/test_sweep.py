@@ -204,7 +204,7 @@ def test_compare_pairs_two_results(sim: Callable[..., Any], tmp_path: Path) -> N
         (("--policy", "nonsense"), "nonsense"),
         (("--policy", ","), "--policy names nothing"),
         (("--capacity", "5"), "hold no block"),
-        (("--capacity", "0%"), "tier of nothing"),
+        (("--capacity", "0%"), "without room"),
         (("--capacity", "disk:5%+host:5%"), "fastest first"),
         (("--capacity", "tape:5%"), "tape"),
         (("--mode", "warp"), "warp"),

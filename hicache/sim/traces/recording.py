@@ -136,6 +136,8 @@ class RecordingTrace:
                     if found[0] == BlockKind.ENTRIES:
                         for entry in recording.entries(found[1]):
                             yield block, entry
+                if not block:  # a writer begins with what it has to say of the file
+                    raise Damaged("the file ends before its first block")
             except source.DAMAGE as error:
                 if self._strict:
                     raise InvalidArgumentError(f"{self.path}: block {block + 1}: {error}") from error
