@@ -155,7 +155,10 @@ def test_it_says_what_the_next_start_would_not_keep(folder: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 100, 4096, 4500, 8192, 20_000, 0.5, 0.99])
 def test_a_truncated_file_is_a_problem_not_a_crash(folder: Path, keep: float) -> None:
-    whole = data_of(folder).read_bytes()
+    """Cut below what LMDB counts; beyond that there may be a hole, of which nothing is missed."""
+    with lmdb.open(str(data_of(folder).parent), readonly=True, lock=False) as env:
+        counted = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+    whole = data_of(folder).read_bytes()[:counted]
     data_of(folder).write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
     done = hicache("check", folder)
     assert done.returncode == 1, done.stderr
