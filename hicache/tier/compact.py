@@ -17,7 +17,7 @@ from hicache.tier.inspect import Progress, shard_name
 from hicache.tier.isolation import Crashed, isolated
 from hicache.tier.lmdb_env import DATA
 from hicache.tier.shards import SHARDS, ShardInfo, clear_leftovers, list_shards, open_shard
-from hicache.tier.smallfile import fsync_folder
+from hicache.tier.smallfile import du_bytes, fsync_folder
 
 _LOOK_S = 0.1
 #: Beside the shard, under a name that a start removes when it finds it.
@@ -26,7 +26,7 @@ _SUFFIX = ".new"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Compacted:
-    """One file, before and after. ``problem``: why it was left as it is."""
+    """What one file takes on the disk, before and after. ``problem``: why it was left as it is."""
 
     name: str
     before_bytes: int
@@ -47,7 +47,7 @@ def compact(path: Path, *, progress: Progress) -> Iterator[Compacted]:
 
 def _compact(shard: ShardInfo, name: str, progress: Progress) -> Compacted:
     data, folder = shard.path / DATA, shard.path.with_name(shard.path.name + _SUFFIX)
-    before = data.stat().st_size
+    before = du_bytes(data)
     old = shard.path.parent.name != SHARDS
     problem = "a folder of version 1: a start of `hicache serve` upgrades it" if old else precheck(shard.path)
     if problem:
@@ -68,7 +68,7 @@ def _compact(shard: ShardInfo, name: str, progress: Progress) -> Compacted:
         problem = str(exc)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return Compacted(name, before, data.stat().st_size, problem)
+    return Compacted(name, before, du_bytes(data), problem)
 
 
 def _refuse_without_room(folder: Path, wanted: int) -> None:

@@ -23,6 +23,7 @@ from hicache.tier.lmdb_env import DATA, Database
 from hicache.tier.pieces import get_record
 from hicache.tier.rows import DISK_PAGE_BYTES, Row, charge_bytes, row_bytes, unpack_namespace, unpack_row
 from hicache.tier.shards import ShardInfo, open_shard
+from hicache.tier.smallfile import du_bytes
 from hicache.types import Namespace, Outcome
 
 #: Rows between two reports, and in one read transaction.
@@ -231,7 +232,7 @@ def _head(database: Database, shard: ShardInfo, namespaces: dict[bytes, Namespac
             entries=txn.stat(database.pages)["entries"],
             meta_entries=txn.stat(database.meta)["entries"],
             used_bytes=database.used_bytes(txn),
-            file_bytes=(shard.path / DATA).stat().st_size,
+            file_bytes=du_bytes(shard.path / DATA),
             namespaces=known,
         )
 

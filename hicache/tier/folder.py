@@ -26,7 +26,7 @@ from hicache.errors import ConfigError
 from hicache.tier.lmdb_env import DATA
 from hicache.tier.lmdb_env import LOCK as LMDB_LOCK
 from hicache.tier.shards import SHARDS, adopt_version_1, clear_leftovers
-from hicache.tier.smallfile import fsync_folder, read_json, write_json
+from hicache.tier.smallfile import du_bytes, fsync_folder, read_json, write_json
 
 FORMAT_VERSION = 2
 _OLD_VERSIONS = (1,)
@@ -175,7 +175,7 @@ def _refuse_foreign(path: Path) -> None:
 
 def _warn_of_little_space(path: Path, capacity_bytes: int) -> None:
     """Say at the start what would else show as a fault weeks later. Others may free space: no reason to refuse."""
-    held = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+    held = sum(du_bytes(file) for file in path.rglob("*") if file.is_file())
     space = os.statvfs(path)
     free = space.f_bavail * space.f_frsize
     if held + free < capacity_bytes:

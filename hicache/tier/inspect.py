@@ -24,7 +24,7 @@ from hicache.tier.folder import _boot_id as boot_id
 from hicache.tier.isolation import Crashed, isolated
 from hicache.tier.quarantine import QUARANTINE
 from hicache.tier.shards import ShardInfo, list_shards
-from hicache.tier.smallfile import read_json
+from hicache.tier.smallfile import du_bytes, read_json
 from hicache.types import Namespace
 
 _LINK_BYTES = 3 * KEY_BYTES
@@ -200,7 +200,7 @@ def disk_use(path: Path) -> int:
     for folder, _, files in os.walk(path):
         for name in (folder, *(os.path.join(folder, file) for file in files)):  # noqa: PTH118 - of os.walk's strings
             try:
-                total += os.lstat(name).st_blocks * 512
+                total += du_bytes(Path(name))
             except FileNotFoundError:
                 continue
     return total

@@ -1,4 +1,4 @@
-"""Small JSON files that are either the old one or the new one, whatever happens to the machine."""
+"""Small JSON files that are either the old one or the new one, whatever happens; and what a file takes on the disk."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def write_json(path: Path, content: dict[str, object]) -> None:
         os.fsync(file.fileno())
     new.replace(path)
     fsync_folder(path.parent)
+
+
+def du_bytes(path: Path) -> int:
+    """What ``du`` shows for one file or folder: its length may be more, where it has holes. Raises OSError."""
+    return path.lstat().st_blocks * 512
 
 
 def fsync_folder(path: Path) -> None:

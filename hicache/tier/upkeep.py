@@ -26,6 +26,7 @@ from hicache.tier.lmdb_env import DATA
 from hicache.tier.ops import WriterStats
 from hicache.tier.remove import Remover
 from hicache.tier.shelf import Shard, Shelf
+from hicache.tier.smallfile import du_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class Upkeep:
     def compact(self) -> None:
         """Queue every shard whose file is much larger than what lives in it."""
         for shard in self._shelf.shards:
-            size = (shard.info.path / DATA).stat().st_size
+            size = du_bytes(shard.info.path / DATA)
             if size > shard.used_bytes * _SPARSE_FACTOR + _SPARSE_BYTES:
                 self._queue.append(shard.info.number)
         self._what = "compacting"
