@@ -118,7 +118,7 @@ class Folder:
         if not any(file.exists() and file.stat().st_size for file in files):
             return ""
         state = read_json(self.path / _STATE)
-        trusted = state.get("clean") is True or state.get("sync") is True or state.get("boot") == _boot_id()
+        trusted = state.get("clean") is True or state.get("sync") is True or state.get("boot") == boot_id()
         return "" if trusted else "the machine went down while it was open without sync"
 
     def _settle_past(self) -> None:
@@ -132,11 +132,17 @@ class Folder:
             fsync_folder(data.parent)
 
     def _write_state(self, *, clean: bool) -> None:
-        write_json(self.path / _STATE, {"boot": _boot_id(), "clean": clean, "sync": self._sync})
+        write_json(self.path / _STATE, {"boot": boot_id(), "clean": clean, "sync": self._sync})
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """Names this run of the machine. Raises OSError."""
     return _BOOT_ID.read_text().strip()
+
+
+def holder_of(fd: int) -> str:
+    """The process that holds a lock file, as it wrote itself down. Raises OSError."""
+    return os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
 
 
 def _lock(path: Path) -> int:
@@ -144,7 +150,7 @@ def _lock(path: Path) -> int:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        holder = holder_of(fd)
         os.close(fd)
         raise ConfigError(
             f"disk folder {path} is in use by process {holder}", hint="stop it, or choose another folder"

@@ -19,8 +19,7 @@ from pathlib import Path
 from hicache.errors import ConfigError
 from hicache.keys import KEY_BYTES
 from hicache.tier.examine import Bad, NamespaceCount, Part, ShardHead, precheck, scan
-from hicache.tier.folder import FORMAT_VERSION
-from hicache.tier.folder import _boot_id as boot_id
+from hicache.tier.folder import FORMAT_VERSION, boot_id, holder_of
 from hicache.tier.isolation import Crashed, isolated
 from hicache.tier.quarantine import QUARANTINE
 from hicache.tier.shards import ShardInfo, list_shards
@@ -167,7 +166,7 @@ def _take(fd: int, path: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        holder = holder_of(fd)
         raise ConfigError(
             f"DIR: {path} is in use by process {holder}",
             hint="stop that sidecar first; `hicache stats` asks it",
