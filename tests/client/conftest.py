@@ -94,15 +94,6 @@ def sidecar(idle_sidecar: Sidecar) -> Sidecar:
 
 #: The same, and not awaited, in both clients.
 PLAIN = {"namespace", "still_valid", "buffer", "pages", "ticket", "staging", "adopt", "adopt_memory"}
-    "namespace",
-    "still_valid",
-    "buffer",
-    "pages",
-    "ticket",
-    "staging",
-    "adopt",
-    "adopt_memory",
-}  # the same, and not awaited, in both clients
 WRAPPED = (Lease, NamespaceHandle, Reservation)
 
 
