@@ -100,14 +100,14 @@ class WorkerCounts:
 class StepReport:
     """What one worker, or all of them together, did since the last report.
 
-    ``saved``: job -> ranks that copied their part; ``void``: jobs that some rank did not copy (it says so once, and
-    is then not among the job's ranks in ``saved``). ``loaded``: request -> ranks that are done with its lease, well
-    or not; ``failed``: requests whose load failed on some rank; ``corrupt``: (request, page of its ticket) whose
-    checksum said no.
+    ``saved``: job -> ranks that are done with it, copied or not: once all are, nobody writes to its places any more.
+    ``void``: jobs that some rank did not copy, which must not be committed. ``loaded``: request -> ranks that are
+    done with its lease, well or not; ``failed``: requests whose load failed on some rank; ``corrupt``: (request,
+    page of its ticket) whose checksum said no.
     """
 
     saved: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    void: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    void: frozenset[int] = frozenset()
     loaded: Mapping[str, int] = dataclasses.field(default_factory=dict)
     corrupt: tuple[tuple[str, int], ...] = ()
     failed: frozenset[str] = frozenset()
@@ -117,7 +117,7 @@ class StepReport:
         """Both reports as one."""
         return StepReport(
             saved=dict(Counter(self.saved) + Counter(other.saved)),
-            void=dict(Counter(self.void) + Counter(other.void)),
+            void=self.void | other.void,
             loaded=dict(Counter(self.loaded) + Counter(other.loaded)),
             corrupt=self.corrupt + other.corrupt,
             failed=self.failed | other.failed,
