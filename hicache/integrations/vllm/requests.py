@@ -143,7 +143,7 @@ class RequestState:
 
     @property
     def request_id(self) -> str:
-        """VLLM's id."""
+        """vLLM's id."""
         return str(self.request.request_id)
 
     @property
