@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from hicache.integrations.vllm.agent import Agent
 from hicache.integrations.vllm.requests import ASKS_MOST, Answer, Question, RequestState, Shape
 from hicache.integrations.vllm.settings import VllmSettings
 from hicache.integrations.vllm.stats import Tally
-from hicache.rpc.client.aio import Lease
+
+if TYPE_CHECKING:
+    from hicache.integrations.vllm.agent import Agent
+    from hicache.rpc.client.aio import Lease
 
 NS_PER_MS = 1_000_000
 #: A lease with less time left than this is not offered.
@@ -20,7 +23,7 @@ OFFER_MARGIN_MS = 500
 
 
 class Lookups:
-    """The look-ups of all requests that have no blocks yet. ``storing`` says whether a request's pages are on their way."""
+    """The look-ups of all requests that have no blocks yet."""
 
     def __init__(
         self,

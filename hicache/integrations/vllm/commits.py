@@ -13,13 +13,16 @@ import dataclasses
 import enum
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from hicache.errors import ErrorCode, HicacheError
 from hicache.integrations.vllm.messages import StagedRun
 from hicache.integrations.vllm.namespaces import Namespaces
 from hicache.integrations.vllm.requests import Identity
 from hicache.rpc.client import aio
-from hicache.rpc.client.staging import Staging
+
+if TYPE_CHECKING:
+    from hicache.rpc.client import Staging
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CommitTask:
-    """Pages ``first_page`` and following of a prompt, complete in their places. ``tokens`` end with the last of them."""
+    """Pages ``first_page`` and following of a prompt, complete in their places; ``tokens`` end with the last."""
 
     job: int
     line: Hashable

@@ -139,26 +139,24 @@ class HiCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM ships 
         super().__init__(vllm_config, role, kv_cache_config)
         self._now_ns = Clock().now_ns
         settings = configuration.parse(self._kv_transfer_config.kv_connector_extra_config)
-        facts = engine_facts(vllm_config, kv_cache_config, settings)
+        facts = engine_facts(vllm_config, kv_cache_config, allow_other_versions=settings.allow_other_versions)
         if role is KVConnectorRole.WORKER:
             self._worker = Worker(facts, settings, facts.rank)
             return
-
-        def fields_of(adapter: str, salt: str) -> NamespaceFields:
-            fields = namespace_fields(facts, settings, adapter=adapter, salt=salt)
-            if facts.multimodal:
-                fields["extra_key_bytes"] = EXTRA_KEY_BYTES
-            return fields
-
-        fields = facts.page_bytes(settings)
         page_tokens = configuration.page_tokens(settings, facts.block_size)
+        multimodal = bool(vllm_config.model_config.is_multimodal_model)
         shape = Shape(
             block_size=facts.block_size,
             page_tokens=page_tokens,
-            page_bytes=fields,
+            page_bytes=facts.page_bytes(page_tokens),
             world=facts.world,
-            extra_key_bytes=EXTRA_KEY_BYTES if facts.multimodal else 0,
+            extra_key_bytes=EXTRA_KEY_BYTES if multimodal else 0,
         )
+        own = functools.cache(lambda: namespace_fields(facts, settings))  # reads the weights' files
+
+        def fields_of(adapter: str, salt: str) -> NamespaceFields:
+            return {**own(), "adapter": adapter, "salt": salt, "extra_key_bytes": shape.extra_key_bytes}
+
         agent = Agent(settings, fields_of, shape.page_bytes)
         self.scheduler = Scheduler(settings, shape, agent, self._now_ns)
         events = vllm_config.kv_events_config

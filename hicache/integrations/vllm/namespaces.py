@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from hicache.errors import UnsupportedError
+from hicache.integrations.vllm.identity import adapter_digest
 from hicache.integrations.vllm.requests import Adapter, Identity
 from hicache.rpc.client import aio
 from hicache.rpc.client.arguments import NamespaceFields
@@ -21,10 +21,6 @@ FieldsOf = Callable[[str, str], NamespaceFields]
 
 #: Salts are often one a user; the sidecar itself bounds namespaces per tenant.
 HANDLES_MOST = 1024
-#: What an adapter's folder holds that bears on what it computes.
-ADAPTER_SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".pt", ".pth"})
-READ_BYTES = 1 << 20
-
 Signature = tuple[tuple[str, int, int, int], ...]
 
 
@@ -105,9 +101,9 @@ class Namespaces:
         known = self._adapters.get(adapter)
         if known is None:
             signature = _signature(adapter)
-            known = self._adapters[adapter] = signature, _digest(adapter)
+            known = self._adapters[adapter] = signature, adapter_digest(adapter.name, adapter.path)
         self._check(adapter)
-        return f"{adapter.name} sha256:{known[1]}"
+        return known[1]
 
     def _check(self, adapter: Adapter) -> None:
         """The engine may still compute with what the files were before: such pages have no name."""
@@ -120,36 +116,17 @@ class Namespaces:
             )
 
 
-def _files(adapter: Adapter) -> list[Path]:
-    folder = Path(adapter.path)
+def _signature(adapter: Adapter) -> Signature:
+    """What changes when an adapter's files do. Raises UnsupportedError where there are none to look at."""
     try:
-        found = sorted(
-            path for path in folder.iterdir() if path.suffix in ADAPTER_SUFFIXES and path.is_file()
-        )
+        found = []
+        for path in sorted(Path(adapter.path).iterdir()):
+            about = path.stat()
+            found.append((path.name, about.st_size, about.st_mtime_ns, about.st_ino))
+        return tuple(found)
     except OSError as error:
         raise UnsupportedError(
-            f"adapter {adapter.name!r}: its files in {adapter.path!r} cannot be read ({error.strerror}): "
-            "its pages are not cached",
+            f"adapter {adapter.name!r}: its files in {adapter.path!r} cannot be read ({error.strerror}), "
+            "so its pages are not cached",
             hint="load adapters from a local folder",
         ) from error
-    if not found:
-        raise UnsupportedError(f"adapter {adapter.name!r}: no weights in {adapter.path!r}")
-    return found
-
-
-def _signature(adapter: Adapter) -> Signature:
-    found = []
-    for path in _files(adapter):
-        about = path.stat()
-        found.append((path.name, about.st_size, about.st_mtime_ns, about.st_ino))
-    return tuple(found)
-
-
-def _digest(adapter: Adapter) -> str:
-    digest = hashlib.sha256()
-    for path in _files(adapter):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while data := file.read(READ_BYTES):
-                digest.update(data)
-    return digest.hexdigest()

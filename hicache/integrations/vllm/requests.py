@@ -1,8 +1,8 @@
-"""One request as the scheduler side knows it: who may read and write what for it, and how far its pages are.
+r"""One request as the scheduler side knows it: who may read and write what for it, and how far its pages are.
 
     unasked --ask--> asked --answer--> answered --offer taken--> (its load is under way: see scheduler.Load)
-       ^               |  \\--time is over, sidecar lost--> unasked, and not asked again where it took too long
-       \\---- preempted, or the lease was lost ------/
+       ^               |  \--time is over, sidecar lost--> unasked, and not asked again where it took too long
+       \---- preempted, or the lease was lost ------/
 
 ``ordered_pages`` is how many pages, from the first, the sidecar holds or is about to be given: where a look-up found
 pages it starts there, a save order moves it on, and what came to nothing moves it back.
@@ -143,7 +143,7 @@ class RequestState:
 
     @property
     def request_id(self) -> str:
-        """vLLM's id."""
+        """The id that vLLM gave it."""
         return str(self.request.request_id)
 
     @property

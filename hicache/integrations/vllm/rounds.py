@@ -16,8 +16,7 @@ from hicache.errors import ErrorCode, HicacheError, UnavailableError
 from hicache.integrations.vllm.namespaces import Namespaces
 from hicache.integrations.vllm.requests import Answer, Question
 from hicache.integrations.vllm.settings import VllmSettings
-from hicache.rpc.client import aio
-from hicache.rpc.client.fetching import FetchQuery
+from hicache.rpc.client import FetchQuery, aio
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
-"""Saves: what is complete after a step is copied by the workers, then handed to the agent to be committed.
+r"""Saves: what is complete after a step is copied by the workers, then handed to the agent to be committed.
 
     ordered -> copied by all ranks -> handed to the agent -> settled
-          \\-> void: never committed; the request's pages count as not stored
+          \-> void: never committed; the request's pages count as not stored
 
 A step may be scheduled before the one before it has been computed (asynchronous scheduling), so what a failed load has
 spoilt may be ordered to be saved already when its report arrives. All jobs of the request that were not reported by
@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hicache.integrations.vllm.agent import Agent
 from hicache.integrations.vllm.commits import (
     CommitTask,
     Outcome,
@@ -27,6 +26,9 @@ from hicache.integrations.vllm.messages import SaveOrder, StepReport
 from hicache.integrations.vllm.requests import SETBACKS_MOST, RequestState, Shape, complete_pages
 from hicache.integrations.vllm.settings import Save, VllmSettings
 from hicache.integrations.vllm.stats import Tally
+
+if TYPE_CHECKING:
+    from hicache.integrations.vllm.agent import Agent
 
 NS_PER_MS = 1_000_000
 #: A request whose pages the sidecar had no room for does not try again for so long.
@@ -116,12 +118,12 @@ class Saves:
         orders: list[SaveOrder] = []
         now_ns = self._now_ns()
         drafts = output.scheduled_spec_decode_tokens or {}
-        for request_id, computed_tokens in _computed_before(output):
+        for request_id, before_tokens in _computed_before(output):
             state = states.get(request_id)
             if state is None or not state.writes or state.outdated or now_ns < state.quiet_until_ns:
                 continue
-            computed_tokens += output.num_scheduled_tokens[request_id] - len(drafts.get(request_id, ()))
-            first, end = state.ordered_pages, self._complete(state, computed_tokens)
+            new_tokens = output.num_scheduled_tokens[request_id] - len(drafts.get(request_id, ()))
+            first, end = state.ordered_pages, self._complete(state, before_tokens + new_tokens)
             if first < end:
                 self._save(state, first, end, output.kv_connector_block_state, orders)
         return orders
@@ -186,6 +188,7 @@ class Saves:
                 job.state.set_back(job.first_page)
 
     def take_settled(self) -> None:
+        """Take up what became of commits."""
         for settled in self._agent.take_settled():
             job = self._committing.pop(settled.job, None)
             if job is not None:

@@ -11,16 +11,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hicache.integrations.vllm.agent import Agent
 from hicache.integrations.vllm.asking import Lookups
 from hicache.integrations.vllm.messages import LoadOrder, StepOrders, StepReport
 from hicache.integrations.vllm.requests import RequestState, Shape, new_state
 from hicache.integrations.vllm.saving import Saves, StoredBlocks
 from hicache.integrations.vllm.settings import VllmSettings
 from hicache.integrations.vllm.stats import Numbers, Tally
-from hicache.rpc.client.aio import Lease
+
+if TYPE_CHECKING:
+    from hicache.integrations.vllm.agent import Agent
+    from hicache.rpc.client.aio import Lease
 
 log = logging.getLogger(__name__)
 
