@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from hicache.errors import UnsupportedError
 from hicache.integrations.vllm.layout import LayerTensor
-from hicache.integrations.vllm.settings import VllmSettings, page_tokens
 
 #: What this was written against and is tested with.
 VERSIONS = ("0.32.",)
@@ -71,17 +70,19 @@ class EngineFacts:
     world: int
     rank: int
     steps_ahead: int
-    multimodal: bool
 
     @property
     def part_block_bytes(self) -> int:
         """What one block of one rank takes, all layers."""
         return sum(layer.block_bytes for layer in self.layers)
 
-    def page_bytes(self, settings: VllmSettings) -> int:
-        """A page: the parts of all ranks. Raises ConfigError for a page size that does not fit."""
-        page_blocks = page_tokens(settings, self.block_size) // self.block_size
-        return self.part_block_bytes * page_blocks * self.world
+    def part_bytes(self, page_tokens: int) -> int:
+        """One rank's part of a page."""
+        return self.part_block_bytes * (page_tokens // self.block_size)
+
+    def page_bytes(self, page_tokens: int) -> int:
+        """A page: the parts of all ranks."""
+        return self.part_bytes(page_tokens) * self.world
 
     def check_tensors(self, tensors: Mapping[str, LayerTensor]) -> None:
         """Raise UnsupportedError where the real tensors' dimensions lie in another order than announced."""
@@ -183,12 +184,12 @@ class VllmProbe:
 
 
 def engine_facts(
-    vllm_config: Any, kv_cache_config: Any, settings: VllmSettings, *, probe: Probe | None = None
+    vllm_config: Any, kv_cache_config: Any, *, probe: Probe | None = None, allow_other_versions: bool = False
 ) -> EngineFacts:
     """What hicache needs to know. Raises UnsupportedError, saying why, for an engine that it cannot serve."""
     probe = probe or VllmProbe()
     version = probe.version()
-    if not settings.allow_other_versions and not version.startswith(VERSIONS):
+    if not allow_other_versions and not version.startswith(VERSIONS):
         raise UnsupportedError(
             f"vLLM {version}: the connector was written for {', '.join(v + 'x' for v in VERSIONS)}",
             hint="set allow_other_versions to try it",
@@ -216,7 +217,6 @@ def engine_facts(
         world=world,
         rank=int(getattr(parallel, "rank", 0) or 0) % world,
         steps_ahead=1 if getattr(vllm_config.scheduler_config, "async_scheduling", False) else 0,
-        multimodal=bool(getattr(vllm_config.model_config, "is_multimodal_model", False)),
     )
 
 

@@ -7,7 +7,6 @@ the same name are not.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -46,10 +45,11 @@ def namespace_fields(
 ) -> NamespaceFields:
     """The fields of the engine's namespace, all but the tenant.
 
-    ``adapter``: what stands for the request's LoRA adapter and its weights; ``salt``: the request's. Raises
-    UnsupportedError where the model's weights cannot be told, and ConfigError for a page size that does not fit.
-    The first call reads the weights' files, seconds for a large model; later ones remember what it found.
+    ``adapter``: as ``adapter_digest`` tells it. ``salt``: the request's. Raises UnsupportedError where the weights
+    cannot be told, and ConfigError for a page size that does not fit. Reads the weights' files: call it once, and
+    ``dataclasses.replace`` adapter and salt, or cache it.
     """
+    tokens = page_tokens(settings, engine.block_size)
     return NamespaceFields(
         model=_model_name(engine.model, settings),
         revision=f"{weights_identity(engine.model, settings)} config:{config_digest(engine.model)}",
@@ -62,8 +62,8 @@ def namespace_fields(
         kv_heads=engine.kv_heads,
         head_size=engine.head_size,
         world_size=engine.world,
-        page_tokens=page_tokens(settings, engine.block_size),
-        page_bytes=engine.page_bytes(settings),
+        page_tokens=tokens,
+        page_bytes=engine.page_bytes(tokens),
     )
 
 
@@ -92,13 +92,7 @@ def weights_identity(model: ModelFacts, settings: VllmSettings) -> str:
             f"the files of the model {model.name} are not found on this host, so its weights cannot be told",
             hint="set model_identity to a name that changes with them",
         )
-    return f"sha256:{_digest_once(model.path)}"
-
-
-@functools.lru_cache(maxsize=8)
-def _digest_once(path: str) -> str:
-    """The weights as they were at first: what the engine computes with, should their files change later."""
-    return folder_digest(Path(path))
+    return f"sha256:{folder_digest(Path(model.path))}"
 
 
 def config_digest(model: ModelFacts) -> str:
@@ -119,3 +113,21 @@ def _rope_types(config: Mapping[str, Any]) -> set[str]:
         elif key in {"rope_type", "type"} and isinstance(value, str):
             found.add(value)
     return found
+
+
+def adapter_digest(name: str, path: str) -> str:
+    """What stands for a LoRA adapter: its configuration and its weights, wherever they are and however it is called.
+
+    Raises UnsupportedError where its files are not on this host: its requests are then not to be cached.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UnsupportedError(
+            f"adapter {name}: {path!r} is no folder on this host, so its weights cannot be told"
+        )
+    config = folder / "adapter_config.json"
+    try:
+        said = hashlib.sha256(config.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UnsupportedError(f"adapter {name}: {config} cannot be read: {error}") from error
+    return f"lora:{folder_digest(folder)} config:{said}"

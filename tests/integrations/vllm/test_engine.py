@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from worker_kit import make_facts, make_settings
+from worker_kit import make_facts
 
 from hicache.errors import UnsupportedError
 from hicache.integrations.vllm.engine import EngineFacts, engine_facts
@@ -114,17 +114,14 @@ class Probe:
 
 
 def facts(config: Any = None, cache: Any = None, **keywords: Any) -> EngineFacts:
-    return engine_facts(
-        config or vllm_config(), cache or cache_config(), make_settings(**keywords), probe=Probe()
-    )
+    return engine_facts(config or vllm_config(), cache or cache_config(), probe=Probe(), **keywords)
 
 
 def test_what_is_read_of_a_plain_engine() -> None:
     found = facts()
     assert [layer.name for layer in found.layers] == ["g0.l0", "g0.l1"]
     assert found.part_block_bytes == 2 * 16384
-    assert found.page_bytes(make_settings(page_tokens=64)) == 4 * 16384
-    assert not found.multimodal
+    assert found.page_bytes(64) == found.part_bytes(64) == 4 * 16384
     assert (found.kv_dtype, found.backend, found.isa) == ("bfloat16/auto", "cpu:CPU_ATTN", "amx")
     assert (found.world, found.rank, found.steps_ahead, found.num_blocks) == (1, 0, 0, 100)
 
@@ -137,7 +134,7 @@ def test_ranks_and_steps_ahead() -> None:
     )
     found = facts(config)
     assert (found.world, found.rank, found.steps_ahead) == (4, 2, 1)
-    assert found.page_bytes(make_settings()) == 4 * found.part_block_bytes
+    assert found.page_bytes(32) == 4 * found.part_bytes(32)
 
 
 def test_latent_attention_and_layers_with_specs_of_their_own() -> None:
@@ -202,11 +199,10 @@ def test_scales_that_are_part_of_the_weights_are_served() -> None:
 
 def test_other_versions_are_refused_unless_asked_for() -> None:
     with pytest.raises(UnsupportedError, match=r"vLLM 0\.33\.1: .* allow_other_versions"):
-        engine_facts(vllm_config(), cache_config(), make_settings(), probe=Probe("0.33.1"))
+        engine_facts(vllm_config(), cache_config(), probe=Probe("0.33.1"))
     with pytest.raises(UnsupportedError, match="vLLM"):
-        engine_facts(vllm_config(), cache_config(), make_settings(), probe=Probe("0.320"))
-    settings = make_settings(allow_other_versions=True)
-    found = engine_facts(vllm_config(), cache_config(), settings, probe=Probe("0.33.1"))
+        engine_facts(vllm_config(), cache_config(), probe=Probe("0.320"))
+    found = engine_facts(vllm_config(), cache_config(), probe=Probe("0.33.1"), allow_other_versions=True)
     assert found.version == "0.33.1"
 
 

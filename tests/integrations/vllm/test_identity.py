@@ -14,7 +14,7 @@ from hicache import keys
 from hicache.errors import ConfigError, UnsupportedError
 from hicache.integrations.vllm import weights
 from hicache.integrations.vllm.engine import EngineFacts, LayerFacts, ModelFacts
-from hicache.integrations.vllm.identity import config_digest, namespace_fields
+from hicache.integrations.vllm.identity import adapter_digest, config_digest, namespace_fields
 from hicache.integrations.vllm.weights import folder_digest
 from hicache.rpc.client.arguments import make_namespace
 
@@ -70,7 +70,7 @@ def test_pages_adapters_salts_and_names() -> None:
     assert fields["page_bytes"] == 2 * 3 * BASE.part_block_bytes
     prints = {
         fingerprint(BASE),
-        fingerprint(BASE, adapter="lora sha256:1"),
+        fingerprint(BASE, adapter="lora:1"),
         fingerprint(BASE, salt="s"),
         fingerprint(BASE, make_settings(model_identity="my-model@4")),
         fingerprint(BASE, make_settings(model_identity="my-model@3", page_tokens=64)),
@@ -193,3 +193,20 @@ def test_the_weights_tell_models_apart_and_their_place_does_not(tmp_path: Path) 
     assert at("one", 1) == at("copy", 1) != at("two", 2)
     dummy = dataclasses.replace(MODEL, load_format="dummy")
     assert fingerprint(make_facts(model=dummy), make_settings())
+
+
+def test_an_adapter_is_its_configuration_and_its_weights(tmp_path: Path) -> None:
+    def adapter(folder: str, seed: int, rank: int) -> str:
+        home = tmp_path / folder
+        home.mkdir()
+        write_safetensors(home / "adapter_model.safetensors", {"a": random_bytes(100, seed)})
+        (home / "adapter_config.json").write_text(json.dumps({"r": rank}))
+        return adapter_digest(folder, str(home))
+
+    assert adapter("a", 1, 8) == adapter("copy", 1, 8)
+    assert len({adapter("b", 1, 8), adapter("c", 2, 8), adapter("d", 1, 16)}) == 3
+    with pytest.raises(UnsupportedError, match="no folder"):
+        adapter_digest("x", "someone/adapter")
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    with pytest.raises(UnsupportedError, match="cannot be read"):
+        adapter_digest("a", str(tmp_path / "a"))

@@ -39,7 +39,6 @@ def make_facts(layers: int = 3, block_bytes: int = 4096, blocks: int = 64, **cha
         world=1,
         rank=0,
         steps_ahead=0,
-        multimodal=False,
     )
     return dataclasses.replace(facts, **changes)
 
