@@ -21,17 +21,17 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from hicache.errors import HicacheError, InvalidArgumentError
+from hicache.errors import HicacheError, InvalidArgumentError, UnavailableError
 from hicache.integrations.vllm.copying import HostBlocks
 from hicache.integrations.vllm.device import DeviceBlocks
 from hicache.integrations.vllm.engine import EngineFacts
 from hicache.integrations.vllm.layout import LayerTensor, PartLayout
-from hicache.integrations.vllm.loads import MOST_SHARES, Load, LoadResult, PageSource, Seat, Tools
+from hicache.integrations.vllm.loads import MOST_SHARES, Load, LoadResult, PageReader, PageSource, Seat, Tools
 from hicache.integrations.vllm.messages import LoadOrder, StepOrders, StepReport, WorkerCounts
 from hicache.integrations.vllm.saves import SaveResult, SaveTools, StepSaves
 from hicache.integrations.vllm.settings import VllmSettings, page_tokens
 from hicache.integrations.vllm.staging import StagingMaps
-from hicache.rpc.client import Client
+from hicache.rpc.client import Client, LeaseTicket
 from hicache.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
@@ -275,6 +275,7 @@ class Sidecar:
         )
         self._pause_s = settings.reconnect_ms / 1000
         self._over = threading.Event()
+        self._epoch = b""  # the run of the sidecar that pages were last read from
         self._thread = threading.Thread(target=self._attach, name="hicache-attach", daemon=True)
 
     def connect(self) -> None:
@@ -289,9 +290,17 @@ class Sidecar:
                 return
             self._over.wait(self._pause_s)
 
-    def reader(self, ticket: Any) -> Any:
-        """The ticket's pages; mapped where they are not yet."""
-        return self._client.reader(ticket)
+    def reader(self, ticket: LeaseTicket) -> PageReader:
+        """The ticket's pages; mapped where they are not yet.
+
+        Waits for the session only where the scheduler's was faster to be had again. The lease that a lost sidecar gave
+        is lost with it: that is known at once. Raises HicacheError.
+        """
+        if ticket.epoch == self._epoch and not self._client.attached:
+            raise UnavailableError("the sidecar that leased these pages is gone")
+        found = self._client.reader(ticket)
+        self._epoch = ticket.epoch
+        return found
 
     def close(self) -> None:
         """End the session."""
