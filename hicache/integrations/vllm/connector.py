@@ -1,5 +1,7 @@
 """``HiCacheConnector``: vLLM's V1 KV connector. Thin: what vLLM calls is translated and passed on.
 
+vLLM ships no types: to mypy its classes are Any.
+
 One class plays both roles, as vLLM has it: in the scheduler's process (``scheduler``), and in each worker (``worker``).
 """
 
@@ -42,14 +44,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class OrdersMetadata(KVConnectorMetadata):
+class OrdersMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """StepOrders, as vLLM passes them on."""
 
     def __init__(self, orders: StepOrders) -> None:
         self.orders = orders
 
 
-class ReportMetadata(KVConnectorWorkerMetadata):
+class ReportMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """A StepReport, as vLLM gathers it from all ranks."""
 
     def __init__(self, report: StepReport) -> None:
@@ -61,8 +63,10 @@ class ReportMetadata(KVConnectorWorkerMetadata):
         return ReportMetadata(self.report.merged(other.report))
 
 
-class HiCacheStats(KVConnectorStats):
+class HiCacheStats(KVConnectorStats):  # type: ignore[misc]
     """Counters on their way to vLLM's log and metrics."""
+
+    data: dict[str, Any]
 
     def reset(self) -> None:
         """Start again."""
@@ -81,7 +85,7 @@ class HiCacheStats(KVConnectorStats):
         return not self.data
 
 
-class HiCachePromMetrics(KVConnectorPromMetrics):
+class HiCachePromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
     """``vllm:hicache_*``."""
 
     def __init__(
@@ -117,18 +121,17 @@ def _timed(
 ) -> Callable[Concatenate[HiCacheConnector, P], R]:
     """Counts the time that a hook takes of the scheduler's."""
 
-    @functools.wraps(hook)
-    def timed(self: HiCacheConnector, *args: P.args, **kwargs: P.kwargs) -> R:
+    def timed(self: HiCacheConnector, /, *args: P.args, **kwargs: P.kwargs) -> R:
         begun_ns = self._now_ns()
         try:
             return hook(self, *args, **kwargs)
         finally:
             self.scheduler.tally.add("scheduler_ns", self._now_ns() - begun_ns)
 
-    return timed
+    return functools.update_wrapper(timed, hook)
 
 
-class HiCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM ships no types
+class HiCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
     """See ``hicache.integrations.vllm`` for how it is configured."""
 
     _cache_hit_source = CacheHitSource.HOST

@@ -76,6 +76,7 @@ class Step:
     orders: StepOrders
     computed: dict[str, tuple[int, int]]  # request -> tokens [begin, end)
     tables: dict[str, list[int]]
+    tokens: dict[str, list[int]]
 
 
 class ToyEngine:
@@ -201,7 +202,8 @@ class ToyEngine:
             request = self.requests[name]
             computed[name] = (request.num_computed_tokens, request.num_computed_tokens + count)
             request.num_computed_tokens += count
-        return Step(orders, computed, tables)
+        tokens = {name: list(self.requests[name].all_token_ids) for name in scheduled}
+        return Step(orders, computed, tables, tokens)
 
     def _admit(self, request: ToyRequest, budget: int) -> int:
         """How many tokens of a waiting request are computed in this step."""
@@ -256,7 +258,7 @@ class ToyEngine:
                 loaded[order.request_id] = 1
         sync_failed = bool(failed)
         for name, (begin, end) in step.computed.items():
-            self._compute(name, step.tables[name], begin, end)
+            self._compute(step.tokens[name], step.tables[name], begin, end)
         if sync_failed:
             self.void_steps = 1 + self.ahead
         void = frozenset(save.job for save in step.orders.saves) if self.void_steps else frozenset()
@@ -318,10 +320,7 @@ class ToyEngine:
             failed.add(order.request_id)
             invalid.update(bad)
 
-    def _compute(self, name: str, table: list[int], begin: int, end: int) -> None:
-        tokens = self.requests[name].all_token_ids if name in self.requests else None
-        if tokens is None:
-            return
+    def _compute(self, tokens: list[int], table: list[int], begin: int, end: int) -> None:
         for position in range(begin, end):
             before = bytes(SLOT_BYTES) if not position else self._slot(table, position - 1).tobytes()
             self._slot(table, position)[:] = np.frombuffer(slot(before, tokens[position]), np.uint8)
