@@ -214,7 +214,9 @@ class Engine:
         self.send(do, **how)
         return self.receive(timeout_s)
 
-    def start(self, model: Path, *, block_size: int = 32, connector: Any = None, **options: Any) -> dict[str, Any]:
+    def start(
+        self, model: Path, *, block_size: int = 32, connector: Any = None, **options: Any
+    ) -> dict[str, Any]:
         """Start vLLM. ``connector``: see ``hicache_connector``."""
         given = {"dtype": "float32", "max_model_len": 2048, "num_gpu_blocks_override": 8192 // block_size}
         started: dict[str, Any] = self.ask(
