@@ -19,6 +19,7 @@ sys.path.insert(0, str(HERE))
 
 from engines_kit import Host, SidecarBox, environment  # noqa: E402
 from engines_models import Models  # noqa: E402
+from engines_oracle import Oracle  # noqa: E402
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -53,3 +54,9 @@ def sidecar() -> Iterator[Callable[..., SidecarBox]]:
             return stack.enter_context(SidecarBox(folder, flags, host=host, disk=disk, start=start))
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def oracle(vllm_host: Host) -> Oracle:
+    """What vLLM says without us."""
+    return Oracle(vllm_host)

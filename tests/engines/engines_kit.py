@@ -218,7 +218,7 @@ class Engine:
         self, model: Path, *, block_size: int = 32, connector: Any = None, **options: Any
     ) -> dict[str, Any]:
         """Start vLLM. ``connector``: see ``hicache_connector``."""
-        given = {"dtype": "float32", "max_model_len": 2048, "num_gpu_blocks_override": 8192 // block_size}
+        given = {"dtype": "float32", "max_model_len": 2048, "num_gpu_blocks_override": 20480 // block_size}
         started: dict[str, Any] = self.ask(
             "start", model=str(model), block_size=block_size, connector=connector, **{**given, **options}
         )

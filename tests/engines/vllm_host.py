@@ -3,7 +3,8 @@
 vLLM takes six seconds of CPU to import, an engine three to start. So this process imports it once and forks a child
 for each connection: a process of its own, with its own engine, log and environment, as if it had been started alone.
 It has no other thread, and no gRPC, when it forks. Ends at the end of its standard input; a child, at the end of
-its connection. Messages are lines of JSON, ``{"do": ..., ...}`` and ``{"ok": ...}`` or ``{"error": ..., "message": ...}``.
+its connection. Messages are lines of JSON: ``{"do": ..., ...}``, answered by ``{"ok": ...}`` or
+``{"error": ..., "message": ...}``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main() -> None:
     listener.bind(sys.argv[1])
     listener.listen(16)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
-    threads = len(os.listdir("/proc/self/task"))
+    threads = len(list(Path("/proc/self/task").iterdir()))
     assert threads == 1, f"{threads} threads: a fork would lose them"
     gc.collect()
     gc.freeze()  # what exists now is shared: collections in children need not walk it, nor copy its pages
@@ -74,7 +75,7 @@ def _answer(job: object, message: dict[str, object]) -> dict[str, object]:
     what = str(message.pop("do"))
     try:
         return {"ok": getattr(job, f"do_{what}")(**message)}
-    except Exception as error:  # told to the test, which judges it
+    except Exception as error:  # noqa: BLE001 - told to the test, which judges it
         traceback.print_exc()
         text = " | ".join(str(part) for part in _chain(error))
         return {"error": type(error).__name__, "message": text}
