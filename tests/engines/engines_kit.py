@@ -321,6 +321,10 @@ class SidecarBox:
         """kill -9 and start again on the same folder."""
         self.process.kill()
         self.process.start()
+        self.wait_recovered()
+
+    def wait_recovered(self) -> None:
+        """What is on disk is known again."""
         with self.client() as client:
             wait_until("recovery is over", lambda: not client.admin.stats().counters["recovering"])
 

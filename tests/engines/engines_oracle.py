@@ -36,7 +36,12 @@ class Oracle:
         self._known: dict[tuple[Path, int, str, int], Truth] = {}
 
     def __call__(
-        self, model: Path, block_size: int, prompts: Sequence[list[int]], new_tokens: int, dtype: str = "float32"
+        self,
+        model: Path,
+        block_size: int,
+        prompts: Sequence[list[int]],
+        new_tokens: int,
+        dtype: str = "float32",
     ) -> Truth:
         key = (model, block_size, repr(prompts), new_tokens)
         if key not in self._known:

