@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 IMPORT_S = 120.0
 ANSWER_S = 90.0
+START_S = 180.0
 
 #: What vLLM on a CPU needs to start fast, offline and on one thread. torch.compile would want a C++ compiler.
 VLLM_ENVIRONMENT = {
@@ -163,9 +164,11 @@ class Host:
         return Engine(self.folder / "host.sock", self.folder / f"engine-{self._engines}.log", environ or {})
 
     @contextlib.contextmanager
-    def running(self, model: Path, **options: Any) -> Iterator[Engine]:
+    def running(
+        self, model: Path, *, environ: Mapping[str, str] | None = None, **options: Any
+    ) -> Iterator[Engine]:
         """A started engine; its log's tail is shown where the test fails, and it is shut down in order."""
-        with self.engine() as engine:
+        with self.engine(environ) as engine:
             engine.start(model, **options)
             yield engine
             engine.close()
@@ -220,7 +223,12 @@ class Engine:
         """Start vLLM. ``connector``: see ``hicache_connector``."""
         given = {"dtype": "float32", "max_model_len": 2048, "num_gpu_blocks_override": 20480 // block_size}
         started: dict[str, Any] = self.ask(
-            "start", model=str(model), block_size=block_size, connector=connector, **{**given, **options}
+            "start",
+            START_S,
+            model=str(model),
+            block_size=block_size,
+            connector=connector,
+            **{**given, **options},
         )
         return started
 

@@ -56,14 +56,26 @@ class Driver:
         began = time.perf_counter()
         if connector is not None:
             options["kv_transfer_config"] = KVTransferConfig(kv_role="kv_both", **connector)
-        self._llm = LLM(
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            distributed_executor_backend="uni",
-            disable_log_stats=False,
-            **options,
-        )
-        scheduler = self._core.scheduler
+        common = {
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "distributed_executor_backend": "uni",
+            "disable_log_stats": False,
+        }
+        self._llm = LLM(**{**common, **options})
+        config = self._llm.llm_engine.vllm_config
+        core = getattr(self._llm.llm_engine.engine_core, "engine_core", None)
+        if core is not None:  # else it is in a process of its own
+            self._count_steps(core.scheduler)
+        return {
+            "seconds": time.perf_counter() - began,
+            "blocks": config.cache_config.num_gpu_blocks,
+            "block_size": config.cache_config.block_size,
+            "async_scheduling": bool(config.scheduler_config.async_scheduling),
+        }
+
+    def _count_steps(self, scheduler: Any) -> None:
+        """Note how many tokens each step computes."""
         schedule = scheduler.schedule
 
         def counted(*args: Any, **named: Any) -> Any:
@@ -73,17 +85,6 @@ class Driver:
             return output
 
         scheduler.schedule = counted
-        config = self._llm.llm_engine.vllm_config
-        return {
-            "seconds": time.perf_counter() - began,
-            "blocks": config.cache_config.num_gpu_blocks,
-            "block_size": config.cache_config.block_size,
-            "async_scheduling": bool(config.scheduler_config.async_scheduling),
-        }
-
-    @property
-    def _core(self) -> Any:
-        return self._llm.llm_engine.engine_core.engine_core
 
     def do_run(
         self,
