@@ -321,6 +321,21 @@ def test_tensors_that_the_facts_do_not_describe_are_refused() -> None:
     worker.close()
 
 
+def test_other_tensors_end_the_loads_into_the_old_ones(worker: Worker, caches: dict[str, Any]) -> None:
+    pages = Pages(2, PART, 7)
+    pages.gate = threading.Event()
+    step(worker, StepOrders(1, loads=(load_order(pages, [1, 2], asynchronous=True),)), NAMES)
+    fresh, before = make_caches(FACTS, 5), part_of(caches, [1, 2])
+    worker.register(fresh)
+    pages.gate.set()
+    out = step(worker, StepOrders(1), NAMES)
+    assert (out.finished, out.failed_blocks) == ({"r"}, {1, 2})
+    good = Pages(2, PART, 8)
+    step(worker, StepOrders(1, loads=(load_order(good, [1, 2]),)), NAMES)
+    assert part_of(fresh, [2]) == good.data[1].tobytes()
+    assert part_of(caches, [1, 2]) == before
+
+
 def test_a_worker_whose_sidecar_is_absent_computes_everything(caches: dict[str, Any]) -> None:
     """It starts, steps and ends without waiting for it."""
     worker = Worker(FACTS, make_settings(rpc_timeout_ms=200, reconnect_ms=10), 0)
