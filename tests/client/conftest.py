@@ -92,7 +92,8 @@ def sidecar(idle_sidecar: Sidecar) -> Sidecar:
     return idle_sidecar.start()
 
 
-PLAIN = {"namespace", "still_valid", "buffer", "pages"}  # the same, and not awaited, in both clients
+#: The same, and not awaited, in both clients.
+PLAIN = {"namespace", "still_valid", "buffer", "pages", "ticket", "staging", "adopt", "adopt_memory"}
 WRAPPED = (Lease, NamespaceHandle, Reservation)
 
 
@@ -112,12 +113,19 @@ class Awaited:
             return lambda *args, **kwargs: wrap(found(*unwrap(args), **kwargs))
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            return wrap(await asyncio.to_thread(found, *unwrap(args), **kwargs))
+            plain = dict(zip(kwargs, unwrap(tuple(kwargs.values())), strict=True))
+            return wrap(await asyncio.to_thread(found, *unwrap(args), **plain))
 
         return call
 
     def __len__(self) -> int:
         return len(self._inner)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Awaited) and other._inner is self._inner
+
+    def __hash__(self) -> int:
+        return id(self._inner)
 
     async def __aenter__(self) -> Awaited:
         await asyncio.to_thread(self._inner.__enter__)
@@ -128,6 +136,8 @@ class Awaited:
 
 
 def wrap(found: Any) -> Any:
+    if type(found) in {list, tuple} and any(isinstance(each, WRAPPED) for each in found):
+        return type(found)(wrap(each) for each in found)
     return Awaited(found) if isinstance(found, WRAPPED) else found
 
 

@@ -406,7 +406,7 @@ def test_an_unanswered_commit_poisons_its_region(monkeypatch: Any) -> None:
     assert len(commits) > 1 and len({commit.request_id for commit in commits}) == 1
     region = world.core.memory._regions[0]
     assert region.poisoned and region.used_bytes == PAGE
-    world.run(storing.abort(world.core, state))
+    world.run(flows.abort(world.core, state))
     assert region.fd == -1
     world.always["Commit"] = STORED
     world.always["Unregister"] = region_pb2.UnregisterResponse()
@@ -486,13 +486,13 @@ def test_nothing_missing_is_nothing_to_do(world: World) -> None:
     state = world.reserve()
     assert state.ended
     assert world.commit(state).stored_pages == 0
-    world.run(storing.abort(world.core, state))
+    world.run(flows.abort(world.core, state))
     assert [name for name, _ in world.seen] == ["OpenNamespace", "Reserve"]
 
 
 def test_an_ended_reservation_takes_nothing(world: World) -> None:
     state = prepared(world)
-    world.run(storing.abort(world.core, state))
+    world.run(flows.abort(world.core, state))
     with pytest.raises(NotFoundError, match="has ended"):
         world.commit(state)
     assert world.core.memory.used_bytes == 0

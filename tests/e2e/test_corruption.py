@@ -259,6 +259,40 @@ def test_rot_in_host_memory_is_refused_and_never_saved(tmp_path: Path) -> None:
         assert_idle(actor.client)
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_rot_that_a_reader_reports_is_gone_and_is_stored_or_found_again(
+    tmp_path: Path, durable: bool
+) -> None:
+    """The reader has a ticket and finds the page unsound; the lease's owner reports it."""
+    port = free_port()
+    flags = tiers(tmp_path, "4MiB", "64MiB", "--metrics-port", str(port))
+    with serving(tmp_path, *flags) as sidecar, Actor(sidecar.target) as actor, Actor(sidecar.target) as far:
+        actor.store(0, PAGES, durable=durable)
+        page = SHARED_PAGES + 2
+        good = actor.maker.make(actor.seeds(prompt(0, PAGES)))[page].tobytes()
+        assert flip_in_arena(sidecar.pid, good[: 4 << 10]) == 1
+        with actor.ns.fetch(prompt(0, PAGES)) as lease:
+            reader = far.client.reader(lease.ticket())
+            assert reader.unsound(0, PAGES) == [page]
+            assert reader.still_valid()
+            assert lease.report_corrupt([0, 1]) == 0
+            assert corrupt_pages(port, "host") == 0
+            assert lease.report_corrupt(range(PAGES)) == 1
+            assert lease.report_corrupt([page]) == 0, "it is known by now"
+            with actor.ns.fetch(prompt(0, PAGES)) as again:
+                assert again.granted_pages == page
+        assert corrupt_pages(port, "host") == 1
+        assert corrupt_pages(port, "disk") == 0
+        assert not reader.still_valid()
+        seen = actor.read(0, PAGES)
+        assert (seen.granted, seen.wrong_bytes, seen.corrupt) == (PAGES if durable else page, 0, False)
+        actor.store(0, PAGES)
+        seen = far.read(0, PAGES)
+        assert (seen.granted, seen.wrong_bytes, seen.corrupt) == (PAGES, 0, False)
+        assert actor.client.admin.check().ok
+        assert_idle(actor.client)
+
+
 def test_the_arena_cannot_be_written_by_a_client(tmp_path: Path) -> None:
     import fcntl
     import mmap

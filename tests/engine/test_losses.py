@@ -89,6 +89,43 @@ def test_a_corrupt_page_under_lease_leaves_when_the_lease_does():
     assert shell.engine.stats().counters.corrupt_pages == [1]
 
 
+def test_new_leases_do_not_keep_a_corrupt_page_from_leaving():
+    """However many readers come one after another, overlapping: the page leaves with the last that held it before."""
+    shell = world(tier(HOST, 16), tier(DISK, 64))
+    put(shell, line(0, 6), ack=Ack.DURABLE)
+    lease = fetch(shell, line(0, 6))
+    corrupt(shell, line(0, 4), 0)
+    later = [fetch(shell, line(0, 6), session=OTHER) for _ in range(3)]
+    assert [(each.matched_pages, each.granted_pages) for each in later] == [(3, 3)] * 3
+    shell.handle(ev.ReleaseLeases(ME, [lease.lease]))
+    assert [place.tier for place in shell.engine.page_places(NS, line(0, 4))] == [1]
+    healed = fetch(shell, line(0, 6))
+    assert healed.matched_pages == 6
+    while shell.pending:
+        shell.finish()
+    assert shell.engine.lease_view(ME, healed.lease).granted_pages == 6
+
+
+def test_where_a_page_is():
+    """For those who look at every copy of a page."""
+    shell = world(tier(HOST, 16), tier(DISK, 64))
+    put(shell, line(0, 4))
+    lease = fetch(shell, line(0, 4))
+    slots = [slot for piece in lease.pieces for slot in piece.slots]
+    for page in range(4):
+        (place,) = shell.engine.page_places(NS, line(0, page + 1))
+        assert (place.tier, place.slot) == (0, slots[page])
+    put(shell, line(9, 2), ack=Ack.DURABLE)
+    assert [(place.tier, place.slot >= 0) for place in shell.engine.page_places(NS, line(9, 2))] == [
+        (0, True),
+        (1, False),
+    ]
+    assert shell.engine.page_places(NS, line(0, 5)) == []
+    assert shell.engine.page_places(NS, b"") == []
+    corrupt(shell, line(0, 2), 0)
+    assert shell.engine.page_places(NS, line(0, 2)) == [], "it is to leave"
+
+
 def test_a_page_reported_twice_counts_once():
     """Two readers may see the same rot."""
     shell = world(tier(HOST, 16))
