@@ -17,13 +17,15 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from hicache.errors import ExhaustedError, HicacheError, UnavailableError
+from hicache.errors import ExhaustedError, HicacheError
+from hicache.integrations.vllm.circuit import Circuit
 from hicache.integrations.vllm.commits import Commits, CommitTask, Place, Settled
 from hicache.integrations.vllm.namespaces import FieldsOf, Namespaces
-from hicache.integrations.vllm.requests import Identity, Question
+from hicache.integrations.vllm.requests import Question
 from hicache.integrations.vllm.rounds import Failures, Rounds, waited
 from hicache.integrations.vllm.settings import AckAt, VllmSettings
 from hicache.rpc.client import ClientOptions, DataPlane, aio
+from hicache.rpc.client.aio_held import Lease
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +59,20 @@ class Agent:
         )
         self._client = aio.Client(settings.endpoint, options)
         self._settled: collections.deque[Settled] = collections.deque()
-        self._suspect = False
         self._ending = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._greeted = threading.Event()
         self._loop = asyncio.new_event_loop()
-        self._wake, self._doubt = asyncio.Event(), asyncio.Event()
-        self._failures = Failures(self.suspect)
+        self._wake = asyncio.Event()
         self._namespaces = Namespaces(self._client, fields_of)
+        self._circuit = Circuit(
+            self._client,
+            self._namespaces,
+            self._call,
+            timeout_s=self._timeout_s,
+            pause_s=settings.reconnect_ms / 1000,
+        )
+        self._failures = Failures(self._circuit.suspect)
         self._rounds = Rounds(
             self._client,
             self._namespaces,
@@ -92,29 +100,27 @@ class Agent:
     @property
     def online(self) -> bool:
         """Whether it is worth asking, this moment."""
-        return self._client.attached and not (self._suspect or self._client.draining or self._ending)
+        return self._circuit.closed and not self._ending
 
-    @property
-    def leases(self) -> int:
-        """Leases that are held."""
-        return len(self._rounds.held)
-
-    @property
-    def staged_bytes(self) -> int:
-        """Staging memory that is in use."""
-        return self._client.core.memory.used_bytes
+    def gauges(self) -> dict[str, int]:
+        """What is so this moment, by the names in ``stats``."""
+        return {
+            "online": int(self.online),
+            "leases": len(self._rounds.held),
+            "staged_bytes": self._client.core.memory.used_bytes,
+        }
 
     def ask(self, question: Question) -> None:
         """Look a prompt up; the answer appears in the question."""
         self._rounds.ask(question)
         self._call(self._wake.set)
 
-    def release(self, lease: aio.Lease) -> None:
+    def release(self, lease: Lease) -> None:
         """Give a lease back."""
         self._rounds.release(lease)
-        self._call(self._wake_later)
+        self._call(lambda: self._loop.call_later(RELEASE_DELAY_S, self._wake.set))
 
-    def report(self, lease: aio.Lease, pages: Iterable[int]) -> None:
+    def report(self, lease: Lease, pages: Iterable[int]) -> None:
         """Have the sidecar look at pages whose checksum was wrong, then give the lease back.
 
         Until it has looked nothing is committed: the same pages, computed anew, would count as present.
@@ -147,9 +153,7 @@ class Agent:
 
     def suspect(self) -> None:
         """An answer did not come in time: nothing is asked until a probe went right."""
-        if not self._suspect:
-            self._suspect = True
-            self._call(self._doubt.set)
+        self._circuit.suspect()
 
     def clear(self) -> str:
         """Drop all of this model's pages in the sidecar, and use namespaces of this process's own from now on.
@@ -190,7 +194,7 @@ class Agent:
             self._rounds.abandon()
 
     async def _main(self) -> None:
-        self._spawn(self._watch())
+        self._spawn(self._circuit.watch())
         self._spawn(self._greet())
         try:
             while not self._ending:
@@ -203,9 +207,6 @@ class Agent:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._client.close()
 
-    def _wake_later(self) -> None:
-        self._loop.call_later(RELEASE_DELAY_S, self._wake.set)
-
     def _spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[Any]:
         task = self._loop.create_task(work)
         self._tasks.add(task)
@@ -214,7 +215,7 @@ class Agent:
 
     async def _flush(self) -> None:
         """Commits that are queued get ``flush_ms``; without a sidecar none."""
-        if self._client.attached and not self._suspect:
+        if self._circuit.closed:
             try:
                 async with asyncio.timeout(self.settings.flush_ms / 1000):
                     await self._commits.idle()
@@ -222,43 +223,20 @@ class Agent:
                 log.warning("hicache: not all pages could be stored within flush_ms of the engine's end")
         await self._commits.stop()
 
-    # --- the circuit
-
     async def _greet(self) -> None:
         """Reach the sidecar and work out the model's identity before anybody asks."""
         try:
             await self._client.connect()
             self._greeted.set()
-            await self._probe()
+            await self._circuit.probe()
         except HicacheError as error:
             self._failures.complain(error, "the sidecar cannot be used yet; until then all is computed")
         finally:
             self._greeted.set()
 
-    async def _watch(self) -> None:
-        """After a call that went wrong: probe until one goes right."""
-        while True:
-            await self._doubt.wait()
-            self._doubt.clear()
-            while self._suspect:
-                try:
-                    await self._probe()
-                    self._suspect = False
-                    log.info("hicache: the sidecar answers again")
-                except HicacheError:
-                    await asyncio.sleep(self.settings.reconnect_ms / 1000)
-
-    async def _probe(self) -> None:
-        """The smallest question there is, about a page that nobody stored."""
-        if not self._client.attached:
-            raise UnavailableError("the sidecar is absent")
-        handle = await self._namespaces.get(Identity())
-        keys = [b""] if handle.spec.extra_key_bytes else None
-        await handle.match(bytes(4 * handle.page_tokens), extra_keys=keys, timeout_s=self._timeout_s)
-
     # --- the rest
 
-    async def _report(self, lease: aio.Lease, pages: list[int]) -> None:
+    async def _report(self, lease: Lease, pages: list[int]) -> None:
         with self._commits.held_up():
             try:
                 await lease.report_corrupt(pages)

@@ -15,7 +15,7 @@ from hicache.integrations.vllm.stats import Tally
 
 if TYPE_CHECKING:
     from hicache.integrations.vllm.agent import Agent
-    from hicache.rpc.client.aio import Lease
+    from hicache.rpc.client.aio_held import Lease
 
 NS_PER_MS = 1_000_000
 #: A lease with less time left than this is not offered.

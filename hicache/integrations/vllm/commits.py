@@ -19,7 +19,7 @@ from hicache.errors import ErrorCode, HicacheError
 from hicache.integrations.vllm.messages import StagedRun
 from hicache.integrations.vllm.namespaces import Namespaces
 from hicache.integrations.vllm.requests import Identity
-from hicache.rpc.client import aio
+from hicache.rpc.client.aio_held import Reservation
 
 if TYPE_CHECKING:
     from hicache.rpc.client import Staging
@@ -176,7 +176,7 @@ class Commits:
             stored = await self._fill(reservation, run)
         return Outcome.STORED, last.end, stored
 
-    async def _fill(self, reservation: aio.Reservation, run: Sequence[CommitTask]) -> int:
+    async def _fill(self, reservation: Reservation, run: Sequence[CommitTask]) -> int:
         if not reservation.missing_pages:
             return 0
         places = {task.first_page + i: place for task in run for i, place in enumerate(task.places)}

@@ -117,11 +117,11 @@ class HiCachePromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
 
 
 def _timed(
-    hook: Callable[Concatenate[HiCacheConnector, P], R],
-) -> Callable[Concatenate[HiCacheConnector, P], R]:
+    hook: Callable[Concatenate[_SchedulerHooks, P], R],
+) -> Callable[Concatenate[_SchedulerHooks, P], R]:
     """Counts the time that a hook takes of the scheduler's."""
 
-    def timed(self: HiCacheConnector, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def timed(self: _SchedulerHooks, /, *args: P.args, **kwargs: P.kwargs) -> R:
         begun_ns = self._now_ns()
         try:
             return hook(self, *args, **kwargs)
@@ -131,7 +131,139 @@ def _timed(
     return functools.update_wrapper(timed, hook)
 
 
-class HiCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
+class _SchedulerHooks:
+    """What vLLM's scheduler calls."""
+
+    scheduler: Scheduler
+    _now_ns: Callable[[], int]
+
+    @_timed
+    def on_new_request(self, request: Any) -> None:
+        """Start its look-up."""
+        self.scheduler.on_new_request(request)
+
+    @_timed
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """What can be loaded beyond vLLM's own; None: ask later."""
+        return self.scheduler.matched_tokens(request, num_computed_tokens)
+
+    @_timed
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """The request has its blocks."""
+        block_ids = blocks.get_block_ids()[0] if num_external_tokens else ()
+        self.scheduler.allocated(request, block_ids, num_external_tokens)
+
+    def get_external_cache_hit_sources(
+        self, request: Any, num_external_tokens: int
+    ) -> dict[CacheHitSource, int]:
+        """Which tier the tokens to be loaded come from."""
+        slow = self.scheduler.slow_tokens(request, num_external_tokens)
+        split = {CacheHitSource.HOST: num_external_tokens - slow, CacheHitSource.DISK: slow}
+        return {source: tokens for source, tokens in split.items() if tokens}
+
+    @_timed
+    def build_connector_meta(self, scheduler_output: Any) -> OrdersMetadata:
+        """The step's orders."""
+        return OrdersMetadata(self.scheduler.build_orders(scheduler_output))
+
+    @_timed
+    def update_connector_output(self, connector_output: Any) -> None:
+        """What the workers did."""
+        meta = connector_output.kv_connector_worker_meta
+        if isinstance(meta, ReportMetadata):
+            self.scheduler.take_report(meta.report, connector_output.invalid_block_ids)
+
+    @_timed
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Its blocks can be freed: what is still to be copied out of them is copied before they are written to."""
+        self.scheduler.finished(request)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Whether a step is needed for workers to report what they have done."""
+        return self.scheduler.owed
+
+    def reset_cache(self) -> bool:
+        """Drop this model's pages in the sidecar. False: it does not let us, or is absent."""
+        return self.scheduler.reset()
+
+    def take_events(self) -> Iterable[BlockStored]:
+        """Pages that the sidecar has acknowledged, as stored blocks."""
+        block_size = self.scheduler.shape.block_size
+        return [_event(stored, block_size) for stored in self.scheduler.take_stored()]
+
+
+class _WorkerHooks:
+    """What vLLM's model runner calls."""
+
+    _worker: Worker
+    _connector_metadata: KVConnectorMetadata | None
+    _step_open = False
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """The tensors that hold KV. Raises UnsupportedError where they are not as vLLM's configuration said."""
+        self._worker.register(kv_caches)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins; no block of it has been written to yet."""
+        assert isinstance(kv_connector_metadata, OrdersMetadata)
+        self._worker.preempted(kv_connector_metadata.orders)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """The step's orders. Loads that it does not wait for begin at once, beside the computation."""
+        self._connector_metadata = connector_metadata
+        self._step_open = True
+        orders = self._orders()
+        if all(load.asynchronous for load in orders.loads):
+            self._worker.begin(orders)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Loads that the step waits for."""
+        self._worker.begin(self._orders())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """A layer is about to be computed."""
+        self._worker.layer_ready(layer_name)
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """A layer has been computed."""
+        self._worker.save_layer(layer_name)
+
+    def wait_for_save(self) -> None:
+        """The step has been computed."""
+        self._end_step()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose asynchronous loads have ended, well or not.
+
+        With speculative decoding this comes before ``wait_for_save``, and so does the question for failed blocks.
+        """
+        self._end_step()
+        return None, self._worker.finished_loads() or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that are not what was to be loaded."""
+        return self._worker.failed_blocks()
+
+    def build_connector_worker_meta(self) -> ReportMetadata | None:
+        """What was done since the last step."""
+        report = self._worker.take_report()
+        return ReportMetadata(report) if report else None
+
+    def _end_step(self) -> None:
+        if self._step_open:
+            self._step_open = False
+            self._worker.end_step()
+
+    def _orders(self) -> StepOrders:
+        metadata = self._connector_metadata
+        assert isinstance(metadata, OrdersMetadata)
+        return metadata.orders
+
+
+class HiCacheConnector(_SchedulerHooks, _WorkerHooks, KVConnectorBase_V1):  # type: ignore[misc]
     """See ``hicache.integrations.vllm`` for how it is configured."""
 
     _cache_hit_source = CacheHitSource.HOST
@@ -201,123 +333,12 @@ class HiCacheConnector(KVConnectorBase_V1):  # type: ignore[misc]
         else:
             self.scheduler.close()
 
-    # --- scheduler
-
-    @_timed
-    def on_new_request(self, request: Any) -> None:
-        """Start its look-up."""
-        self.scheduler.on_new_request(request)
-
-    @_timed
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """What can be loaded beyond vLLM's own; None: ask later."""
-        return self.scheduler.matched_tokens(request, num_computed_tokens)
-
-    @_timed
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """The request has its blocks."""
-        block_ids = blocks.get_block_ids()[0] if num_external_tokens else ()
-        self.scheduler.allocated(request, block_ids, num_external_tokens)
-
-    def get_external_cache_hit_sources(
-        self, request: Any, num_external_tokens: int
-    ) -> dict[CacheHitSource, int]:
-        """Which tier the tokens to be loaded come from."""
-        slow = self.scheduler.slow_tokens(request, num_external_tokens)
-        split = {CacheHitSource.HOST: num_external_tokens - slow, CacheHitSource.DISK: slow}
-        return {source: tokens for source, tokens in split.items() if tokens}
-
-    @_timed
-    def build_connector_meta(self, scheduler_output: Any) -> OrdersMetadata:
-        """The step's orders."""
-        return OrdersMetadata(self.scheduler.build_orders(scheduler_output))
-
-    @_timed
-    def update_connector_output(self, connector_output: Any) -> None:
-        """What the workers did."""
-        meta = connector_output.kv_connector_worker_meta
-        if isinstance(meta, ReportMetadata):
-            self.scheduler.take_report(meta.report, connector_output.invalid_block_ids)
-
-    @_timed
-    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Its blocks can be freed: what is still to be copied out of them is copied before they are written to."""
-        self.scheduler.finished(request)
-        return False, None
-
-    def has_pending_push_work(self) -> bool:
-        """Whether a step is needed for workers to report what they have done."""
-        return self.scheduler.owed
-
-    def reset_cache(self) -> bool:
-        """Drop this model's pages in the sidecar. False: it does not let us, or is absent."""
-        return self.scheduler.reset()
-
-    def take_events(self) -> Iterable[BlockStored]:
-        """Pages that the sidecar has acknowledged, as stored blocks."""
-        block_size = self.scheduler.shape.block_size
-        return [_event(stored, block_size) for stored in self.scheduler.take_stored()]
-
     def get_kv_connector_stats(self) -> HiCacheStats | None:
         """What was counted; workers' counts come with their reports."""
         if self._role is KVConnectorRole.WORKER:
             return None
         numbers = self.scheduler.take_numbers()
         return HiCacheStats(data=numbers) if numbers else None
-
-    # --- worker
-
-    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """The tensors that hold KV. Raises UnsupportedError where they are not as vLLM's configuration said."""
-        self._worker.register(kv_caches)
-
-    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """A step begins; no block of it has been written to yet."""
-        assert isinstance(kv_connector_metadata, OrdersMetadata)
-        self._worker.preempted(kv_connector_metadata.orders)
-
-    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
-        """The step's orders. Loads that it does not wait for begin at once, beside the computation."""
-        super().bind_connector_metadata(connector_metadata)
-        orders = self._orders()
-        if all(load.asynchronous for load in orders.loads):
-            self._worker.begin(orders)
-
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Loads that the step waits for."""
-        self._worker.begin(self._orders())
-
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        """A layer is about to be computed."""
-        self._worker.layer_ready(layer_name)
-
-    def save_kv_layer(
-        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
-    ) -> None:
-        """A layer has been computed."""
-        self._worker.save_layer(layer_name)
-
-    def wait_for_save(self) -> None:
-        """The step has been computed."""
-        self._worker.end_step()
-
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose asynchronous loads have ended, well or not."""
-        return None, self._worker.finished_loads() or None
-
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks that are not what was to be loaded."""
-        return self._worker.failed_blocks()
-
-    def build_connector_worker_meta(self) -> ReportMetadata | None:
-        """What was done since the last step."""
-        report = self._worker.take_report()
-        return ReportMetadata(report) if report else None
-
-    def _orders(self) -> StepOrders:
-        metadata = self._get_connector_metadata()
-        assert isinstance(metadata, OrdersMetadata)
-        return metadata.orders
 
 
 def _event(stored: StoredBlocks, block_size: int) -> BlockStored:

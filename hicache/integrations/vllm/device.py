@@ -128,12 +128,13 @@ class DeviceBlocks:
         if not hasattr(self._own, "stream"):
             self._own.stream = self._launcher.stream()
         stream = self._own.stream
+        event = None
         try:
             event = self._launcher.launch(stream, work, after)
-        except BaseException:
-            with contextlib.suppress(RuntimeError):
-                self._launcher.wait(self._launcher.launch(stream, lambda: None, None))
-            raise
+        finally:
+            if event is None:
+                with contextlib.suppress(RuntimeError):
+                    self._launcher.wait(self._launcher.launch(stream, lambda: None, None))
         self._launcher.wait(event)
 
     def _blocks(self, move: Move, view: Any) -> Any:

@@ -59,6 +59,7 @@ class EngineFacts:
     version: str
     model: ModelFacts
     kv_dtype: str
+    attention: str  # the kind of cache, and how far its layers see
     backend: str
     layout: str
     isa: str
@@ -206,6 +207,7 @@ def engine_facts(
         version=version,
         model=_model(vllm_config, probe),
         kv_dtype=f"{_dtype(spec.dtype)}/{cache.cache_dtype}",
+        attention=_attention(specs),
         backend=f"{probe.device()}:{probe.backend(vllm_config, spec)}",
         layout=str(kv_cache_config.kv_cache_layout or ""),
         isa=probe.isa(vllm_config, spec),
@@ -305,6 +307,19 @@ def _specs(group: Any) -> list[tuple[str, Any]]:
     spec = group.kv_cache_spec
     each = getattr(spec, "kv_cache_specs", None)
     return [(name, each[name] if each else spec) for name in group.layer_names]
+
+
+def _attention(specs: list[tuple[str, Any]]) -> str:
+    """What the layers' caches are, and the windows of those that have one though all tokens are kept."""
+    kinds = {
+        (
+            type(spec).__name__,
+            f"window {getattr(spec, 'sliding_window', None)}",
+            f"chunk {getattr(spec, 'attention_chunk_size', None)}",
+        )
+        for _, spec in specs
+    }
+    return ", ".join(" ".join(kind) for kind in sorted(kinds))
 
 
 def _model(vllm_config: Any, probe: Probe) -> ModelFacts:

@@ -73,8 +73,9 @@ def _model_name(model: ModelFacts, settings: VllmSettings) -> str:
 
 
 def _layout(engine: EngineFacts) -> str:
-    """How a block's bytes are to be read: layout, backend, instructions, block size, and each layer's share."""
-    layers = hashlib.sha256(repr([(layer.name, layer.block_bytes) for layer in engine.layers]).encode())
+    """How a block's bytes are to be read: layout, backend, instructions, block size, each layer's kind and share."""
+    said = [engine.attention, *((layer.name, layer.block_bytes) for layer in engine.layers)]
+    layers = hashlib.sha256(repr(said).encode())
     return (
         f"{PAGE_LAYOUT} {engine.backend} {engine.layout or '?'} {engine.isa or '-'} block:{engine.block_size} "
         f"layers:{layers.hexdigest()[:16]}"

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hicache.rpc.client.aio import Lease
+    from hicache.rpc.client.aio_held import Lease
 
 TOKEN_BYTES = 4
 #: Width of the digest of a page's images and the like; only in namespaces of multimodal models.

@@ -17,6 +17,7 @@ from hicache.integrations.vllm.namespaces import Namespaces
 from hicache.integrations.vllm.requests import Answer, Question
 from hicache.integrations.vllm.settings import VllmSettings
 from hicache.rpc.client import FetchQuery, aio
+from hicache.rpc.client.aio_held import Lease
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Rounds:
         spawn: Spawn,
         told: Callable[[], None],
     ) -> None:
-        self.held: set[aio.Lease] = set()
+        self.held: set[Lease] = set()
         self._client = client
         self._namespaces = namespaces
         self._settings = settings
@@ -70,13 +71,13 @@ class Rounds:
         self._spawn = spawn
         self._told = told
         self._questions: collections.deque[Question] = collections.deque()
-        self._releases: collections.deque[aio.Lease] = collections.deque()
+        self._releases: collections.deque[Lease] = collections.deque()
 
     def ask(self, question: Question) -> None:
         """Put a question into the next round."""
         self._questions.append(question)
 
-    def release(self, lease: aio.Lease) -> None:
+    def release(self, lease: Lease) -> None:
         """Give a lease back with the next round."""
         self._releases.append(lease)
 
@@ -154,7 +155,7 @@ class Rounds:
 
     # --- answers
 
-    def _take(self, question: Question, outcome: aio.Lease | HicacheError) -> None:
+    def _take(self, question: Question, outcome: Lease | HicacheError) -> None:
         if isinstance(outcome, HicacheError):
             self._refuse(question, outcome)
             return
@@ -164,7 +165,7 @@ class Rounds:
         else:
             self._answer(question, outcome)
 
-    async def _await_pages(self, question: Question, lease: aio.Lease) -> None:
+    async def _await_pages(self, question: Question, lease: Lease) -> None:
         """Pages are on their way from a slower tier: the answer waits for them, for a while."""
         try:
             await lease.wait(self._settings.load_wait_ms)
@@ -172,7 +173,7 @@ class Rounds:
             log.debug("pages on their way did not come: %s", error)
         self._answer(question, lease)
 
-    def _answer(self, question: Question, lease: aio.Lease | None) -> None:
+    def _answer(self, question: Question, lease: Lease | None) -> None:
         answer = Answer()
         if lease is not None and lease.granted_pages:
             slow_pages = min(lease.granted_pages, lease.tier_pages.get(SLOW_TIER, 0))
@@ -184,13 +185,13 @@ class Rounds:
             self._give_back(lease)
         self._told()
 
-    def _give_back(self, lease: aio.Lease) -> None:
+    def _give_back(self, lease: Lease) -> None:
         if lease.lease_id:
             self.release(lease)
         else:
             self.held.discard(lease)  # nothing was granted
 
-    def _due(self) -> list[aio.Lease]:
+    def _due(self) -> list[Lease]:
         """Leases at half their time; those that are over are let go of."""
         due = []
         for lease in list(self.held):

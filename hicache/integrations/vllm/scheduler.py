@@ -22,7 +22,7 @@ from hicache.integrations.vllm.stats import Numbers, Tally
 
 if TYPE_CHECKING:
     from hicache.integrations.vllm.agent import Agent
-    from hicache.rpc.client.aio import Lease
+    from hicache.rpc.client.aio_held import Lease
 
 log = logging.getLogger(__name__)
 
@@ -242,11 +242,7 @@ class Scheduler:
         """What was counted since this was last asked; nothing where that would not tell anything."""
         if not self.tally.eventful:
             return {}
-        return self.tally.take() | {
-            "online": int(self._agent.online),
-            "leases": self._agent.leases,
-            "staged_bytes": self._agent.staged_bytes,
-        }
+        return self.tally.take() | self._agent.gauges()
 
     def take_stored(self) -> list[StoredBlocks]:
         """What was stored since this was last asked, for KV events."""

@@ -84,6 +84,11 @@ class VllmSettings:
                 f"{WHERE}: load_wait_ms ({self.load_wait_ms}) exceeds lookup_timeout_ms ({self.lookup_timeout_ms}), "
                 "which bounds it"
             )
+        if 2 * self.load_timeout_ms > self.lease_ttl_ms:
+            raise ConfigError(
+                f"{WHERE}: load_timeout_ms ({self.load_timeout_ms}) exceeds half of lease_ttl_ms "
+                f"({self.lease_ttl_ms}): leases are renewed at half their time, and a load has what is left"
+            )
 
 
 POSITIVE = (

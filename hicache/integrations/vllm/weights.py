@@ -20,6 +20,9 @@ from hicache.errors import UnsupportedError
 #: Weights in the formats that vLLM loads.
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
+#: Beside them there may be the model's own code (trust_remote_code).
+CODE_SUFFIX = ".py"
+
 #: In a folder beside the weights, but none: training state, and what other loaders take.
 NOT_WEIGHTS = frozenset(
     {"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scheduler.bin"}
@@ -35,10 +38,10 @@ THREADS = 8
 
 
 def folder_digest(path: Path) -> str:
-    """SHA-256 over the weights in a folder, or of one file. Raises UnsupportedError where there are none."""
+    """SHA-256 over the weights and code in a folder, or of one file. Raises UnsupportedError where there are none."""
     try:
         files = _weight_files(path)
-        if not files:
+        if not any(file.suffix in SUFFIXES for file in files):
             raise UnsupportedError(
                 f"no weights ({', '.join(SUFFIXES)}) in {path}",
                 hint="set model_identity to a name that changes with the weights",
@@ -56,7 +59,8 @@ def folder_digest(path: Path) -> str:
 def _weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    found = [file for file in path.iterdir() if file.suffix in SUFFIXES and file.name not in NOT_WEIGHTS]
+    known = {*SUFFIXES, CODE_SUFFIX}
+    found = [file for file in path.iterdir() if file.suffix in known and file.name not in NOT_WEIGHTS]
     return sorted(file for file in found if file.is_file())
 
 

@@ -143,10 +143,7 @@ class Worker:
 
     def end_step(self) -> None:
         """The step has been computed: its loads and saves are done when this returns."""
-        failed = [self._collect(load) for load in self._needed]
-        self._needed = []
-        if any(failed):
-            self._void_steps = 1 + self._facts.steps_ahead
+        self._end_loads()
         if self._saves is not None and self._desk is not None:
             self._saves.seal(void=self._void_steps > 0)
             self._sealed.append(self._saves)
@@ -154,12 +151,20 @@ class Worker:
         self._void_steps = max(0, self._void_steps - 1)
         deferred = self._desk is not None and self._desk.saving.blocks.deferred
         self._settle([saves for saves in self._sealed if saves.done or not deferred])
+        self._orders = None
 
     def _settle(self, ended: list[StepSaves]) -> None:
         """Wait for some saves, and put down what became of them."""
         for saves in ended:
             self._sealed.remove(saves)
             self._out.save(saves.result())
+
+    def _end_loads(self) -> None:
+        """Wait for the loads that the step needed: what it came to depends on them."""
+        failed = [self._collect(load) for load in self._needed]
+        self._needed = []
+        if any(failed):
+            self._void_steps = 1 + self._facts.steps_ahead
 
     def _collect(self, load: Load) -> bool:
         """Put down how a load ended, once it has; answers whether it failed."""
@@ -177,7 +182,11 @@ class Worker:
         return set(ended)
 
     def failed_blocks(self) -> set[int]:
-        """Blocks that loads left without their content, since the last call."""
+        """Blocks that loads left without their content, since the last call: all of those that this step needed.
+
+        vLLM asks before ``end_step`` where it speculates.
+        """
+        self._end_loads()
         return self._out.take_blocks()
 
     def take_report(self) -> StepReport:

@@ -86,13 +86,8 @@ class FakeAgent:
     def online(self) -> bool:
         return not (self.dead or self.suspected)
 
-    @property
-    def leases(self) -> int:
-        return len(self.held)
-
-    @property
-    def staged_bytes(self) -> int:
-        return self.staged_pages * self.page_bytes
+    def gauges(self) -> dict[str, int]:
+        return {"online": int(self.online), "leases": len(self.held), "staged_bytes": self.staged_pages}
 
     def ask(self, question: Question) -> None:
         self.questions.append(question)

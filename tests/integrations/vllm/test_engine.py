@@ -124,6 +124,7 @@ def test_what_is_read_of_a_plain_engine() -> None:
     assert found.page_bytes(64) == found.part_bytes(64) == 4 * 16384
     assert (found.kv_dtype, found.backend, found.isa) == ("bfloat16/auto", "cpu:CPU_ATTN", "amx")
     assert (found.world, found.rank, found.steps_ahead, found.num_blocks) == (1, 0, 0, 100)
+    assert found.attention == "FullAttentionSpec window None chunk None"
 
 
 def test_ranks_and_steps_ahead() -> None:

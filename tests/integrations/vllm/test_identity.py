@@ -29,6 +29,7 @@ BASE = make_facts()
 OTHERS: dict[str, EngineFacts] = {
     "version": make_facts(version="0.32.1"),
     "kv dtype": make_facts(kv_dtype="uint8/fp8"),
+    "windows": make_facts(attention="FullAttentionSpec window 128 chunk None"),
     "backend": make_facts(backend="cuda:FLASH_ATTN"),
     "layout": make_facts(layout="LBNHC"),
     "isa": make_facts(isa="amx"),
@@ -151,6 +152,9 @@ def test_files_of_other_formats_are_sampled_evenly(tmp_path: Path, name: str) ->
     (tmp_path / "training_args.bin").write_bytes(b"x")
     assert folder_digest(tmp_path) == first, "no weights"
     assert folder_digest(tmp_path / name) == first
+    (tmp_path / "modeling_mine.py").write_text("# the model's own code")
+    assert folder_digest(tmp_path) != first
+    (tmp_path / "modeling_mine.py").unlink()
     (tmp_path / name).write_bytes(random_bytes(9000, 2))
     assert folder_digest(tmp_path) != first
     (tmp_path / name).write_bytes(random_bytes(9000, 1) + b"\0")

@@ -167,6 +167,27 @@ def test_a_lease_that_ends_while_its_pages_are_copied_fails(worker: Worker) -> N
     assert len(calls) == 2
 
 
+def test_failed_blocks_are_told_before_the_step_ends_too(
+    worker: Worker, caches: dict[str, Any], staging: Staging
+) -> None:
+    """Where vLLM speculates, it asks for them first and calls wait_for_save last."""
+    pages = Pages(3, PART, 5)
+    pages.rot(2)
+    orders = StepOrders(
+        1, loads=(load_order(pages, [1, 2, 3]),), saves=(save_order(1, [staging.run(0, 1)], [9]),)
+    )
+    worker.preempted(orders)
+    worker.begin(orders)
+    assert worker.finished_loads() == set()
+    assert worker.failed_blocks() == {3}
+    assert worker.take_report().corrupt == (("r", 2),)
+    worker.end_step()
+    assert worker.take_report().void == {1}
+    worker.preempted(StepOrders(1, saves=(save_order(2, [staging.run(0, 1)], [9]),)))
+    worker.end_step()
+    assert (worker.failed_blocks(), worker.take_report().void) == (set(), frozenset())
+
+
 def test_a_source_that_fails_or_breaks_costs_the_load_only(worker: Worker) -> None:
     pages = Pages(2, PART, 6)
     pages.failure = UnavailableError("the sidecar is gone")

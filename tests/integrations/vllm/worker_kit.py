@@ -28,6 +28,7 @@ def make_facts(layers: int = 3, block_bytes: int = 4096, blocks: int = 64, **cha
         version="0.32.0",
         model=MODEL,
         kv_dtype="bfloat16/auto",
+        attention="FullAttentionSpec window None chunk None",
         backend="cpu:CPU_ATTN",
         layout="LBHNC",
         isa="vec",
