@@ -1,0 +1,67 @@
+"""Whether it is worth asking the sidecar: after a call that went wrong, a probe has to go right first."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from hicache.errors import HicacheError, UnavailableError
+from hicache.integrations.vllm.namespaces import Namespaces
+from hicache.integrations.vllm.requests import Identity
+from hicache.rpc.client import aio
+
+log = logging.getLogger(__name__)
+
+
+class Circuit:
+    """``suspect`` opens it, from any thread; a probe closes it. ``call`` has the agent's loop do something."""
+
+    def __init__(
+        self,
+        client: aio.Client,
+        namespaces: Namespaces,
+        call: Callable[[Callable[[], object]], object],
+        *,
+        timeout_s: float,
+        pause_s: float,
+    ) -> None:
+        self._client = client
+        self._namespaces = namespaces
+        self._call = call
+        self._timeout_s = timeout_s
+        self._pause_s = pause_s
+        self._suspect = False
+        self._doubt = asyncio.Event()
+
+    @property
+    def closed(self) -> bool:
+        """Whether there is a session, and nothing speaks against asking."""
+        return self._client.attached and not (self._suspect or self._client.draining)
+
+    def suspect(self) -> None:
+        """An answer did not come in time, or was no answer."""
+        if not self._suspect:
+            self._suspect = True
+            self._call(self._doubt.set)
+
+    async def watch(self) -> None:
+        """Probe whenever there is doubt, until a probe goes right."""
+        while True:
+            await self._doubt.wait()
+            self._doubt.clear()
+            while self._suspect:
+                try:
+                    await self.probe()
+                    self._suspect = False
+                    log.info("hicache: the sidecar answers again")
+                except HicacheError:
+                    await asyncio.sleep(self._pause_s)
+
+    async def probe(self) -> None:
+        """The smallest question there is, about a page that nobody stored. Raises HicacheError."""
+        if not self._client.attached:
+            raise UnavailableError("the sidecar is absent")
+        handle = await self._namespaces.get(Identity())
+        keys = [b""] if handle.spec.extra_key_bytes else None
+        await handle.match(bytes(4 * handle.page_tokens), extra_keys=keys, timeout_s=self._timeout_s)
