@@ -92,20 +92,17 @@ class Consumer:
 class NewsMachine(EngineMachine):
     """The engine's machine, watched."""
 
-    @initialize(quiet=st.integers(0, 3))
-    def watch(self, quiet: int) -> None:
-        self.quiet = quiet  # steps before anybody watches
+    @initialize(at_once=st.booleans())
+    def watch(self, at_once: bool) -> None:
+        self.at_once = at_once
         self.consumers: list[Consumer] = []
         self.surveys = 0
 
     @precondition(lambda self: hasattr(self, "shell"))
-    @rule(tenant=st.sampled_from(["", "default", "other"]))
+    @rule(tenant=st.sampled_from(["", "", "default", "other"]))
     def come(self, tenant: str) -> None:
         """A watcher arrives; the first one of all is from now on told of everything, beginning with nothing."""
-        if self.quiet:
-            self.quiet -= 1
-            return
-        if self.surveys == 0:
+        if not self.consumers:
             self._listen()
         if len(self.consumers) > 4:
             gone = self.consumers.pop(1)
@@ -113,6 +110,23 @@ class NewsMachine(EngineMachine):
         self.surveys += 1
         self.consumers.append(Consumer(self.shell.engine, self.surveys, tenant))
         self.shell.handle(ev.SurveyOpened(self.surveys, tenant))
+
+    @rule(most=st.integers(1, 4))
+    def lose_a_page(self, most: int) -> None:
+        """A page in the middle of the tree goes: a hole, if it was nowhere else."""
+        core = self.shell.engine._core
+        for namespace in core.namespaces.values():
+            for node in namespace.tree.walk():
+                for run in node.runs:
+                    live = [tier for tier in core.tier_range if run.state[tier] in LIVE]
+                    if live and run.tree.child_runs(run) and most:
+                        most -= 1
+                        prompt = namespace.tree.prompt_to(run)
+                        for tier in live:
+                            self.shell.rot(namespace.id, prompt, tier)
+                            self.shell.handle(ev.PageCorrupt(namespace.id, tier, prompt))
+                        self.lost = self.damaged = True
+                        return
 
     def _listen(self) -> None:
         start, shell = self.shell._perform, self.shell
@@ -131,11 +145,13 @@ class NewsMachine(EngineMachine):
         self.consumers.append(first)
 
     @precondition(lambda self: getattr(self, "surveys", 0))
-    @rule(index=st.integers(0, 4), cost=st.sampled_from([1, 30, 60, 5000]))
-    def survey_on(self, index: int, cost: int) -> None:
+    @rule(index=st.integers(0, 4), cost=st.sampled_from([1, 5, 30, 60]), times=st.integers(1, 3))
+    def survey_on(self, index: int, cost: int, times: int) -> None:
         """One piece, of any size down to parts of runs."""
-        late = [each for each in self.consumers if not each.caught_up]
-        if late:
+        for _ in range(times):
+            late = [each for each in self.consumers if not each.caught_up]
+            if not late:
+                return
             old, survey.PIECE_COST = survey.PIECE_COST, cost
             try:
                 self.shell.handle(ev.SurveyNext(late[index % len(late)].number))
@@ -144,6 +160,8 @@ class NewsMachine(EngineMachine):
 
     @invariant()
     def consumers_know_what_there_is(self) -> None:
+        if getattr(self, "at_once", False) and hasattr(self, "shell") and not self.consumers:
+            self._listen()
         for consumer in getattr(self, "consumers", ()):
             there = truth(self.shell.engine, consumer.tenant)
             if consumer.caught_up:
@@ -162,6 +180,6 @@ class NewsMachine(EngineMachine):
 
 
 NewsMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("HICACHE_TEST_EXAMPLES", "60")), stateful_step_count=40, deadline=None, phases=[__import__("hypothesis").Phase.generate]
+    max_examples=int(os.environ.get("HICACHE_TEST_EXAMPLES", "60")), stateful_step_count=40, deadline=None
 )
 TestNewsMachine = NewsMachine.TestCase
