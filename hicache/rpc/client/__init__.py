@@ -17,6 +17,7 @@ from hicache.rpc.client.results import (
     StoreResult,
     Tree,
 )
+from hicache.rpc.client.watch import EventBatch, PageEvents, WatchedNamespace, WatchKind
 
 __all__ = [
     "Advice",
@@ -25,11 +26,13 @@ __all__ = [
     "ClientOptions",
     "CommitResult",
     "DataPlane",
+    "EventBatch",
     "EvictResult",
     "Lease",
     "MatchResult",
     "NamespaceHandle",
     "OperationResult",
+    "PageEvents",
     "PinResult",
     "PrefetchResult",
     "Reservation",
@@ -38,4 +41,6 @@ __all__ = [
     "Tls",
     "Tree",
     "Verify",
+    "WatchKind",
+    "WatchedNamespace",
 ]
