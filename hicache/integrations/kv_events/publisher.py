@@ -7,7 +7,6 @@ first. So it does when the sidecar has been out of reach for a while: what nobod
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Iterable
 
@@ -25,6 +24,7 @@ from hicache.integrations.kv_events.wire import (
     encode,
 )
 from hicache.rpc.client.watch import EventBatch, PageEvents, WatchedNamespace, WatchKind
+from hicache.rpc.client.watches import AsyncWatch
 from hicache.types import SymbolKind
 
 #: A message has about so many blocks; while a snapshot is told, messages rest so long, so that nobody is overrun.
@@ -66,12 +66,12 @@ class Publisher:
         """The endpoints, in the order of their specs."""
         return [desk.outlet for desk in self._desks]
 
-    async def run(self, watch: contextlib.AbstractAsyncContextManager[object]) -> None:
+    async def run(self, watch: AsyncWatch) -> None:
         """Publish what a client's watch says until it ends."""
         answering = [asyncio.create_task(outlet.answer()) for outlet in self.outlets]
         try:
             async with watch:
-                async for batch in watch:  # type: ignore[attr-defined]  # an AsyncWatch
+                async for batch in watch:
                     await self.publish(batch)
         finally:
             for task in answering:
