@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -40,6 +41,7 @@ An endpoint is its address and, after commas, what differs from the defaults:
   rank=N                data parallel rank; default 0
   gpu=, cpu=, disk=     what media are called; default GPU, CPU, DISK
   buffer=N, hwm=N       messages kept for replay (10000), messages waiting for a slow reader (5000)
+  sequence=clock|zero   first number: the time in microseconds, so that a restart is seen as a gap; default clock
 Several endpoints are separated by semicolons. Needs: pip install 'hicache[events]'. See docs/EVENTS.md.
 
 It waits for a sidecar that is not there, and says AllBlocksCleared while one is gone. SIGTERM or Ctrl-C ends it.
@@ -99,11 +101,11 @@ async def _publish(settings: PublishConfig, client_settings: ClientConfig, *, un
     pod = settings.pod or socket.gethostname()
     publisher = Publisher(specs, pod=pod, now_s=Clock().wall_s)
     client = _client(client_settings)
-    watch = client.watch(all_tenants=settings.all_tenants, lost_ms=settings.lost_ms)
+    new_watch = functools.partial(client.watch, all_tenants=settings.all_tenants, lost_ms=settings.lost_ms)
     try:
         with _metrics(publisher, settings.metrics_port):
             _announce(publisher)
-            work = asyncio.create_task(publisher.run(watch))
+            work = asyncio.create_task(publisher.run(new_watch))
             count = asyncio.create_task(_count(publisher))
             _end_with(work, until_eof=until_eof)
             try:

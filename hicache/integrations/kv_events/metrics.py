@@ -30,7 +30,7 @@ class PublisherCollector(Collector):
             PREFIX + "caught_up", "1 while what was published is how things stand", value=counts.caught_up
         )
         yield GaugeMetricFamily(PREFIX + "revision", "of the sidecar's journal", value=counts.revision)
-        for name in ("messages", "replayed", "refused"):
+        for name in ("messages", "replayed", "retold", "refused"):
             family = CounterMetricFamily(PREFIX + name, f"{name} at an endpoint", labels=["endpoint"])
             for outlet in self._publisher.outlets:
                 family.add_metric([outlet.spec.bind], getattr(outlet, name))

@@ -1,7 +1,8 @@
 """One endpoint: a PUB socket for whoever listens, a ROUTER for whoever missed something.
 
 Nothing here waits: a subscriber that does not read loses its own messages, beyond ``hwm`` of them, and sees the gap in
-the sequence numbers. A replay is sent as fast as its asker takes it, beside everything else.
+the sequence numbers. A replay is sent as fast as its asker takes it, beside everything else. One that asks for what is
+not kept any more, a late comer for example, is told all anew: AllBlocksCleared, what there is, and then what is kept.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import contextlib
 import itertools
 import logging
 from collections import deque
+from collections.abc import AsyncIterator, Callable
 
 import zmq
 
-from hicache.errors import ConfigError
+from hicache.errors import ConfigError, HicacheError
 from hicache.integrations.kv_events.spec import OutletSpec
 
 END_SEQUENCE = (-1).to_bytes(8, "big", signed=True)
@@ -28,17 +30,28 @@ POLL_S = 0.02
 RETRY_S = 0.005
 log = logging.getLogger(__name__)
 
+Message = tuple[bytes, bytes]  # topic, payload
+
+
+async def _nothing() -> AsyncIterator[Message]:
+    """Nothing to tell anew."""
+    none: list[Message] = []
+    for message in none:
+        yield message
+
 
 class Outlet:
-    """Bound when made. Raises ConfigError where an address cannot be had."""
+    """Bound when made; ``first``: the first sequence number. Raises ConfigError where an address cannot be had."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], spec: OutletSpec) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], spec: OutletSpec, first: int) -> None:
         self.spec = spec
+        self.retell: Callable[[], AsyncIterator[Message]] = _nothing  # what there is, as messages
+        self.first = first
         self._kept: deque[tuple[int, bytes, bytes]] = deque()  # sequence, topic, payload
         self._kept_bytes = 0
-        self._sequence = itertools.count()
+        self._sequence = itertools.count(first)
         self._replays: set[asyncio.Task[None]] = set()
-        self.messages = self.replayed = self.refused = 0
+        self.messages = self.replayed = self.retold = self.refused = 0
         self._publish = context.socket(zmq.PUB)
         self._publish.setsockopt(zmq.SNDHWM, spec.hwm)
         self._publish.setsockopt(zmq.LINGER, 500)
@@ -66,10 +79,15 @@ class Outlet:
 
     # --- publishing
 
-    def send(self, topic: bytes, payload: bytes) -> int:
-        """Publish a message and keep it for replay; its sequence number."""
+    def beat(self, topic: bytes, payload: bytes) -> int:
+        """Publish a message that says nothing: who missed the last one sees it now. It is not kept."""
         sequence = next(self._sequence)
         self._publish.send_multipart([topic, sequence.to_bytes(SEQUENCE_BYTES, "big"), payload])
+        return sequence
+
+    def send(self, topic: bytes, payload: bytes) -> int:
+        """Publish a message and keep it for replay; its sequence number."""
+        sequence = self.beat(topic, payload)
         self._kept.append((sequence, topic, payload))
         self._kept_bytes += len(payload)
         while len(self._kept) > self.spec.buffer or (self._kept_bytes > BUFFER_BYTES and len(self._kept) > 1):
@@ -97,20 +115,31 @@ class Outlet:
 
     async def _replay(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
         """Everything that is kept from the wanted message on, then the end; the end alone where that is nothing."""
-        back = (
-            frames[:-1] if len(frames) > 1 else frames
-        )  # who asks, and the empty frame that REQ puts before its words
-        wanted = frames[-1]
-        start = int.from_bytes(wanted, "big") if len(frames) > 1 and len(wanted) == SEQUENCE_BYTES else -1
-        kept = list(self._kept) if start >= 0 else []
+        *back, wanted = frames if len(frames) > 1 else [*frames, b""]  # who asks, and REQ's empty frame
+        start = int.from_bytes(wanted, "big") if len(wanted) == SEQUENCE_BYTES else -1
+        kept = [each for each in self._kept if 0 <= start <= each[0]]
+        oldest = self._kept[0][0] if self._kept else self.first
+        missed = 0 <= start < oldest and oldest > self.first
+        if missed and not await self._tell_anew(socket, back, start, oldest):
+            return
         for sequence, topic, payload in kept:
-            if sequence < start:
-                continue
-            words = [topic, sequence.to_bytes(SEQUENCE_BYTES, "big"), payload]
-            if not await _send(socket, [*back, *words]):
+            if not await _send(socket, [*back, topic, sequence.to_bytes(SEQUENCE_BYTES, "big"), payload]):
                 return
             self.replayed += 1
         await _send(socket, [*back, b"", END_SEQUENCE, b""])
+
+    async def _tell_anew(self, socket: zmq.Socket[bytes], back: list[bytes], start: int, oldest: int) -> bool:
+        """What there is, under the numbers of messages that are not kept any more."""
+        self.retold += 1
+        number = start
+        try:
+            async for topic, payload in self.retell():
+                if not await _send(socket, [*back, topic, number.to_bytes(SEQUENCE_BYTES, "big"), payload]):
+                    return False
+                number = min(number + 1, oldest - 1)
+        except HicacheError as error:
+            log.warning("a replay has only what is kept: %s", error)
+        return True
 
     async def stop(self) -> None:
         """End the replays, and close."""

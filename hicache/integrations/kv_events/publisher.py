@@ -7,13 +7,14 @@ first. So it does when the sidecar has been out of reach for a while: what nobod
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 import zmq
 
 from hicache.integrations.kv_events.blocks import Blocks
-from hicache.integrations.kv_events.outlet import Outlet
+from hicache.integrations.kv_events.outlet import Message, Outlet
 from hicache.integrations.kv_events.spec import OutletSpec
 from hicache.integrations.kv_events.wire import (
     AllBlocksCleared,
@@ -30,6 +31,8 @@ from hicache.types import SymbolKind
 #: A message has about so many blocks; while a snapshot is told, messages rest so long, so that nobody is overrun.
 MESSAGE_BLOCKS = 512
 REST_S = 0.004
+#: In quiet times an empty message says where the numbers are, so that whoever missed the last one notices.
+BEAT_S = 2.0
 log = logging.getLogger(__name__)
 
 
@@ -49,14 +52,14 @@ class Publisher:
     """Publishes on several endpoints at once. Use on an event loop; ``now_s`` tells the time for the messages."""
 
     def __init__(self, specs: Iterable[OutletSpec], *, pod: str, now_s: Callable[[], float]) -> None:
-        self._pod = pod
-        self._now_s = now_s
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.counts = Counts()
         self._desks: list[_Desk] = []
         try:
             for spec in specs:
-                self._desks.append(_Desk(Outlet(self._context, spec), pod, now_s, self.counts))
+                # Numbers go on over restarts, so that consumers see one as a gap: what they had seen is void.
+                first = int(now_s() * 1e6) if spec.sequence == "clock" else 0
+                self._desks.append(_Desk(Outlet(self._context, spec, first), pod, now_s, self.counts))
         except BaseException:
             self._close()
             raise
@@ -66,20 +69,49 @@ class Publisher:
         """The endpoints, in the order of their specs."""
         return [desk.outlet for desk in self._desks]
 
-    async def run(self, watch: AsyncWatch) -> None:
-        """Publish what a client's watch says until it ends."""
-        answering = [asyncio.create_task(outlet.answer()) for outlet in self.outlets]
+    async def run(self, new_watch: Callable[[], AsyncWatch]) -> None:
+        """Publish what a client's watch says, until it ends or this is cancelled. Then nothing is there any more."""
+        for desk in self._desks:
+            desk.outlet.retell = functools.partial(self._retell, desk, new_watch)
+        beside = [asyncio.create_task(outlet.answer()) for outlet in self.outlets]
+        beside.append(asyncio.create_task(self._beat()))
         try:
-            async with watch:
+            async with new_watch() as watch:
                 async for batch in watch:
                     await self.publish(batch)
         finally:
-            for task in answering:
+            for task in beside:
                 task.cancel()
-            await asyncio.gather(*answering, return_exceptions=True)
+            await asyncio.gather(*beside, return_exceptions=True)
+            self._clear()
             for outlet in self.outlets:
                 await outlet.stop()
             self._close()
+
+    async def _beat(self) -> None:
+        before: list[int] = []
+        while True:
+            await asyncio.sleep(BEAT_S)
+            now = [outlet.messages for outlet in self.outlets]
+            if now == before:
+                for desk in self._desks:
+                    desk.beat()
+            before = now
+
+    async def _retell(self, desk: _Desk, new_watch: Callable[[], AsyncWatch]) -> AsyncIterator[Message]:
+        """What there is now, for one who asks for what an endpoint does not keep any more."""
+        found: list[Message] = []
+        other = desk.twin(lambda topic, payload: found.append((topic, payload)))
+        other.clear()
+        async with new_watch() as watch:
+            async for batch in watch:
+                for _ in other.tell(batch.events):
+                    pass
+                for message in found:
+                    yield message
+                found.clear()
+                if batch.kind in {WatchKind.CAUGHT_UP, WatchKind.LOST}:
+                    return
 
     async def publish(self, batch: EventBatch) -> None:
         """Hand one batch on."""
@@ -119,6 +151,7 @@ class _Desk:
 
     def __init__(self, outlet: Outlet, pod: str, now_s: Callable[[], float], counts: Counts) -> None:
         self.outlet = outlet
+        self._emit: Callable[[bytes, bytes], object] = outlet.send
         self._spec = outlet.spec
         self._pod = pod
         self._now_s = now_s
@@ -126,6 +159,17 @@ class _Desk:
         self._blocks = Blocks(self._spec.block_size)
         self._topics: dict[bytes, bytes | None] = {}  # by fingerprint; None: not published here
         self._cleared: set[bytes] = set()  # topics that have been told so since the last gap
+
+    def twin(self, emit: Callable[[bytes, bytes], object]) -> _Desk:
+        """One that tells somebody else the same way."""
+        other = _Desk(self.outlet, self._pod, self._now_s, Counts())
+        other._emit = emit
+        return other
+
+    def beat(self) -> None:
+        """An empty message in every topic."""
+        for topic in sorted(self._cleared):
+            self.outlet.beat(topic, self._encode([]))
 
     def clear(self) -> None:
         """Everything known before is void. Topics that are met later are told so first."""
@@ -181,8 +225,10 @@ class _Desk:
     def _send(self, topic: bytes, batch: list[Event]) -> None:
         if topic not in self._cleared:
             self._say_cleared(topic)
-        arrays = self._spec.format == "array"
-        self.outlet.send(topic, encode(self._now_s(), batch, self._spec.rank, arrays=arrays))
+        self._emit(topic, self._encode(batch))
+
+    def _encode(self, batch: list[Event]) -> bytes:
+        return encode(self._now_s(), batch, self._spec.rank, arrays=self._spec.format == "array")
 
     def _say_cleared(self, topic: bytes) -> None:
         self._cleared.add(topic)

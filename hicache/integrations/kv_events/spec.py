@@ -10,6 +10,7 @@ from hicache.errors import ConfigError
 
 FORMATS = ("map", "array")
 HASHES = ("int", "bytes")
+SEQUENCES = ("clock", "zero")
 FIELDS_OF_TOPICS = {"pod": "p", "model": "m", "adapter": "a", "namespace": "n"}
 SEPARATOR = ";"
 
@@ -22,6 +23,7 @@ class OutletSpec:
     start of its fingerprint). ``hash``: the first 8 bytes of a page key as one number, or the whole key as bytes.
     ``block_size`` 0: the page itself. ``model`` "": all. ``gpu``, ``cpu``, ``disk``: how media are called.
     ``buffer``: messages kept for replay; ``hwm``: messages that wait for one slow subscriber.
+    ``sequence``: numbers begin with the time in microseconds ("clock"), so that they go on over restarts, or with zero.
     """
 
     bind: str
@@ -37,10 +39,11 @@ class OutletSpec:
     disk: str = "DISK"
     buffer: int = 10_000
     hwm: int = 5_000
+    sequence: str = "clock"
 
     def __post_init__(self) -> None:
         """Refuse what cannot work. Raises ConfigError."""
-        for name, known in (("format", FORMATS), ("hash", HASHES)):
+        for name, known in (("format", FORMATS), ("hash", HASHES), ("sequence", SEQUENCES)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{self.bind}: {name} is one of {', '.join(known)}")
         for name in ("bind", "replay"):
