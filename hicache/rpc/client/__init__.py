@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hicache.rpc.client.client import Client, Lease, NamespaceHandle, Reservation
+from hicache.rpc.client.client import Client, NamespaceHandle
+from hicache.rpc.client.held import Lease, Reservation
+from hicache.rpc.client.many import FetchQuery
 from hicache.rpc.client.options import ClientOptions, DataPlane, Tls, Verify
 from hicache.rpc.client.results import (
     Advice,
@@ -17,6 +19,8 @@ from hicache.rpc.client.results import (
     StoreResult,
     Tree,
 )
+from hicache.rpc.client.staging import ForeignMemory, Staging, StagingRun
+from hicache.rpc.client.ticket import LeaseTicket, TicketReader, TicketRun
 from hicache.rpc.client.watch import EventBatch, PageEvents, WatchedNamespace, WatchKind
 
 __all__ = [
@@ -28,7 +32,10 @@ __all__ = [
     "DataPlane",
     "EventBatch",
     "EvictResult",
+    "FetchQuery",
+    "ForeignMemory",
     "Lease",
+    "LeaseTicket",
     "MatchResult",
     "NamespaceHandle",
     "OperationResult",
@@ -36,8 +43,12 @@ __all__ = [
     "PinResult",
     "PrefetchResult",
     "Reservation",
+    "Staging",
+    "StagingRun",
     "Stats",
     "StoreResult",
+    "TicketReader",
+    "TicketRun",
     "Tls",
     "Tree",
     "Verify",

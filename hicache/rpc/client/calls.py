@@ -26,6 +26,7 @@ from hicache.rpc.pb import cache_pb2, region_pb2, session_pb2
 from hicache.types import NO_USE, Namespace, Use
 
 CHUNK_BYTES = 1 << 20
+NO_LIMIT = 1 << 62  # the server did not name one
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class FetchAsk:
     ttl_ms: int
     wait_ms: int
     use: Use = NO_USE
+    reserve: bool = False
+    reserve_ttl_ms: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,6 +126,9 @@ def parse_capabilities(message: session_pb2.GetCapabilitiesResponse) -> Capabili
         max_message_bytes=message.max_message_bytes,
         max_lease_ttl_ms=message.max_lease_ttl_ms,
         chunk_bytes=message.stream_chunk_bytes or CHUNK_BYTES,
+        max_prompt_bytes=message.max_prompt_bytes or NO_LIMIT,
+        max_prompt_pages=message.max_prompt_pages or NO_LIMIT,
+        max_queries_per_call=message.max_queries_per_call or 1,
     )
 
 
@@ -223,6 +229,8 @@ def fetch(who: Who, prompt: bytes, ask: FetchAsk) -> cache_pb2.FetchRequest:
         request_class=ask.use.cls,
         turn=ask.use.turn,
         cost_per_page=ask.use.cost,
+        reserve_missing=ask.reserve,
+        reserve_ttl_ms=ask.reserve_ttl_ms,
     )
 
 
