@@ -179,7 +179,7 @@ def _metrics(publisher: Publisher, port: int) -> Iterator[None]:
     from hicache.integrations.kv_events.metrics import start_http
 
     try:
-        stop = start_http(publisher, port)
+        stop, port = start_http(publisher, port)
     except (OSError, OverflowError) as error:
         raise ConfigError(f"--metrics-port: cannot listen on 127.0.0.1:{port}: {error}") from error
     log.info("metrics url=http://127.0.0.1:%d/metrics", port)

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from hicache.engine.core import Core
     from hicache.engine.holders import NamespaceState
 
-#: What one piece may cost, in pages to hash; a run costs RUN_COST besides, a node to look at LOOK_COST.
-PIECE_COST = 2048
+#: What one piece may cost, in pages to hash; a run costs RUN_COST besides, a node to look at LOOK_COST, and pages whose
+#: keys are known cost one for every KNOWN_PAGES.
+PIECE_COST = 1024
 RUN_COST = 24
 LOOK_COST = 4
+KNOWN_PAGES = 4
 
 
 class Survey:
@@ -70,7 +72,7 @@ class Survey:
                     if left <= 0 or run.packed_keys is None:
                         self._todo.append(node)
                         return
-                    left -= RUN_COST
+                    left -= RUN_COST + run.pages // KNOWN_PAGES
                     self.told.add(run.id)
                     yield run
                 else:

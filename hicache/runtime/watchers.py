@@ -70,12 +70,13 @@ class Watcher:
 
     def put(self, announce: Announce) -> None:
         """Something of its survey. One who takes nothing falls behind."""
-        for entry in cut(announce):
-            self.queue.append(entry)
-            self.queued_bytes += entry.held_bytes
         if self.queued_bytes > SURVEY_BYTES:
             self.fell_behind = True
             self._forget()
+            return
+        for entry in cut(announce):
+            self.queue.append(entry)
+            self.queued_bytes += entry.held_bytes
 
     def _forget(self) -> None:
         self.queue.clear()

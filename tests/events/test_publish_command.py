@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -106,28 +105,6 @@ def test_the_sidecar_starts_and_ends_one(home: Path) -> None:
         listener.until(lambda: listener.cleared and not listener.held)
         listener.close()
     assert "Traceback" not in sidecar.log_path.read_text()
-
-
-def test_metrics(sidecar: Sidecar, home: Path) -> None:
-    port = 17_000 + (hash(str(home)) % 2_000)
-    command = [sys.executable, "-m", "hicache", "publish", "--target", sidecar.target, "--until-eof"]
-    flags = ["--bind", f"ipc://{home}/kv", "--metrics-port", str(port)]
-    with (
-        hicache.Client(sidecar.target) as client,
-        subprocess.Popen([*command, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child,
-    ):
-        assert child.stdout is not None and b"PUBLISHING" in child.stdout.readline()
-        store(client, tokens(5))
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
-            if "hicache_events_stored_blocks_total 5.0" in text:
-                break
-            assert time.monotonic() < deadline, text
-            time.sleep(0.05)
-        assert "hicache_events_caught_up 1.0" in text
-        child.stdin.close()  # type: ignore[union-attr]
-        assert child.wait(PATIENCE_S) == 0
 
 
 def test_wrong_settings_are_said_before_anything_starts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from events_kit import tokens
 
 from hicache.errors import ConfigError
 from hicache.integrations.kv_events import OutletSpec, Publisher, parse_outlet, parse_outlets
+from hicache.integrations.kv_events.metrics import start_http
 from hicache.integrations.kv_events.outlet import END_SEQUENCE
 from hicache.keys import chain_keys, fingerprint
 from hicache.rpc.client.watch import EventBatch, PageEvents, WatchedNamespace, WatchKind
@@ -281,6 +283,17 @@ def test_a_slow_subscriber_loses_only_its_own_messages(stage: Any) -> None:
     finally:
         slow.close(0)
         quick.close(0)
+
+
+def test_counts_for_prometheus(stage: Any) -> None:
+    one = stage()
+    asyncio.run(one.tell(RESET, news(pages(tokens(5))), DONE))
+    stop, port = start_http(one.publisher, 0)
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    stop()
+    for line in ("stored_blocks_total 5.0", "resets_total 1.0", "caught_up 1.0", "revision 1.0"):
+        assert f"hicache_events_{line}" in text
+    assert f'hicache_events_messages_total{{endpoint="{one.outlet.spec.bind}"}} 2.0' in text
 
 
 def test_endpoints_as_text() -> None:

@@ -37,8 +37,11 @@ class PublisherCollector(Collector):
             yield family
 
 
-def start_http(publisher: Publisher, port: int) -> Callable[[], None]:
-    """Serve them at http://127.0.0.1:port/metrics until the answer is called. Raises OSError."""
+def start_http(publisher: Publisher, port: int) -> tuple[Callable[[], None], int]:
+    """Serve them at http://127.0.0.1:port/metrics (0: any) until what is answered is called; and the port.
+
+    Raises OSError.
+    """
     registry = CollectorRegistry(auto_describe=False)
     registry.register(PublisherCollector(publisher))
     server, thread = start_http_server(port, addr="127.0.0.1", registry=registry)
@@ -48,4 +51,4 @@ def start_http(publisher: Publisher, port: int) -> Callable[[], None]:
         server.server_close()
         thread.join(timeout=5)
 
-    return stop
+    return stop, int(server.server_address[1])

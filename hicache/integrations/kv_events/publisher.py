@@ -32,7 +32,7 @@ from hicache.types import SymbolKind
 MESSAGE_BLOCKS = 512
 REST_S = 0.004
 #: In quiet times an empty message says where the numbers are, so that whoever missed the last one notices.
-BEAT_S = 2.0
+BEAT_S = 1.0
 log = logging.getLogger(__name__)
 
 
