@@ -40,6 +40,7 @@ An endpoint is its address and, after commas, what differs from the defaults:
   model=NAME            only this model; default all
   rank=N                data parallel rank; default 0
   gpu=, cpu=, disk=     what media are called; default GPU, CPU, DISK
+  connect=1             connect to a consumer that listens at ADDRESS, instead of listening
   buffer=N, hwm=N       messages kept for replay (10000), messages waiting for a slow reader (5000)
   sequence=clock|zero   first number: the time in microseconds, so that a restart is seen as a gap; default clock
 Several endpoints are separated by semicolons. Needs: pip install 'hicache[events]'. See docs/EVENTS.md.

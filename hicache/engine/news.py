@@ -1,9 +1,10 @@
 """What watchers are told: which pages became readable in a tier, and which ceased to be.
 
 Exists only while somebody watches (``core.news``); without it nothing here is computed. A page is *told of* in a tier
-exactly while a look-up would find it there: RESIDENT or DRAINING (a hit rescues it), its bytes not known to be wrong
-(``condemned``), and no hole before it. Pages below a hole are told as gone with it, and as back when it is mended;
-chains among the stranded are not told of at all until they hang in the tree again.
+exactly while a look-up would find it there and a fetch could have it: RESIDENT or DRAINING (a hit rescues it), its
+bytes not known to be wrong (``condemned``), and every page before it such a page in some tier. Pages below a hole are
+told as gone with it, and as back when it is mended; chains among the stranded are not told of at all until they hang in
+the tree again.
 
 Pages are told parents first and named by their keys. ``Survey`` is how a watcher that comes later learns what is
 there: a walk in pieces, between which everything may change. What happens to a run that the walk has not reached yet
@@ -13,10 +14,10 @@ into.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hicache.engine.actions import Announce
+from hicache.engine.sound import reachable, sound_below, sound_in
 from hicache.engine.survey import Survey
 from hicache.keys import KEY_BYTES
 from hicache.tree import Run
@@ -46,30 +47,37 @@ class News:
 
     def gained(self, run: Run, tier: int) -> None:
         """The run has become readable in a tier."""
-        if not reachable(run):
+        core = self._core
+        if not reachable(core, run):
             return
         self._tell(run, tier, stored=True)
-        if run.live == 1 and any(run.below):  # it was a hole
+        others = any(sound_in(core, run, other) for other in core.tier_range if other != tier)
+        if not others and any(run.below):  # it was a hole
             self._tell_below(run, stored=True)
 
     def lost(self, run: Run, tier: int) -> None:
         """The run is no longer readable in a tier; it still has its place in the tree."""
-        if not reachable(run):
-            return
-        if not run.live and any(run.below):
-            self._tell_below(run, stored=False)
-        if (run.id, tier) not in self._core.condemned:
-            self._tell(run, tier, stored=False)
+        if (run.id, tier) not in self._core.condemned:  # else that was told when it was
+            self._lost(run, tier)
 
     def trimmed(self, run: Run, tier: int, pages: int) -> None:
         """The last pages of a tip are about to leave the tree."""
-        if reachable(run):
+        if reachable(self._core, run):
             self._emit(run, tier, (run.pages - pages, pages), stored=False)
 
     def condemned(self, run: Run, tier: int) -> None:
         """The run's bytes in a tier have just been found wrong; pins still keep them."""
-        if run.state[tier] in LIVE and reachable(run):
-            self._tell(run, tier, stored=False)
+        if run.state[tier] in LIVE:
+            self._lost(run, tier)
+
+    def _lost(self, run: Run, tier: int) -> None:
+        core = self._core
+        if not reachable(core, run):
+            return
+        others = any(sound_in(core, run, other) for other in core.tier_range if other != tier)
+        if not others and any(run.below):
+            self._tell_below(run, stored=False)
+        self._tell(run, tier, stored=False)
 
     def alike(self, run: Run, other: Run) -> None:
         """Two parts of what was one run: whoever was told of one knows the other."""
@@ -80,42 +88,59 @@ class News:
     def merged(self, run: Run, absorbed: Run) -> None:
         """A run has taken over the next one. Whoever knew the first only is told of the rest now."""
         for survey in self.surveys.values():
-            if run.id in survey.told and absorbed.id not in survey.told and reachable(run):
+            if run.id in survey.told and absorbed.id not in survey.told and reachable(self._core, run):
                 self._tell_state(survey, run, (run.pages - absorbed.pages, absorbed.pages))
             survey.told.discard(absorbed.id)
 
     # --- telling
 
     def _tell(self, run: Run, tier: int, *, stored: bool) -> None:
-        self._emit(run, tier, (0, run.pages), stored=stored)
+        self._tell_in(run, [tier], stored=stored)
+
+    def _tell_in(self, run: Run, tiers: list[int], *, stored: bool) -> None:
+        """Announce a whole run in some tiers."""
+        fresh = self._introduce(run) if stored else frozenset()
+        for tier in tiers:
+            self._emit(run, tier, (0, run.pages), stored=stored, fresh=fresh)
 
     def _tell_below(self, run: Run, *, stored: bool) -> None:
         """The run's end became, or ceased to be, a way to what is below it."""
-        rows = [
-            (each, tier)
-            for each in live_below(run)
-            for tier in self._core.tier_range
-            if each.state[tier] in LIVE and (each.id, tier) not in self._core.condemned
-        ]
-        for each, tier in rows if stored else reversed(rows):
-            self._tell(each, tier, stored=stored)
+        core = self._core
+        runs = list(sound_below(core, run))
+        for each in runs if stored else reversed(runs):
+            tiers = [tier for tier in core.tier_range if sound_in(core, each, tier)]
+            self._tell_in(each, tiers, stored=stored)
 
-    def _emit(self, run: Run, tier: int, part: tuple[int, int], *, stored: bool) -> None:
-        heard = []
+    def _introduce(self, run: Run) -> frozenset[int]:
+        """Tell the surveys that do not know the run, and may, where it can be read now; which these were."""
+        fresh = []
         for survey in self.surveys.values():
-            if not survey.covers(_namespace(run)):
-                continue
-            if run.id in survey.told:
-                heard.append(survey.id)
-            elif stored and survey.may_tell(run):
+            if run.id not in survey.told and survey.covers(_namespace(run)) and survey.may_tell(run):
                 survey.told.add(run.id)
                 self._tell_state(survey, run, (0, run.pages))
-        self._core.emit(self._announce(run, tier, part, stored=stored, surveys=tuple(heard)))
+                fresh.append(survey.id)
+        return frozenset(fresh)
+
+    def _emit(
+        self,
+        run: Run,
+        tier: int,
+        part: tuple[int, int],
+        *,
+        stored: bool,
+        fresh: frozenset[int] = frozenset(),
+    ) -> None:
+        heard = tuple(
+            survey.id
+            for survey in self.surveys.values()
+            if run.id in survey.told and survey.id not in fresh and survey.covers(_namespace(run))
+        )
+        self._core.emit(self._announce(run, tier, part, stored=stored, surveys=heard))
 
     def _tell_state(self, survey: Survey, run: Run, part: tuple[int, int]) -> None:
         """Tell one survey where a run, or a part of it, can be read."""
         for tier in self._core.tier_range:
-            if run.state[tier] in LIVE and (run.id, tier) not in self._core.condemned:
+            if sound_in(self._core, run, tier):
                 announce = self._announce(run, tier, part, stored=True, surveys=(survey.id,))
                 announce.news = False
                 self._core.emit(announce)
@@ -158,26 +183,3 @@ class News:
 def _namespace(run: Run) -> NamespaceState:
     found: NamespaceState = run.extra  # type: ignore[assignment]  # hot: the engine's own
     return found
-
-
-def reachable(run: Run) -> bool:
-    """Whether there is no hole before the run. O(nodes above, runs of its node where that has holes)."""
-    node = run.node
-    if node.holes and any(not each.live for each in node.runs if each.start < run.start):
-        return False
-    above = node.parent
-    while above is not None:
-        if above.holes:
-            return False
-        above = above.parent
-    return True
-
-
-def live_below(run: Run) -> Iterator[Run]:
-    """What hangs below a run without a hole between, parents first. O(it)."""
-    todo = run.tree.child_runs(run)
-    while todo:
-        each = todo.pop()
-        if each.live:
-            yield each
-            todo.extend(each.tree.child_runs(each))

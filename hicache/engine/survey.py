@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hicache.engine.names import namespace_of
+from hicache.engine.sound import reachable, sound
 from hicache.keys import chain_keys
 from hicache.tree import Run
 from hicache.tree.node import Node, parent_run
@@ -61,9 +62,9 @@ class Survey:
                 self._todo += self._namespaces.pop().tree.root.children.values()
                 continue
             left -= LOOK_COST
-            for node in self._untold_path(self._todo.pop()):
+            for node in self._untold_path(core, self._todo.pop()):
                 for run in node.runs:
-                    if not run.live:
+                    if not sound(core, run):
                         break
                     if run.id in self.told:
                         continue
@@ -80,23 +81,19 @@ class Survey:
                     continue
                 break
 
-    def _untold_path(self, node: Node) -> list[Node]:
-        """A node and those above it that are not told, from the top; nothing where a hole is before it."""
+    def _untold_path(self, core: Core, node: Node) -> list[Node]:
+        """A node and those above it that are not told, from the top; nothing where they cannot be reached."""
         path: list[Node] = []
         above: Node | None = node
         while above is not None and above.parent is not None:
-            if not above.runs or (path and above.holes):
+            if not above.runs:  # it was pruned
                 return []
             if path and above.runs[-1].id in self.told:
                 break
             path.append(above)
             above = above.parent
-        while above is not None:
-            if above.holes and above.parent is not None:
-                return []
-            above = above.parent
         path.reverse()
-        return path
+        return path if path and reachable(core, path[0].runs[0]) else []
 
     def _hash(self, core: Core, run: Run, most: int) -> int:
         """Have the run's keys worked out, of a long run as many as are left to this piece; what that cost."""

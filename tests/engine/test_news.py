@@ -40,14 +40,16 @@ def truth(engine: Engine, tenant: str = "") -> Held:
         while todo:
             node, key = todo.pop()
             for run in node.runs:
-                if not run.live:
+                readable = [
+                    t for t in core.tier_range if run.state[t] in LIVE and (run.id, t) not in core.condemned
+                ]
+                if not readable:
                     break
                 width = namespace.tree.symbol_bytes
                 symbols = namespace.tree.symbols(run)
                 for page, key in enumerate(chain_keys(key, symbols, width)):  # noqa: B020
-                    for tier in range(len(core.tiers)):
-                        if run.state[tier] in LIVE and (run.id, tier) not in core.condemned:
-                            found[namespace.id, tier, key] = symbols[page * width : (page + 1) * width]
+                    for tier in readable:
+                        found[namespace.id, tier, key] = symbols[page * width : (page + 1) * width]
             else:
                 todo += [(child, key) for child in node.children.values()]
     return found

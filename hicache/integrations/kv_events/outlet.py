@@ -57,7 +57,7 @@ class Outlet:
         self._publish.setsockopt(zmq.LINGER, 500)
         self._answer: zmq.Socket[bytes] | None = None
         try:
-            self._publish.bind(spec.bind)
+            (self._publish.connect if spec.connect else self._publish.bind)(spec.bind)
             if spec.replay:
                 self._answer = context.socket(zmq.ROUTER)
                 self._answer.setsockopt(zmq.ROUTER_MANDATORY, 1)  # tell us when an asker is full, or gone

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 
 import zmq
 
+from hicache.errors import ConfigError
 from hicache.integrations.kv_events.blocks import Blocks
 from hicache.integrations.kv_events.outlet import Message, Outlet
 from hicache.integrations.kv_events.spec import OutletSpec
@@ -60,7 +61,7 @@ class Publisher:
                 # Numbers go on over restarts, so that consumers see one as a gap: what they had seen is void.
                 first = int(now_s() * 1e6) if spec.sequence == "clock" else 0
                 self._desks.append(_Desk(Outlet(self._context, spec, first), pod, now_s, self.counts))
-        except BaseException:
+        except ConfigError:
             self._close()
             raise
 

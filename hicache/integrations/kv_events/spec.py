@@ -24,6 +24,7 @@ class OutletSpec:
     ``block_size`` 0: the page itself. ``model`` "": all. ``gpu``, ``cpu``, ``disk``: how media are called.
     ``buffer``: messages kept for replay; ``hwm``: messages that wait for one slow subscriber.
     ``sequence``: numbers begin with the time in microseconds ("clock"), so that they go on over restarts, or with zero.
+    ``connect`` 1: the address is a consumer's, which listens there.
     """
 
     bind: str
@@ -40,6 +41,7 @@ class OutletSpec:
     buffer: int = 10_000
     hwm: int = 5_000
     sequence: str = "clock"
+    connect: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot work. Raises ConfigError."""
