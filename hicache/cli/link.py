@@ -12,6 +12,7 @@ from hicache.errors import ConfigError
 
 if TYPE_CHECKING:
     from hicache.rpc.client import Client
+    from hicache.rpc.client.arguments import OptionFields
 
 
 def add_flags(parser: argparse.ArgumentParser, *, without_target: str = "") -> None:
@@ -33,18 +34,25 @@ def connect(arguments: argparse.Namespace, name: str) -> Client:
 
 def open_client(target: str, name: str, settings: ClientConfig | None = None) -> Client:
     """A client of ``target``, to be used with ``with``."""
-    from hicache.rpc.client import Client, Tls
+    from hicache.rpc.client import Client
 
-    settings = settings or ClientConfig()
+    return Client(target, **client_fields(settings or ClientConfig(), name))
+
+
+def client_fields(settings: ClientConfig, name: str) -> OptionFields:
+    """What a client of either kind is made with. Raises ConfigError for a file that cannot be read."""
+    from hicache.rpc.client import Tls
+
     seconds = settings.timeout_ms / 1000
-    return Client(
-        target,
-        name=f"hicache {name}",
-        timeout_s=seconds,
-        connect_timeout_s=seconds,
-        token=_read(settings.auth_token_file, "--auth-token-file").strip(),
-        tls=Tls(root_certificates=_read(settings.tls_ca, "--tls-ca").encode()) if settings.tls_ca else None,
-    )
+    return {
+        "name": f"hicache {name}",
+        "timeout_s": seconds,
+        "connect_timeout_s": seconds,
+        "token": _read(settings.auth_token_file, "--auth-token-file").strip(),
+        "tls": Tls(root_certificates=_read(settings.tls_ca, "--tls-ca").encode())
+        if settings.tls_ca
+        else None,
+    }
 
 
 def _read(path: str, flag: str) -> str:

@@ -42,6 +42,7 @@ COMMANDS = (
     Command("policy", "hicache.cli.policy", "list eviction policies, or check one of your own"),
     Command("check", "hicache.cli.check", "verify a disk folder offline"),
     Command("disk", "hicache.cli.disk", "look into, compact, export or import a disk folder offline"),
+    Command("publish", "hicache.cli.publish", "tell routers over ZMQ which blocks a sidecar holds"),
     Command("admin", "hicache.cli.admin", "check, clear or drain a running sidecar"),
 )
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
 
-from hicache.cli import config, units
+from hicache.cli import config, publishing, units
 from hicache.cli.settings import ClientConfig, ServeConfig, settings_of
 from hicache.errors import ConfigError
 from hicache.types import TierKind, TierSpec, WritePolicy
@@ -82,6 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         log.warning(warning)
     config.prepare_socket_dir(settings.socket_path)
+    if settings.kv_events:
+        publishing.check(settings.kv_events)
     try:
         asyncio.run(_serve(settings, until_eof=arguments.until_eof))
     except ConfigError as error:
@@ -160,10 +162,12 @@ async def _serve(settings: ServeConfig, *, until_eof: bool) -> None:
         with _metrics(service, settings.metrics_port):
             server = await serve(service, options)
             try:
-                _announce(settings, service, server)
-                await _first(stop.asked.wait(), server.wait_drained())
-                server.drain(settings.grace_ms)
-                await _first(stop.now.wait(), server.wait_drained())
+                target = f"unix://{settings.socket_path}"
+                async with publishing.publisher(settings.kv_events, target, settings.log_level):
+                    _announce(settings, service, server)
+                    await _first(stop.asked.wait(), server.wait_drained())
+                    server.drain(settings.grace_ms)
+                    await _first(stop.now.wait(), server.wait_drained())
             finally:
                 await server.stop(0 if stop.now.is_set() else settings.grace_ms)
     finally:

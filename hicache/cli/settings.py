@@ -155,6 +155,13 @@ class ServeConfig:
         help_text="write the salt into the file: who has both can find a prompt that he knows",
     )
 
+    kv_events: str = setting(
+        "events",
+        Kind.TEXT,
+        "",
+        "publish for routers which blocks are held, at ADDRESS[,option=...][;...] (see hicache publish); empty: no",
+    )
+
     policy: str = setting(
         "policy", Kind.TEXT, "adaptive", f"which pages leave first: {', '.join(sorted(POLICIES))}"
     )
@@ -226,6 +233,26 @@ class ClientConfig:
     auth_token_file: str = setting("client", Kind.PATH, "", "file holding the bearer token, for TCP")
     tls_ca: str = setting("client", Kind.PATH, "", "PEM authority of the server's certificate, for TCP")
     timeout_ms: int = setting("client", Kind.DURATION, 10_000, "how long to wait for the sidecar to answer")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PublishConfig:
+    """All settings of ``hicache publish`` besides where the sidecar is."""
+
+    bind: str = setting(
+        "publisher", Kind.TEXT, "", "endpoints: ADDRESS[,option=value]..., several separated by semicolons"
+    )
+    pod: str = setting("publisher", Kind.TEXT, "", "what {pod} in topics stands for; default the host's name")
+    all_tenants: bool = setting(
+        "publisher", Kind.SWITCH, default=False, help_text="publish all tenants' pages; for administrators"
+    )
+    lost_ms: int = setting(
+        "publisher", Kind.DURATION, 5_000, "say AllBlocksCleared when the sidecar was away for so long"
+    )
+    metrics_port: int = setting(
+        "publisher", Kind.COUNT, 0, "serve Prometheus metrics on 127.0.0.1 at this port; 0: none"
+    )
+    log_level: str = setting("publisher", Kind.TEXT, "info", "least severe log lines shown", LOG_LEVELS)
 
 
 def settings_of(cls: type) -> tuple[Setting, ...]:

@@ -29,7 +29,9 @@ examples:
 
 _UNIX_MS = 1_000_000_000_000  # September 2001; no sidecar has been up for 31 years
 _GAUGES = ("sessions", "leases", "reservations", "waiting", "copies_in_flight", "namespaces")
-_STREAMS = frozenset({"rpc/Attach"})  # calls that last as long as their session: no latency
+_STREAMS = frozenset(
+    {"rpc/Attach", "rpc/WatchEvents"}
+)  # calls that last as long as their session: no latency
 _BAR_CELLS = 12
 
 

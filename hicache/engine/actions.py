@@ -212,6 +212,32 @@ Result = (
 
 
 @dataclasses.dataclass(slots=True)
+class Announce:
+    """Consecutive pages that became readable in a tier (``stored``), or are so no longer; only while somebody watches.
+
+    ``keys`` and, of stored ones, ``symbols`` are joined; ``parent`` is the key of the page before the first, empty at
+    the root. ``news``: it has just happened, and all who know everything hear it. ``surveys``: those that hear it, too;
+    of what is no news it is one survey, which is told how things stand.
+    """
+
+    stored: bool
+    namespace: int
+    tier: int
+    parent: bytes
+    keys: bytes
+    symbols: bytes
+    surveys: tuple[int, ...] = ()
+    news: bool = True
+
+
+@dataclasses.dataclass(slots=True)
+class SurveyDone:
+    """The survey has told everything."""
+
+    survey: int
+
+
+@dataclasses.dataclass(slots=True)
 class Reply:
     """The answer to the event with this request number."""
 
@@ -219,4 +245,15 @@ class Reply:
     result: Result
 
 
-Action = Copy | CopyIn | Compare | Free | OpenSegment | CloseSegment | OperationDone | Reply
+Action = (
+    Copy
+    | CopyIn
+    | Compare
+    | Free
+    | OpenSegment
+    | CloseSegment
+    | OperationDone
+    | Announce
+    | SurveyDone
+    | Reply
+)

@@ -109,10 +109,12 @@ class Core(Steps):
     def void(self, run: Run, tier: int) -> None:
         """The run's bytes in a tier are wrong: they leave at once, or when the last pin does."""
         if run.pins[tier]:
+            if self.news is not None and (run.id, tier) not in self.condemned:
+                self.news.condemned(run, tier)
             self.condemned.add((run.id, tier))
             return
-        self.condemned.discard((run.id, tier))
         self.leave(run, tier)
+        self.condemned.discard((run.id, tier))
         self.lose(run, tier)
         if run in self.gaps and run.live:
             self.save_early(run, tier - 1)

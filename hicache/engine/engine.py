@@ -29,6 +29,7 @@ from hicache.engine import (
     story,
     timers,
     views,
+    watching,
 )
 from hicache.engine import check as checking
 from hicache.engine import events as ev
@@ -239,5 +240,9 @@ _HANDLERS: dict[type, Callable[[Core, Any], None]] = {
     ev.Recovering: recovery.recovering,
     ev.Recovered: recovery.recovered,
     ev.Drain: savers.drain,
+    ev.Watching: watching.watching,
+    ev.SurveyOpened: watching.survey_opened,
+    ev.SurveyNext: watching.survey_next,
+    ev.SurveyClosed: watching.survey_closed,
     ev.Tick: _tick,
 }

@@ -300,6 +300,35 @@ class Drain:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Watching:
+    """From now on changes of what can be read are announced, or no longer; surveys end with that."""
+
+    on: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SurveyOpened:
+    """A watcher wants to know what there is: ``tenant``'s, or everybody's (empty). Each SurveyNext tells a piece."""
+
+    survey: int
+    tenant: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SurveyNext:
+    """The next piece of a survey, bounded in time; unknown ones are fine. After the last comes SurveyDone."""
+
+    survey: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SurveyClosed:
+    """Nobody needs the survey any more; unknown ones are fine."""
+
+    survey: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed; see ``Engine.next_deadline_ms``."""
 
@@ -332,5 +361,9 @@ Event = (
     | Recovering
     | Recovered
     | Drain
+    | Watching
+    | SurveyOpened
+    | SurveyNext
+    | SurveyClosed
     | Tick
 )

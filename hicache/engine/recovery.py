@@ -170,6 +170,8 @@ class _Part:
         run.slots[tier] = places
         core.runs[run.id] = run
         leaf = self.tree.set_state(run, tier, RESIDENT)
+        if core.news is not None:
+            core.news.gained(run, tier)
         policy = self.policy
         if leaf is not None and not leaf.pins[tier]:
             policy.hide(leaf.id)

@@ -11,6 +11,7 @@ import heapq
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING
 
 from hicache.engine.actions import Action, Failure, Free, OpenSegment, Reply, Result
 from hicache.engine.counters import Counters
@@ -31,6 +32,9 @@ from hicache.policy import make_admission, make_policy
 from hicache.policy.admission import NO_ADMISSION
 from hicache.tree import Run
 from hicache.types import Use, segment_slots
+
+if TYPE_CHECKING:
+    from hicache.engine.news import News
 
 #: A tick is the shell's millisecond times this, plus a counter: it orders uses and still tells their time.
 TICKS_PER_MS = 1024
@@ -89,6 +93,7 @@ class State:
         self.warmed: set[Run] = (
             set()
         )  # runs that these have brought to the leases' tier and no Fetch has used
+        self.news: News | None = None  # while somebody watches what can be read
         self.timers: list[tuple[int, int, str, int]] = []
         self.most_timers = SLACK_TIMERS  # with more, those of what is gone are looked for
         self.counters = Counters(len(self.tiers))

@@ -110,6 +110,8 @@ class Steps(Names):
             self.hot.add(other.id)
         if run.id in self.verdicts:
             self.verdicts[other.id] = self.verdicts[run.id]
+        if self.news is not None:
+            self.news.alike(run, other)
         if self.condemned:
             self.condemned |= {(other.id, tier) for ident, tier in self.condemned if ident == run.id}
 
@@ -137,6 +139,8 @@ class Steps(Names):
         absorbed = run.tree.try_merge(run, run.extra.many_hits)  # type: ignore[attr-defined]  # hot
         if absorbed is None:
             return False
+        if self.news is not None:
+            self.news.merged(run, absorbed)
         self._know_alike(absorbed, run)
         if self.chain_ends and absorbed.id in self.chain_ends:
             _end_chain_in(self, run, self.chain_ends.pop(absorbed.id))
@@ -196,6 +200,8 @@ class Steps(Names):
         counts = self.counters.pages[tier]
         counts[old] -= run.pages
         counts[state] += run.pages
+        if self.news is not None:
+            self.news.stepped(run, tier, old)
 
     def _keep_above(self, run: Run, tier: int) -> None:
         """Something has come to stand below: what drains just above it stays."""

@@ -53,6 +53,8 @@ def _take(core: Core, pool: Pool, run: Run, pages: int) -> array[int]:
     tier, policy = pool.tier, pool.policy
     if core.warmed and run in core.warmed:
         core.counters.unused_prefetched_pages += pages
+    if core.news is not None:
+        core.news.trimmed(run, tier, pages)
     ghosts = core.page_ids(run)[-pages:] if policy.wants_ghosts else ()
     if pages < run.pages:
         policy.trim(run.id, pages, ghosts)
@@ -98,6 +100,8 @@ def add(core: Core, reservation: Reservation, symbols: bytes, places: array[int]
         policy.expose(run.id)
         if covered is not None and covered.state[FIRST] == RESIDENT and not covered.pins[FIRST]:
             policy.hide(covered.id)
+        if core.news is not None:
+            core.news.gained(run, FIRST)
         runs.append(run)
         after, start = run, end
     counts = core.counters.pages[FIRST]

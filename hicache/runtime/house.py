@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from hicache.engine import Engine, events
-from hicache.engine.actions import Action
+from hicache.engine.actions import Action, Announce, SurveyDone
 from hicache.errors import ConfigError
 from hicache.runtime.clock import Clock
 from hicache.runtime.copier import Copier
@@ -22,6 +22,7 @@ from hicache.runtime.recovery import Recoverer
 from hicache.runtime.regions import RegionRegistry
 from hicache.runtime.stores import Stores, open_stores
 from hicache.runtime.watch import Watch
+from hicache.runtime.watchers import Watchers
 from hicache.runtime.workers import Wake, Workers, resolve
 from hicache.types import Completion, Namespace, Op
 
@@ -52,6 +53,11 @@ class House:
             now_ns=clock.now_ns,
         )
         self.performer = Performer(self.ports, self.copier, regions, self.loop.handle)
+        self.watchers = Watchers(
+            self.loop.handle, lambda number: self.namespaces.find(number)[0].tenant, clock
+        )
+        self.performer.hand_on(Announce, self.watchers.take)
+        self.performer.hand_on(SurveyDone, self.watchers.survey_done)
         for port in self.ports:
             port.on_local = wake.ring
             port.now_ms = clock.now_ms
@@ -151,6 +157,7 @@ class House:
         for watch in self._watches:
             watch.close()
         self.heat.stop()
+        self.watchers.close()
         self.loop.close()
         if self.recorder is not None:
             await asyncio.to_thread(self.recorder.close)

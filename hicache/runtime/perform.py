@@ -43,6 +43,10 @@ class Performer:
             port.on_opened = self._opened
         self.on_tier: Callable[[str, bool], None] = lambda _name, _well: None
 
+    def hand_on(self, kind: type, call: Callable[..., None]) -> None:
+        """Leave actions of a kind to somebody else."""
+        self._by_kind[kind] = call
+
     def perform(self, action: Action) -> None:
         """Start one action."""
         self._by_kind[type(action)](action)

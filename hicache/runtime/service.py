@@ -36,6 +36,7 @@ from hicache.runtime.regions import RegionRegistry
 from hicache.runtime.reports import CorruptReports
 from hicache.runtime.stats import ServiceStats, service_stats
 from hicache.runtime.storing import StoreCalls
+from hicache.runtime.watchers import Watcher
 from hicache.types import Namespace, TierSpec
 
 _log = logging.getLogger(__name__)
@@ -188,6 +189,7 @@ class Service:
 
     def _failed(self) -> None:
         self._door.state = FAILED
+        self._running.watchers.close()
         self._tell(0)
 
     def _tier(self, name: str, well: bool) -> None:  # noqa: FBT001
@@ -244,6 +246,22 @@ class Service:
         house.namespaces.check(spec)
         self._window.open(spec.page_bytes)
         return house.open_namespace(spec)
+
+    # --- watching
+
+    def watch(self, tenant: str, revision: int = 0) -> Watcher:
+        """A watcher of what can be read, as ``Watchers.come`` makes it; ``unwatch`` it in the end."""
+        self._door.alive()
+        return self._running.watchers.come(tenant, revision)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """It watches no longer. Idempotent."""
+        if self._house is not None:
+            self._house.watchers.leave(watcher)
+
+    def describe_namespace(self, number: int) -> tuple[Namespace, bytes]:
+        """A namespace that pages were announced of, and its fingerprint. Raises NotFoundError."""
+        return self._running.namespaces.find(number)
 
     # --- reads
 

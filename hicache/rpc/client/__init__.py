@@ -21,6 +21,7 @@ from hicache.rpc.client.results import (
 )
 from hicache.rpc.client.staging import ForeignMemory, Staging, StagingRun
 from hicache.rpc.client.ticket import LeaseTicket, TicketReader, TicketRun
+from hicache.rpc.client.watch import EventBatch, PageEvents, WatchedNamespace, WatchKind
 
 __all__ = [
     "Advice",
@@ -29,6 +30,7 @@ __all__ = [
     "ClientOptions",
     "CommitResult",
     "DataPlane",
+    "EventBatch",
     "EvictResult",
     "FetchQuery",
     "ForeignMemory",
@@ -37,6 +39,7 @@ __all__ = [
     "MatchResult",
     "NamespaceHandle",
     "OperationResult",
+    "PageEvents",
     "PinResult",
     "PrefetchResult",
     "Reservation",
@@ -49,4 +52,6 @@ __all__ = [
     "Tls",
     "Tree",
     "Verify",
+    "WatchKind",
+    "WatchedNamespace",
 ]

@@ -40,6 +40,8 @@ from hicache.rpc.client.results import (
 )
 from hicache.rpc.client.storing import Pages
 from hicache.rpc.client.ticket import LeaseTicket, TicketReader
+from hicache.rpc.client.watch import WatchAsk
+from hicache.rpc.client.watches import AsyncWatch
 from hicache.types import Use
 
 #: How long calls that move pages wait for room, or for pages from lower tiers, unless they say otherwise.
@@ -267,3 +269,21 @@ class Client(ClientBase):
     async def cancel(self, operation: int) -> None:
         """Wait for an operation no longer; copies that others share go on."""
         await self._driver.run(self._cancel(operation))
+
+    def watch(
+        self,
+        *,
+        tiers: Sequence[int | str] = (),
+        fingerprints: Sequence[bytes] = (),
+        all_tenants: bool = False,
+        progress_ms: int = 0,
+        lost_ms: int = 5_000,
+    ) -> AsyncWatch:
+        """What can be read where, from now on: batches of events, beginning with a snapshot (see docs/EVENTS.md).
+
+        An asynchronous iterator that reconnects by itself. Empty filters let everything pass; ``all_tenants`` is for
+        administrators. ``progress_ms``: how often the sidecar says that nothing happened; ``lost_ms``: after how long
+        without it a LOST batch says so.
+        """
+        ask = WatchAsk(tuple(tiers), tuple(fingerprints), all_tenants, progress_ms, lost_ms)
+        return AsyncWatch(self._driver, ask)

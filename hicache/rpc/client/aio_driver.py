@@ -28,15 +28,19 @@ from hicache.rpc.client.steps import (
     SMALL_WORK_BYTES,
     Call,
     Download,
+    EndWatch,
     NeedLink,
+    NextEvents,
     NextMessage,
     OpenStream,
+    OpenWatch,
     Send,
     Sleep,
     Step,
     Steps,
     T,
     Upload,
+    WatchStep,
     Work,
 )
 from hicache.rpc.pb import session_pb2
@@ -184,8 +188,29 @@ class Driver:
                 return await self._download(step)
             case Upload():
                 return await self._upload(step)
+            case OpenWatch() | NextEvents() | EndWatch():
+                return await self._watch(step)
             case _:
                 return await self._life(step)
+
+    async def _watch(self, step: WatchStep) -> Any:
+        try:
+            match step:
+                case OpenWatch():
+                    return self._methods["WatchEvents"](step.request, metadata=self._metadata)
+                case NextEvents():
+                    message = await step.stream.read()
+                    return None if message is grpc.aio.EOF else message
+                case EndWatch():
+                    return step.stream.cancel()
+        except grpc.aio.AioRpcError as error:
+            raise channel.error_of(error) from None
+        except grpc.aio.UsageError as error:
+            raise UnavailableError(f"the client is closed: {error}") from None
+        except asyncio.CancelledError:
+            if _cancelling():
+                raise
+            raise UnavailableError("the stream of events was cancelled") from None
 
     async def _call(self, step: Call) -> Any:
         try:

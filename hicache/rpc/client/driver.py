@@ -22,15 +22,19 @@ from hicache.rpc.client.session import Link
 from hicache.rpc.client.steps import (
     Call,
     Download,
+    EndWatch,
     NeedLink,
+    NextEvents,
     NextMessage,
     OpenStream,
+    OpenWatch,
     Send,
     Sleep,
     Step,
     Steps,
     T,
     Upload,
+    WatchStep,
     Work,
 )
 from hicache.rpc.pb import session_pb2
@@ -161,8 +165,24 @@ class Driver:
                 return self._download(step)
             case Upload():
                 return self._upload(step)
+            case OpenWatch() | NextEvents() | EndWatch():
+                return self._watch(step)
             case _:
                 return self._life(step)
+
+    def _watch(self, step: WatchStep) -> Any:
+        try:
+            match step:
+                case OpenWatch():
+                    return self._methods["WatchEvents"](step.request, metadata=self._metadata)
+                case NextEvents():
+                    return next(step.stream, None)
+                case EndWatch():
+                    return step.stream.cancel()
+        except grpc.RpcError as error:
+            raise channel.error_of(error) from None
+        except ValueError as error:
+            raise UnavailableError(f"the client is closed: {error}") from None
 
     def _call(self, step: Call) -> Any:
         try:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
-from hicache.rpc.pb import cache_pb2, session_pb2
+from hicache.rpc.pb import cache_pb2, events_pb2, session_pb2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,7 +83,31 @@ class Send:
     messages: Sequence[session_pb2.AttachRequest]
 
 
-Step: TypeAlias = Call | Download | Upload | Work | NeedLink | Sleep | OpenStream | NextMessage | Send
+@dataclasses.dataclass(frozen=True, slots=True)
+class OpenWatch:
+    """Begin a stream of events. Answer: the stream, for the two steps below."""
+
+    request: events_pb2.WatchEventsRequest
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NextEvents:
+    """Answer: the stream's next message, or None at its end."""
+
+    stream: Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EndWatch:
+    """End the stream. Answer: None."""
+
+    stream: Any
+
+
+WatchStep: TypeAlias = OpenWatch | NextEvents | EndWatch
+Step: TypeAlias = (
+    Call | Download | Upload | Work | NeedLink | Sleep | OpenStream | NextMessage | Send | WatchStep
+)
 T = TypeVar("T")
 Steps: TypeAlias = Generator[Step, Any, T]
 

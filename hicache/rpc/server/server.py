@@ -21,6 +21,8 @@ from hicache.rpc.pb import (
     admin_pb2_grpc,
     cache_pb2,
     cache_pb2_grpc,
+    events_pb2,
+    events_pb2_grpc,
     region_pb2,
     region_pb2_grpc,
     session_pb2,
@@ -30,6 +32,7 @@ from hicache.rpc.server.admin import AdminServicer
 from hicache.rpc.server.attach import SessionServicer
 from hicache.rpc.server.cache import CacheServicer
 from hicache.rpc.server.edge import Edge, refuse
+from hicache.rpc.server.events import EventServicer
 from hicache.rpc.server.fdsocket import FdSocket
 from hicache.rpc.server.identity import Authenticator, Context, Credentials
 from hicache.rpc.server.lock import SocketLock, remove_stale_socket
@@ -55,6 +58,7 @@ SERVICES = tuple(
         (region_pb2.DESCRIPTOR, "RegionService"),
         (cache_pb2.DESCRIPTOR, "CacheService"),
         (admin_pb2.DESCRIPTOR, "AdminService"),
+        (events_pb2.DESCRIPTOR, "EventService"),
     )
 )
 
@@ -230,6 +234,7 @@ class Server:
         )
         cache_pb2_grpc.add_CacheServiceServicer_to_server(CacheServicer(service, edge), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(service, edge, self.drain), server)
+        events_pb2_grpc.add_EventServiceServicer_to_server(EventServicer(service, edge), server)
         # Health is open to all: probes carry no credentials, and it says one word.
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
