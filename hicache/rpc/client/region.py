@@ -15,6 +15,7 @@ import fcntl
 import mmap
 import os
 import threading
+from typing import Protocol
 
 import numpy as np
 
@@ -31,6 +32,13 @@ class Registration:
 
     incarnation: int
     region_id: int
+
+
+class Shown(Protocol):
+    """Memory that the server can be shown: a descriptor, and its number in a session once it was."""
+
+    fd: int
+    registration: Registration | None
 
 
 class WriteRegion:

@@ -11,7 +11,7 @@ from hicache.errors import ExhaustedError, HicacheError, NotFoundError, StaleErr
 from hicache.rpc.client import calls
 from hicache.rpc.client.core import Attempt, Budget, Core, NamespaceState, Reply, invoke, named, simple
 from hicache.rpc.client.lifeline import exchange
-from hicache.rpc.client.region import Registration, WriteRegion
+from hicache.rpc.client.region import Registration, Shown, WriteRegion
 from hicache.rpc.client.reservation import PageBuffer, ReservationState, checksums, pieces, regions
 from hicache.rpc.client.results import CommitResult
 from hicache.rpc.client.session import Link
@@ -109,7 +109,7 @@ def _commit_step(core: Core, state: ReservationState, sending: _Sending) -> Call
             return Upload(requests, attempt.left_s)
         region_ids: dict[WriteRegion, int] = {}
         for region in regions(sending.pages):
-            region_ids[region] = yield from _registered(core, region, attempt)
+            region_ids[region] = yield from registered(core, region, attempt)
         found = pieces(sending.pages, region_ids, state.page_bytes)
         request = calls.commit(who, state.reservation, found, sending.checksums, sending.ask)
         sending.named = True
@@ -134,7 +134,7 @@ def _chunks(
             )
 
 
-def _registered(core: Core, region: WriteRegion, attempt: Attempt) -> Steps[int]:
+def registered(core: Core, region: Shown, attempt: Attempt) -> Steps[int]:
     """A region's id in this session."""
     link, held = attempt.link, region.registration
     if held is None or held.incarnation != link.incarnation:
