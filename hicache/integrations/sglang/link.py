@@ -16,7 +16,7 @@ from hicache.errors import HicacheError, UnavailableError
 from hicache.integrations.sglang.settings import SglangSettings
 from hicache.rpc.client.batching import Batches
 from hicache.rpc.client.client import Client, Lease
-from hicache.rpc.client.prompt import Tokens
+from hicache.rpc.client.many import FetchQuery
 
 log = logging.getLogger(__name__)
 
@@ -94,14 +94,13 @@ class Link:
                 log.warning("hicache answers as if nothing were cached: %s", error)
 
     def fetch(
-        self, pages: Batches, prompts: Sequence[Tokens], deadline: Deadline
+        self, pages: Batches, prompts: Sequence[bytes], deadline: Deadline
     ) -> list[Lease | HicacheError]:
         """A lease for each prompt, or why there is none."""
-        wait_ms = deadline.left_ms(self.settings.load_wait_ms)
-        found: list[Lease | HicacheError] = []
-        for prompt in prompts:
-            found.append(pages.handle.fetch(prompt, wait_ms=wait_ms, timeout_s=deadline.left_s()))
-        return found
+        queries = [FetchQuery(pages.handle, prompt) for prompt in prompts]
+        left_ms = deadline.left_ms()
+        wait_ms = min(self.settings.load_wait_ms, left_ms * 3 // 4)
+        return self.client.fetch_many(queries, wait_ms=wait_ms, timeout_s=(left_ms - wait_ms) / 1000)
 
     def _attach(self) -> None:
         try:

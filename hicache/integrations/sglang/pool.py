@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from hicache.errors import ConfigError, InvalidArgumentError
 from hicache.integrations.sglang.identity import PoolFacts
-from hicache.rpc.client.batch import EngineMemory
 from hicache.rpc.client.buffers import Bytes, readable
+from hicache.rpc.client.staging import ForeignMemory
 
 Piece = tuple[int, int]  # address, bytes
+Adopt = Callable[[int, int], ForeignMemory]  # a descriptor, and how many bytes of it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,13 +29,13 @@ class Mapped:
 
     begin: int
     end: int
-    memory: EngineMemory
+    memory: ForeignMemory
 
 
 class HostPool:
     """One host pool. ``parts``: pages of hicache's that one page of SGLang's is stored as, ``part_bytes`` each."""
 
-    def __init__(self, name: str, pool: Any) -> None:
+    def __init__(self, name: str, pool: Any, adopt: Adopt) -> None:
         """Raises ConfigError for a pool whose pages cannot be had."""
         self.name = name
         self._pool = pool
@@ -51,7 +52,7 @@ class HostPool:
             )
         #: Whether each part is one piece, so that it can go without being gathered.
         self.whole = found is not None and len(found) == self.parts
-        self.mapped = _mapped(pool) if self.whole else []
+        self.mapped = _mapped(pool, adopt) if self.whole else []
 
     def close(self) -> None:
         """Let go of the pool's descriptors."""
@@ -102,7 +103,7 @@ class HostPool:
         """The pieces of each part of a page."""
         return [[piece] for piece in pieces] if self.parts > 1 else [pieces]
 
-    def place(self, piece: Bytes) -> tuple[EngineMemory, int] | None:
+    def place(self, piece: Bytes) -> tuple[ForeignMemory, int] | None:
         """The memfd in which a piece lies, and where; None where it lies in none."""
         address = piece.ctypes.data
         for each in self.mapped:
@@ -178,16 +179,16 @@ def _count(pool: Any, name: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _mapped(pool: Any) -> list[Mapped]:
+def _mapped(pool: Any, adopt: Adopt) -> list[Mapped]:
     """The memfds of a pool, where its allocator is ``shm``."""
     allocator = getattr(pool, "allocator", None)
     found = []
     for fd, mapping in zip(getattr(allocator, "fds", ()), getattr(allocator, "mms", ()), strict=False):
         view = np.frombuffer(mapping, dtype=np.uint8)
-        found.append(Mapped(view.ctypes.data, view.ctypes.data + view.nbytes, EngineMemory(fd)))
+        found.append(Mapped(view.ctypes.data, view.ctypes.data + view.nbytes, adopt(fd, view.nbytes)))
     only: Any = getattr(pool, "fd", None)
     buffer: Any = getattr(pool, "kv_buffer", None)
     if not found and isinstance(only, int) and hasattr(buffer, "data_ptr"):
-        begin = int(buffer.data_ptr())
-        found.append(Mapped(begin, begin + buffer.numel() * buffer.element_size(), EngineMemory(only)))
+        begin, size_bytes = int(buffer.data_ptr()), int(buffer.numel() * buffer.element_size())
+        found.append(Mapped(begin, begin + size_bytes, adopt(only, size_bytes)))
     return found

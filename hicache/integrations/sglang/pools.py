@@ -45,7 +45,7 @@ class Pools:
         with self._lock:
             if self._known.get(name) is pool:
                 return
-            host = HostPool(name, pool)
+            host = HostPool(name, pool, self._link.client.adopt_memory)
             facts = host.facts()
             kv = facts if name == KV else self._kv
             if kv is None:

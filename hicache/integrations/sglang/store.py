@@ -179,7 +179,9 @@ class PoolPages:
         missing.reverse()
         stores = [(self._prompt(keys[page]), self._sources(pieces(page))) for page in missing]
         settings = self._link.settings
-        ask = StoreAsk(deadline.left_ms(settings.store_wait_ms), durable=settings.ack == "durable")
+        ask = StoreAsk(
+            min(settings.store_wait_ms, deadline.left_ms() * 3 // 4), durable=settings.ack == "durable"
+        )
         for page, outcome in zip(missing, self._pages.store(stores, ask, deadline.left_s()), strict=True):
             done[page] = outcome.present_pages + outcome.stored_pages == self.pool.parts
             self.counts.stored_pages += done[page]

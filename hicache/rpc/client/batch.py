@@ -1,6 +1,6 @@
 """Many short prompts in one call: look-ups, and stores straight out of registered memory.
 
-A store's pages lie in regions: the client's own write memory, or memory of the engine's own (``EngineMemory``), which
+A store's pages lie in regions: the client's own write memory, or memory of the engine's own (``ForeignMemory``), which
 the server then copies from directly. Their checksums travel along: memory that changes before the server has read it
 is refused, never stored.
 """
@@ -8,41 +8,21 @@ is refused, never stored.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 
 from hicache.errors import InvalidArgumentError
 from hicache.rpc.client.core import Attempt, Budget, Core, NamespaceState, invoke, named, opened
-from hicache.rpc.client.region import Registration, Shown
+from hicache.rpc.client.region import Region
 from hicache.rpc.client.steps import Call, Step, Steps
 from hicache.rpc.client.storing import registered
 from hicache.rpc.pb import batch_pb2
-
-
-class EngineMemory:
-    """A memfd that is not ours, registered once a session. The descriptor is duplicated and closed by ``close``."""
-
-    def __init__(self, fd: int) -> None:
-        """Raises InvalidArgumentError for a descriptor that is not open."""
-        try:
-            self.fd = os.dup(fd)
-        except OSError as error:
-            raise InvalidArgumentError(f"descriptor {fd} cannot be used: {error}") from error
-        self.size_bytes = os.fstat(self.fd).st_size
-        self.registration: Registration | None = None
-
-    def close(self) -> None:
-        """Let go of it; the server's own reference goes with the session. Idempotent."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
     """Where a page's bytes lie, and their xxh3-64."""
 
-    region: Shown
+    region: Region
     offset: int
     checksum: int
 

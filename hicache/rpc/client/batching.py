@@ -9,11 +9,12 @@ import numpy as np
 import xxhash
 
 from hicache.errors import ExhaustedError, HicacheError, StaleError, UnavailableError
-from hicache.rpc.client.batch import EngineMemory, Place, StoreAsk, Stored, match_many, store_many
+from hicache.rpc.client.batch import Place, StoreAsk, Stored, match_many, store_many
 from hicache.rpc.client.buffers import Bytes
 from hicache.rpc.client.client import Client, NamespaceHandle
 from hicache.rpc.client.core import Budget
 from hicache.rpc.client.region import Block
+from hicache.rpc.client.staging import ForeignMemory
 
 #: Pages are gathered and sent in parts of this size: bounded memory, and still in the processor's cache.
 PART_BYTES = 64 << 20
@@ -24,7 +25,7 @@ class PageSource:
     """A page's bytes: pieces in their order. With ``memory`` it is one piece that lies there, at ``offset``."""
 
     pieces: Sequence[Bytes]
-    memory: EngineMemory | None = None
+    memory: ForeignMemory | None = None
     offset: int = 0
 
 
@@ -46,7 +47,7 @@ class Batches:
     ) -> list[Stored]:
         """Store what is missing of each prompt. One outcome each; raises HicacheError where nothing was answered.
 
-        The memory of a page that lies in an EngineMemory must stand still until this returns; later it may change,
+        The memory of a page that lies in an ForeignMemory must stand still until this returns; later it may change,
         whatever became of the call: the server compares checksums.
         """
         deadline_ns = self._core.now_ns() + int(timeout_s * 1e9)
@@ -118,7 +119,7 @@ class _Staging:
         """Where the server finds the page: where it is, or a copy."""
         if source.memory is not None:
             checksum = xxhash.xxh3_64_intdigest(source.pieces[0].data)
-            return Place(source.memory, source.offset, checksum)
+            return Place(source.memory.region, source.offset, checksum)
         if not self._free:
             raise ExhaustedError("more pages are gathered than were expected")
         block, index = self._free.pop()

@@ -2,11 +2,4 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from typing import Any
 
-import pytest
-import torch
-
-from tests_sglang import HostPool, StatePool, Transfer, keys_of
