@@ -77,11 +77,14 @@ class Link:
 
     @contextmanager
     def call(self) -> Iterator[Deadline]:
-        """One call of SGLang's. What fails inside is logged and leaves the block; the caller answers a miss."""
+        """One call of SGLang's. What fails inside is logged and leaves the block; the caller answers a miss.
+
+        Where nobody can be asked the deadline is over already: the first look at it leaves the block.
+        """
+        now_ns = self.now_ns()
+        absent = not self.client.attached or now_ns < self._paused_until_ns
         try:
-            if not self.client.attached or self.now_ns() < self._paused_until_ns:
-                raise Absent
-            yield Deadline(self, self.now_ns() + self.settings.deadline_ms * NS_PER_MS)
+            yield Deadline(self, now_ns + (0 if absent else self.settings.deadline_ms) * NS_PER_MS)
             self._told = False
         except Absent:
             return

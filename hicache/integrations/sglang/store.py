@@ -64,7 +64,8 @@ class PoolPages:
     def clear(self) -> bool:
         """Drop all of this namespace that nobody reads. Answers whether it was done."""
         done = False
-        with self._link.call():
+        with self._link.call() as deadline:
+            deadline.left_ms()
             self._link.client.admin.clear(self._pages.handle)
             done = True
         return done

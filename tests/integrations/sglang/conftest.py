@@ -1,4 +1,4 @@
-"""A sidecar for each test, and the backend over stand-ins for SGLang's classes."""
+"""Sidecars, and the backend over stand-ins for SGLang's classes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from sglang_kit import PoolTransferResult, Sidecar, Storage, StorageConfig, StorageMetrics
 
+BACKEND = "hicache.integrations.sglang.backend"
+Open = Callable[..., Any]
 
-@pytest.fixture
-def sidecar() -> Iterator[Sidecar]:
+
+def running() -> Iterator[Sidecar]:
     with tempfile.TemporaryDirectory(prefix="hc-") as home:
         found = Sidecar(Path(home))
         found.start()
@@ -29,30 +31,44 @@ def sidecar() -> Iterator[Sidecar]:
         found.kill()
 
 
-Open = Callable[..., Any]
+@pytest.fixture(scope="module")
+def shared_sidecar() -> Iterator[Sidecar]:
+    """For tests that leave it as it is; emptied after each."""
+    yield from running()
 
 
 @pytest.fixture
-def open_backend(monkeypatch: pytest.MonkeyPatch, sidecar: Sidecar) -> Iterator[Open]:
-    """Makes backends: ``open_backend(pool, key=value of the JSON, config={...})``."""
-    if "sglang" not in sys.modules:
-        storage: Any = types.ModuleType("sglang.srt.mem_cache.hicache_storage")
-        storage.HiCacheStorage, storage.PoolTransferResult = Storage, PoolTransferResult
-        metrics: Any = types.ModuleType("sglang.srt.observability.metrics_collector")
-        metrics.StorageMetrics = StorageMetrics
-        names = ("sglang", "sglang.srt", "sglang.srt.mem_cache", "sglang.srt.observability")
-        for name in names:
-            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        for module in (storage, metrics):
-            monkeypatch.setitem(sys.modules, module.__name__, module)
+def own_sidecar() -> Iterator[Sidecar]:
+    """For tests that harm it."""
+    yield from running()
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """SGLang's modules, as far as the backend imports them."""
+    storage: Any = types.ModuleType("sglang.srt.mem_cache.hicache_storage")
+    storage.HiCacheStorage, storage.PoolTransferResult = Storage, PoolTransferResult
+    metrics: Any = types.ModuleType("sglang.srt.observability.metrics_collector")
+    metrics.StorageMetrics = StorageMetrics
+    for name in ("sglang", "sglang.srt", "sglang.srt.mem_cache", "sglang.srt.observability"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    for module in (storage, metrics):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(metadata, "version", lambda _: "0.5.23")
-    monkeypatch.delitem(sys.modules, "hicache.integrations.sglang.backend", raising=False)
+    sys.modules.pop(BACKEND, None)
+    yield
+    sys.modules.pop(BACKEND, None)
+
+
+@pytest.fixture
+def make_backend(stand_ins: None) -> Iterator[Open]:
+    """Makes backends: ``make_backend(pool, config={...}, endpoint=..., other key of the JSON=value)``."""
     opened: list[Any] = []
 
     def make(pool: Any, *, config: dict[str, Any] | None = None, **extra: Any) -> Any:
         from hicache.integrations.sglang import HiCacheStorageBackend
 
-        given = {"endpoint": sidecar.endpoint, "interface_v1": 1, "allocator": "shm", **extra}
+        given = {"interface_v1": 1, "allocator": "shm", **extra}
         backend = HiCacheStorageBackend(StorageConfig(given, **(config or {})), {})
         opened.append(backend)
         if pool is not None:
@@ -62,4 +78,17 @@ def open_backend(monkeypatch: pytest.MonkeyPatch, sidecar: Sidecar) -> Iterator[
     yield make
     for backend in opened:
         backend.close()
-    sys.modules.pop("hicache.integrations.sglang.backend", None)
+
+
+@pytest.fixture
+def open_backend(make_backend: Open, shared_sidecar: Sidecar) -> Iterator[Open]:
+    """``make_backend`` on the shared sidecar."""
+    made: list[Any] = []
+
+    def make(pool: Any, **given: Any) -> Any:
+        made.append(make_backend(pool, endpoint=shared_sidecar.endpoint, **given))
+        return made[-1]
+
+    yield make
+    if made:
+        made[0]._link.client.admin.clear()

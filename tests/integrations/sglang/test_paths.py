@@ -162,37 +162,46 @@ def test_clear_drops_this_namespace_only(open_backend: Any) -> None:
     assert ours.batch_set_v1(keys_of(1), pool.indices(0)) == [True]
 
 
+class Traffic:
+    """What SGLang's three threads do with one backend."""
+
+    def __init__(self, backend: Any, pool: HostPool) -> None:
+        self.backend, self.pool = backend, pool
+        self.stored = pool.fill(*range(8))
+        self.keys = keys_of(*range(8))
+        self.wrong: list[str] = []
+
+    def backup(self) -> None:
+        for page in list(range(8)) * 20:
+            if self.backend.batch_set_v1([self.keys[page]], self.pool.indices(page)) != [True]:
+                self.wrong.append(f"store of {page}")
+
+    def query(self) -> None:
+        for _ in range(60):
+            if not 0 <= self.backend.batch_exists(self.keys) <= 8:
+                self.wrong.append("exists")
+
+    def prefetch(self) -> None:
+        for _ in range(40):
+            loaded = self.backend.batch_get_v1(self.keys, self.pool.indices(*range(8, 16)))
+            bad = [
+                page for page in range(8) if loaded[page] and self.pool.read(8 + page) != [self.stored[page]]
+            ]
+            self.wrong += [f"load of {page}" for page in bad]
+
+
 def test_three_threads_at_once(open_backend: Any) -> None:
     pool = HostPool("page_first_direct")
     backend = open_backend(pool)
-    stored = pool.fill(*range(8))
-    keys, errors = keys_of(*range(8)), []
-
-    def backup() -> None:
-        for _ in range(20):
-            for page in range(8):
-                if backend.batch_set_v1([keys[page]], pool.indices(page)) != [True]:
-                    errors.append(f"store of {page}")
-
-    def query() -> None:
-        for _ in range(60):
-            if not 0 <= backend.batch_exists(keys) <= 8:
-                errors.append("exists")
-
-    def prefetch() -> None:
-        for _ in range(40):
-            for page, sound in enumerate(backend.batch_get_v1(keys, pool.indices(*range(8, 16)))):
-                if sound and pool.read(8 + page) != [stored[page]]:
-                    errors.append(f"load of {page}")
-
-    threads = [threading.Thread(target=work) for work in (backup, query, prefetch)]
+    traffic = Traffic(backend, pool)
+    threads = [threading.Thread(target=work) for work in (traffic.backup, traffic.query, traffic.prefetch)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert not errors
+    assert not traffic.wrong
     assert not any(thread.is_alive() for thread in threads)
-    assert backend.batch_get_v1(keys, pool.indices(*range(8, 16))) == [True] * 8
+    assert backend.batch_get_v1(traffic.keys, pool.indices(*range(8, 16))) == [True] * 8
 
 
 def test_figures_are_those_since_they_were_last_asked(open_backend: Any) -> None:
