@@ -90,9 +90,7 @@ def mla_pool(spec: dict[str, Any]) -> MLATokenToKVPoolHost:
         dtype=torch.float16,
         device=CPU,
     )
-    return MLATokenToKVPoolHost(
-        info, start_layer=0, end_layer=LAYERS, target_layer_num=LAYERS, **shape(spec)
-    )
+    return MLATokenToKVPoolHost(info, start_layer=0, end_layer=LAYERS, target_layer_num=LAYERS, **shape(spec))
 
 
 def shape(spec: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +174,9 @@ class Host:
         self.controller.write_storage(self.indices(pages), tokens, self.hashes(tokens), prefix_keys)
         return int(self.controller.ack_backup_queue.get(timeout=60).completed_tokens)
 
-    def prefetch(self, tokens: list[int], pages: list[int], prefix_keys: list[str] | None = None) -> list[int]:
+    def prefetch(
+        self, tokens: list[int], pages: list[int], prefix_keys: list[str] | None = None
+    ) -> list[int]:
         """Look up and load through the controller's prefetch threads: tokens found, and tokens loaded."""
         self.controller.prefetch("request", tokens, None, prefix_keys)
         operation = self.controller.prefetch_hit_queue.get(timeout=60)
