@@ -67,50 +67,56 @@ class SglangProcess:
 
         return call
 
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
 
 Start = Callable[..., SglangProcess]
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts engines: ``start(target, layout=..., key of the JSON=value)``."""
-    python = environment("sglang")
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[SglangProcess]]:
+    """Two processes that have imported SGLang, which takes long; each holds one engine at a time."""
+    python, logs = environment("sglang"), tmp_path_factory.mktemp("sglang")
     with contextlib.ExitStack() as stack:
-        numbers = iter(range(100))
+        yield [
+            stack.enter_context(SglangProcess(python, logs / f"sglang-{number}.log")) for number in range(2)
+        ]
 
-        def make(
-            target: str, *, pool: str = "mha", layout: str = "page_first", allocator: str = "shm", **more: Any
-        ) -> SglangProcess:
-            ranks = {key: more.pop(key) for key in ("rank", "ranks") if key in more}
-            engine = stack.enter_context(SglangProcess(python, tmp_path / f"sglang-{next(numbers)}.log"))
-            extra = {
-                "backend_name": "hicache",
-                "module_path": "hicache.integrations.sglang",
-                "class_name": "HiCacheStorageBackend",
-                "interface_v1": 1,
-                "allocator": allocator,
-                "endpoint": target,
-                **more,
-            }
-            spec = {
-                "pool": pool,
-                "layout": layout,
-                "allocator": allocator,
-                "page_size": PAGE_TOKENS,
-                "tokens": 64 * PAGE_TOKENS,
-                "backend": "dynamic",
-                "model": "local/model",
-                "extra": extra,
-                **ranks,
-            }
-            assert engine.start(spec) == "hicache.integrations.sglang.backend"
-            return engine
 
-        yield make
+@pytest.fixture
+def start(processes: list[SglangProcess]) -> Iterator[Start]:
+    """Starts engines: ``start(target, layout=..., key of the JSON=value)``, two of them at most."""
+    left = list(processes)
+
+    def make(
+        target: str, *, pool: str = "mha", layout: str = "page_first", allocator: str = "shm", **more: Any
+    ) -> SglangProcess:
+        ranks = {key: more.pop(key) for key in ("rank", "ranks") if key in more}
+        engine = left.pop(0)
+        extra = {
+            "backend_name": "hicache",
+            "module_path": "hicache.integrations.sglang",
+            "class_name": "HiCacheStorageBackend",
+            "interface_v1": 1,
+            "allocator": allocator,
+            "endpoint": target,
+            **more,
+        }
+        spec = {
+            "pool": pool,
+            "layout": layout,
+            "allocator": allocator,
+            "page_size": PAGE_TOKENS,
+            "tokens": 64 * PAGE_TOKENS,
+            "backend": "dynamic",
+            "model": "local/model",
+            "extra": extra,
+            **ranks,
+        }
+        assert engine.start(spec) == "hicache.integrations.sglang.backend"
+        return engine
+
+    yield make
+    for process in processes:
+        process.close()
 
 
 def prompt(pages: int, seed: int = 0) -> list[int]:
@@ -145,7 +151,6 @@ def test_backup_and_prefetch_by_the_controller(
     assert engine.prefetch(tokens[: 5 * PAGE_TOKENS] + prompt(5, 9), into)[0] == 5 * PAGE_TOKENS
     assert engine.stats() == {"loads": [20, 5], "stores": [20]}
     box.wait_idle()
-    assert engine.close()
 
 
 def test_a_second_process_finds_what_the_first_stored_whoever_knows_the_prefix(
@@ -160,7 +165,7 @@ def test_a_second_process_finds_what_the_first_stored_whoever_knows_the_prefix(
     # As SGLang backs up two nodes of its tree, with prefix keys and without.
     assert first.backup(tokens[: 8 * PAGE_TOKENS], list(range(8)), []) == 8 * PAGE_TOKENS
     assert first.set_v1(keys[8:], list(range(8, 12))) == [True] * 4
-    first.kill()
+    first.close()
     assert second.prefetch(tokens, list(range(20, 32)), None) == [len(tokens)] * 2
     assert second.digests(list(range(20, 32))) == stored
     assert second.exists(keys[6:], keys[:6]) == second.exists(keys[6:], None) == 6
@@ -184,17 +189,17 @@ def test_side_pools_threads_and_clear(sidecar: Sidecars, start: Start) -> None:
     assert (engine.exists(keys), other.exists(keys)) == (0, 6)
 
 
-def test_ranks_of_mha_keep_apart_and_those_of_mla_share(sidecar: Sidecars, start: Start) -> None:
+@pytest.mark.parametrize(("pool", "expected"), [("mha", 0), ("mla", 3)])
+def test_ranks_of_mha_keep_apart_and_those_of_mla_share(
+    sidecar: Sidecars, start: Start, pool: str, expected: int
+) -> None:
     box = sidecar()
     keys, pages = [f"{number:064x}" for number in range(3)], [0, 1, 2]
-    for pool, expected in (("mha", 0), ("mla", 3)):
-        writer = start(box.target, pool=pool, rank=0, ranks=2)
-        reader = start(box.target, pool=pool, rank=1, ranks=2)
-        writer.fill(pages, 1)
-        assert all(writer.set_v1(keys, pages))
-        assert reader.exists(keys) == expected, pool
-        writer.kill()
-        reader.kill()
+    writer = start(box.target, pool=pool, rank=0, ranks=2)
+    reader = start(box.target, pool=pool, rank=1, ranks=2)
+    writer.fill(pages, 1)
+    assert all(writer.set_v1(keys, pages))
+    assert reader.exists(keys) == expected
 
 
 @pytest.mark.parametrize("layout", ["page_first", "layer_first"])
