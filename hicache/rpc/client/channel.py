@@ -11,6 +11,7 @@ from hicache.rpc.client.options import ClientOptions
 from hicache.rpc.common import status
 from hicache.rpc.pb import (
     admin_pb2_grpc,
+    batch_pb2_grpc,
     cache_pb2_grpc,
     events_pb2_grpc,
     region_pb2_grpc,
@@ -71,6 +72,7 @@ def methods(channel: Any) -> dict[str, Any]:
         session_pb2_grpc.SessionServiceStub(channel),
         region_pb2_grpc.RegionServiceStub(channel),
         cache_pb2_grpc.CacheServiceStub(channel),
+        batch_pb2_grpc.BatchServiceStub(channel),
         admin_pb2_grpc.AdminServiceStub(channel),
         events_pb2_grpc.EventServiceStub(channel),
     ):

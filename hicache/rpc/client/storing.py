@@ -99,7 +99,7 @@ def _commit_step(core: Core, state: ReservationState, sending: _Sending) -> Call
             return Upload(requests, attempt.left_s)
         region_ids: dict[Region, int] = {}
         for region in regions(sending.pages):
-            region_ids[region] = yield from _registered(core, region, attempt)
+            region_ids[region] = yield from registered(core, region, attempt)
         found = pieces(sending.pages, region_ids, state.page_bytes)
         request = calls.commit(who, state.reservation, found, sending.checksums, sending.ask)
         sending.named = True
@@ -124,7 +124,7 @@ def _chunks(
             )
 
 
-def _registered(core: Core, region: Region, attempt: Attempt) -> Steps[int]:
+def registered(core: Core, region: Region, attempt: Attempt) -> Steps[int]:
     """A region's id in this session."""
     link, held = attempt.link, region.registration
     if held is None or held.incarnation != link.incarnation:

@@ -19,6 +19,8 @@ from hicache.errors import ConfigError, HicacheError
 from hicache.rpc.pb import (
     admin_pb2,
     admin_pb2_grpc,
+    batch_pb2,
+    batch_pb2_grpc,
     cache_pb2,
     cache_pb2_grpc,
     events_pb2,
@@ -30,6 +32,7 @@ from hicache.rpc.pb import (
 )
 from hicache.rpc.server.admin import AdminServicer
 from hicache.rpc.server.attach import SessionServicer
+from hicache.rpc.server.batch import BatchServicer
 from hicache.rpc.server.cache import CacheServicer
 from hicache.rpc.server.edge import Edge, refuse
 from hicache.rpc.server.events import EventServicer
@@ -57,6 +60,7 @@ SERVICES = tuple(
         (session_pb2.DESCRIPTOR, "SessionService"),
         (region_pb2.DESCRIPTOR, "RegionService"),
         (cache_pb2.DESCRIPTOR, "CacheService"),
+        (batch_pb2.DESCRIPTOR, "BatchService"),
         (admin_pb2.DESCRIPTOR, "AdminService"),
         (events_pb2.DESCRIPTOR, "EventService"),
     )
@@ -233,6 +237,7 @@ class Server:
             RegionServicer(service, edge, self._descriptors), server
         )
         cache_pb2_grpc.add_CacheServiceServicer_to_server(CacheServicer(service, edge), server)
+        batch_pb2_grpc.add_BatchServiceServicer_to_server(BatchServicer(service, edge), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(service, edge, self.drain), server)
         events_pb2_grpc.add_EventServiceServicer_to_server(EventServicer(service, edge), server)
         # Health is open to all: probes carry no credentials, and it says one word.
