@@ -22,10 +22,10 @@ from hicache.errors import (  # noqa: E402 - after the skips
     UnavailableError,
     UnsupportedError,
 )
-from hicache.integrations import transformers_pages as paging  # noqa: E402
 from hicache.integrations.transformers import PrefixStore  # noqa: E402
-from hicache.integrations.transformers_identity import active_adapters, namespace_fields  # noqa: E402
-from hicache.integrations.transformers_support import shape_of  # noqa: E402
+from hicache.integrations.transformers import pages as paging  # noqa: E402
+from hicache.integrations.transformers.identity import active_adapters, namespace_fields  # noqa: E402
+from hicache.integrations.transformers.support import shape_of  # noqa: E402
 
 PAGE_TOKENS = 8
 
