@@ -32,6 +32,7 @@ from hicache.integrations.transformers import HiCacheCache, PrefixStore  # noqa:
 PAGE_TOKENS = 4
 PAD = 96
 CLOSE = 1e-5
+EXAMPLES = 25
 
 
 def ids_of(rows: list[list[int]]) -> tuple[Any, Any]:
@@ -85,8 +86,8 @@ def family(make_model: Callable[..., Any]) -> dict[str, Any]:
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     torch.manual_seed(3)
-    gemma = transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(**sizes, **heads, **mixed, attn_implementation="eager")
+    gemma = transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**sizes, **heads, **mixed)
     )
     mistral = transformers.MistralForCausalLM(
         transformers.MistralConfig(**sizes, **heads, sliding_window=9)
@@ -97,11 +98,11 @@ def family(make_model: Callable[..., Any]) -> dict[str, Any]:
     gpt2 = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=256)
     )
-    found = {"llama": make_model(), "gemma2": gemma, "mistral": mistral, "qwen2": qwen, "gpt2": gpt2}
+    found = {"llama": make_model(), "gemma3": gemma, "mistral": mistral, "qwen2": qwen, "gpt2": gpt2}
     return {name: model.to(torch.float64).eval() for name, model in found.items()}
 
 
-FAMILY = pytest.mark.parametrize("name", ["llama", "gemma2", "mistral", "qwen2", "gpt2"])
+FAMILY = pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "qwen2", "gpt2"])
 
 
 # --- the same answers
@@ -132,8 +133,8 @@ def test_a_padded_batch_takes_over_what_all_rows_have(family: Any, sidecar: Any,
     wanted = plain(model, ids, mask)
     through(store_of(sidecar, model), ids, mask)
     found, loaded = through(store_of(sidecar, model), ids, mask)
-    # 28 columns of row 0; row 1 stands 13 further right: page 4 would end in column 29, page 3 in 25
-    assert loaded == [28, 15, 20]
+    # whole pages end in column 28 of row 0, in 13 + 16 of row 1, in 7 + 20 of row 2
+    assert loaded == [27, 14, 20]
     check_same(found, wanted)
 
 
@@ -146,7 +147,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(family: Any, sidecar: Any, name
         through(store_of(sidecar, model), *ids_of([row]))
     ids, mask = ids_of(rows)
     found, loaded = through(store_of(sidecar, model), ids, mask)
-    assert loaded == [23, 12]
+    assert loaded == [23, 12]  # 24 columns, 11 + 12
     check_same(found, plain(model, ids, mask))
     sidecar.pages.clear()
     through(store_of(sidecar, model), ids, mask)
@@ -217,7 +218,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
         ])
     )
     return {
-        "name": draw(st.sampled_from(["llama", "gemma2", "mistral", "gpt2"])),
+        "name": draw(st.sampled_from(["llama", "gemma3", "mistral", "gpt2"])),
         "page_tokens": draw(st.sampled_from([1, 2, 3, 4, 8])),
         "rows": rows,
         "stored": [rows[row][:count] for row, count in stored],
@@ -227,7 +228,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(world=worlds())
 def test_no_batch_and_no_history_change_an_answer(family: Any, make_sidecar: Any, world: dict[str, Any]) -> None:
@@ -245,26 +246,24 @@ def test_no_batch_and_no_history_change_an_answer(family: Any, make_sidecar: Any
         torch.manual_seed(4)
         found, loaded = through(prefixes, ids, mask, **world["mode"])
         check_same(found, wanted)
-    padding = (mask == 0).sum(dim=1)
-    assert all(0 <= count < len(row) for count, row in zip(loaded[:: len(loaded) // len(ids)], world["rows"], strict=True))
-    ends = {int(count + start) for count, start in zip(loaded[:: len(loaded) // len(ids)], padding, strict=True) if count}
-    assert len(ends) <= 1, "all rows end in one column"
+    each = loaded[:: len(loaded) // len(ids)]  # beams and samples of one prompt are alike
+    assert all(0 <= count < len(row) for count, row in zip(each, world["rows"], strict=True))
+    if "prefill_chunk_size" not in world["mode"]:
+        starts = (mask == 0).sum(dim=1).tolist()
+        assert len({start + count for start, count in zip(starts, each, strict=True) if count}) <= 1
     check_pages(sidecar, model, prefixes)
 
 
 def check_pages(sidecar: Any, model: Any, prefixes: Any) -> None:
     """Every page in the sidecar is that of the tokens it is filed under, computed alone and in one piece."""
-    sidecar.faults.corrupt_pages = frozenset()
     for prompt in sidecar.prompts.values():
-        ids = torch.tensor([prompt])
-        whole = store_of(sidecar_of(sidecar), model, page_tokens=prefixes.page_tokens)
-        with HiCacheCache(whole) as cache, torch.no_grad():
-            model(ids, past_key_values=cache, logits_to_keep=1)
-        fresh = whole._client.pages
-        for key, page in fresh.items():
-            mine = torch.frombuffer(bytearray(sidecar.pages[key]), dtype=torch.float64)
-            assert torch.allclose(mine, torch.frombuffer(bytearray(page), dtype=torch.float64), rtol=CLOSE, atol=CLOSE)
-
-
-def sidecar_of(sidecar: Any) -> Any:
-    return type(sidecar)()
+        fresh = type(sidecar)()
+        alone = store_of(fresh, model, page_tokens=prefixes.page_tokens)
+        with HiCacheCache(alone) as cache, torch.no_grad():
+            model(torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1)
+        assert fresh.pages
+        for key, page in fresh.pages.items():
+            mine, theirs = (
+                torch.frombuffer(bytearray(each), dtype=torch.float64) for each in (sidecar.pages[key], page)
+            )
+            assert torch.allclose(mine, theirs, rtol=CLOSE, atol=CLOSE)
