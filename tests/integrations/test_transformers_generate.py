@@ -86,12 +86,8 @@ def family(make_model: Callable[..., Any]) -> dict[str, Any]:
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     torch.manual_seed(3)
-    gemma = transformers.Gemma3ForCausalLM(
-        transformers.Gemma3TextConfig(**sizes, **heads, **mixed)
-    )
-    mistral = transformers.MistralForCausalLM(
-        transformers.MistralConfig(**sizes, **heads, sliding_window=9)
-    )
+    gemma = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes, **heads, **mixed))
+    mistral = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, **heads, sliding_window=9))
     qwen = transformers.Qwen2ForCausalLM(
         transformers.Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=4)
     )
@@ -204,18 +200,22 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
     lengths = draw(st.lists(st.integers(1, 26), min_size=1, max_size=3))
     shared = draw(st.integers(0, 20))
     seeds = [draw(st.sampled_from([1, 1, 2])) for _ in lengths]
-    rows = [(tokens(shared, 9) + tokens(30, seed))[:count] for count, seed in zip(lengths, seeds, strict=True)]
+    rows = [
+        (tokens(shared, 9) + tokens(30, seed))[:count] for count, seed in zip(lengths, seeds, strict=True)
+    ]
     stored = draw(st.lists(st.tuples(st.integers(0, len(rows) - 1), st.integers(1, 26)), max_size=3))
     mode: dict[str, Any] = draw(
-        st.sampled_from([
-            {},
-            {"num_beams": 2},
-            {"num_beams": 3, "num_return_sequences": 2},
-            {"do_sample": True, "num_return_sequences": 2},
-            {"prefill_chunk_size": 5},
-            {"prefill_chunk_size": 9, "num_beams": 2},
-            {"eos_token_id": list(range(0, 97, 3))},
-        ])
+        st.sampled_from(
+            [
+                {},
+                {"num_beams": 2},
+                {"num_beams": 3, "num_return_sequences": 2},
+                {"do_sample": True, "num_return_sequences": 2},
+                {"prefill_chunk_size": 5},
+                {"prefill_chunk_size": 9, "num_beams": 2},
+                {"eos_token_id": list(range(0, 97, 3))},
+            ]
+        )
     )
     return {
         "name": draw(st.sampled_from(["llama", "gemma3", "mistral", "gpt2"])),
@@ -228,10 +228,15 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(world=worlds())
-def test_no_batch_and_no_history_change_an_answer(family: Any, make_sidecar: Any, world: dict[str, Any]) -> None:
+def test_no_batch_and_no_history_change_an_answer(
+    family: Any, make_sidecar: Any, world: dict[str, Any]
+) -> None:
     model, sidecar = family[world["name"]], make_sidecar()
     prefixes = store_of(sidecar, model, page_tokens=world["page_tokens"])
     for row in world["stored"]:

@@ -50,8 +50,10 @@ class HiCacheCache(DynamicCache):
         self._may_hit = True
 
     def __enter__(self) -> HiCacheCache:
-        self._block = self.watching()
-        return self._block.__enter__()
+        block = self.watching()
+        block.__enter__()
+        self._block = block
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

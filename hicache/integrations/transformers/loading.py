@@ -134,7 +134,7 @@ class _Piece:
             self.pages = len(lease)
         except HicacheError as error:
             self.failed = True
-            let_pass(error, "a prompt's cached pages cannot be had; the prompt is recomputed")
+            let_pass(error, "looking up what is cached of a prompt failed; the rest is recomputed")
 
     def read(self, end: int) -> int:
         """Read what of the row stands before column ``end``. Returns how far that went: ``end``, or less."""
