@@ -2,6 +2,15 @@
 
 from hicache.engine.engine import Engine
 from hicache.engine.options import EngineOptions
-from hicache.engine.views import EngineStats, MatchView, NodeView, OperationView, TierView
+from hicache.engine.views import EngineStats, MatchView, NodeView, OperationView, PagePlace, TierView
 
-__all__ = ["Engine", "EngineOptions", "EngineStats", "MatchView", "NodeView", "OperationView", "TierView"]
+__all__ = [
+    "Engine",
+    "EngineOptions",
+    "EngineStats",
+    "MatchView",
+    "NodeView",
+    "OperationView",
+    "PagePlace",
+    "TierView",
+]

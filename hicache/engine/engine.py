@@ -139,6 +139,10 @@ class Engine:
         prompt = found.namespace.tree.prompt_to(found.runs[-1]) if found.runs else b""
         return found.namespace.id, prompt
 
+    def page_places(self, namespace: int, prompt: bytes) -> list[views.PagePlace]:
+        """The tiers in which the last page of a prompt is. Raises NotFoundError for an unknown namespace."""
+        return views.page_places(self._core, self._namespace(namespace), prompt)
+
     def operation_view(self, session: int, operation: int) -> views.OperationView:
         """How an operation stands. Raises NotFoundError if it is unknown, or long finished."""
         found = self._core.operations.get(operation)

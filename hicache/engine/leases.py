@@ -48,15 +48,27 @@ def fetch(core: Core, event: Fetch) -> None:
     if event.max_pages:
         prompt = prompt[: event.max_pages * tree.symbol_bytes]
     match = tree.match(prompt)
-    runs = core.cut(namespace, match)
-    result, as_matched = _answer(core, event, namespace, runs, match.pages)
+    runs, pages = core.cut(namespace, match), match.pages
+    if core.condemned:
+        runs, pages = _sound(core, runs)
+    result, as_matched = _answer(core, event, namespace, runs, pages)
     core.counters.fetches += 1
-    core.counters.missed_pages += len(prompt) // tree.symbol_bytes - match.pages
+    core.counters.missed_pages += len(prompt) // tree.symbol_bytes - pages
     if event.reserve_missing:
-        known = as_matched and (not event.max_pages or match.pages < event.max_pages)
+        known = as_matched and pages == match.pages and (not event.max_pages or match.pages < event.max_pages)
         end = (match.pages, runs[-1] if runs else None) if known else None
         result.reserved = reservations.along(core, event, end)
     core.reply(event.request, result)
+
+
+def _sound(core: Core, runs: list[Run]) -> tuple[list[Run], int]:
+    """The runs before the first whose bytes are known to be wrong: no new lease may keep those from leaving."""
+    tier, pages = core.lease_tier, 0
+    for index, run in enumerate(runs):
+        if (run.id, tier) in core.condemned:
+            return runs[:index], pages
+        pages += run.pages
+    return runs, pages
 
 
 def _answer(

@@ -22,6 +22,14 @@ class MatchView:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PagePlace:
+    """A page is in this tier, and serves; ``slot`` is -1 in a keyed one."""
+
+    tier: int
+    slot: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class OperationView:
     """How an operation stands. ``lease`` 0: it belongs to none."""
 
@@ -97,6 +105,24 @@ def match(namespace: NamespaceState, prompt: bytes) -> MatchView:
             pages.append(run.pages)
     pages[-1] -= runs[-1].pages - last
     return MatchView(found.pages, pages, tiers)
+
+
+def page_places(core: Core, namespace: NamespaceState, prompt: bytes) -> list[PagePlace]:
+    """The tiers in which the last page of a prompt is resident; none where the prompt does not match to its end."""
+    tree = namespace.tree
+    pages = len(prompt) // tree.symbol_bytes
+    found = tree.match(prompt)
+    if not pages or found.pages != pages:
+        return []
+    runs, inside = tree.runs(found)
+    run = runs[-1]
+    at = inside - 1
+    places = []
+    for tier, spec in enumerate(core.tiers):
+        slots = run.slots[tier]
+        if run.state[tier] == RESIDENT and (run.id, tier) not in core.condemned:
+            places.append(PagePlace(tier, -1 if spec.keyed or slots is None else slots[at]))
+    return places
 
 
 def stats(core: Core) -> EngineStats:

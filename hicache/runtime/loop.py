@@ -130,7 +130,7 @@ class EngineLoop:
             result = await answer
         except asyncio.CancelledError:
             if answer.done() and not answer.cancelled() and answer.exception() is None:
-                self._give_back(session, answer.result())  # it came, and its caller did not live to see it
+                self.give_back(session, answer.result())  # it came, and its caller did not live to see it
             raise
         assert isinstance(result, kind), f"expected a {kind.__name__}, got {result}"
         return result
@@ -139,16 +139,19 @@ class EngineLoop:
         answer, session = self._answers.pop(reply.request)
         result = reply.result
         if answer.cancelled():
-            self._give_back(session, result)
+            self.give_back(session, result)
         elif isinstance(result, Failure):
             answer.set_exception(error_of(result))
         else:
             answer.set_result(result)
 
-    def _give_back(self, session: int, result: Result) -> None:
+    def give_back(self, session: int, result: Result) -> None:
         """Nobody waits for this any more."""
-        if isinstance(result, FetchResult) and result.lease:
-            self.handle(events.ReleaseLeases(session, (result.lease,)))
+        if isinstance(result, FetchResult):
+            if result.lease:
+                self.handle(events.ReleaseLeases(session, (result.lease,)))
+            if result.reserved is not None:
+                self.give_back(session, result.reserved)
         elif isinstance(result, ReserveResult) and result.reservation:
             self.handle(events.Abort(session, result.reservation))
 

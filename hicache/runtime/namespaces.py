@@ -30,8 +30,6 @@ class NamespaceBook:
         ConfigError, naming the flag, for pages that a tier could never hold.
         """
         validate(spec)
-        if spec.world_size != 1:
-            raise UnsupportedError(f"world_size {spec.world_size}: this release serves pages of one rank")
         _check_codec(spec)
         for tier in self._specs:
             if tier.keyed and spec.page_bytes > tier.capacity_bytes // 4:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
 
 from hicache.engine import Engine, MatchView, OperationView, events
 from hicache.engine.actions import FetchResult, OperationResult, RenewResult
+from hicache.errors import NotFoundError
 from hicache.runtime.advice import Window
 from hicache.runtime.clock import Clock
 from hicache.runtime.counters import Latencies
@@ -15,6 +17,16 @@ from hicache.runtime.loop import EngineLoop
 from hicache.runtime.namespaces import NamespaceBook
 from hicache.runtime.reader import PageReader
 from hicache.types import NO_USE, Use
+
+
+class ReserveAlong(NamedTuple):
+    """Whether a Fetch is to reserve room for what is missing, and for how long."""
+
+    wanted: bool = False
+    ttl_ms: int = 0
+
+
+NO_RESERVE = ReserveAlong()
 
 
 class PageCalls:
@@ -82,11 +94,13 @@ class PageCalls:
         wait_ms: int = 0,
         promote: bool = True,
         use: Use = NO_USE,
+        reserve: ReserveAlong = NO_RESERVE,
     ) -> FetchResult:
         """Lease what is readable and promote the rest; wait for that up to ``wait_ms``.
 
-        The result is the lease as it stands then. A call that is cancelled gives its lease back; promotions that it
-        started go on. Raises UnavailableError, StaleError, NotFoundError, InvalidArgumentError.
+        The result is the lease as it stands then; with ``reserve`` also the room for what does not match, where it was
+        to be had at once. A call that is cancelled gives both back; promotions that it started go on. Raises
+        UnavailableError, StaleError, NotFoundError, InvalidArgumentError.
         """
         began = self._clock.now_ns()
         self._door.admit(session)
@@ -94,7 +108,9 @@ class PageCalls:
         self._saw(namespace, whole, began)
         result = await self._loop.call(
             FetchResult,
-            lambda request: events.Fetch(request, session, namespace, whole, max_pages, ttl_ms, promote, use),
+            lambda request: events.Fetch(
+                request, session, namespace, whole, max_pages, ttl_ms, promote, use, *reserve
+            ),
             session,
         )
         if result.lease and result.operation and wait_ms > 0:
@@ -106,13 +122,9 @@ class PageCalls:
         try:
             await self._loop.wait_operation(result.operation, wait_ms)
         except asyncio.CancelledError:
-            self.release(session, (result.lease,))
+            self._loop.give_back(session, result)
             raise
-        now = self._engine.lease_view(session, result.lease)
-        if now.granted_pages or now.operation:
-            return now
-        self.release(session, (result.lease,))  # nothing of it could be brought
-        return FetchResult(0, now.matched_pages, 0, 0, (), 0, now.tier_pages)
+        return after_wait(self._engine, self._loop, session, result)
 
     async def renew(self, session: int, leases: Sequence[int], ttl_ms: int = 0) -> RenewResult:
         """Give leases more time; also while draining, for as long as that lasts."""
@@ -166,3 +178,17 @@ class PageCalls:
     def cancel_operation(self, session: int, operation: int) -> None:
         """Wait for it no longer; copies under way go on. Unknown ones are fine."""
         self._loop.handle(events.CancelOperation(session, operation))
+
+
+def after_wait(engine: Engine, loop: EngineLoop, session: int, result: FetchResult) -> FetchResult:
+    """A lease whose promotions were waited for, as it stands now. Raises NotFoundError where it is gone."""
+    try:
+        now = engine.lease_view(session, result.lease)
+    except NotFoundError:
+        loop.give_back(session, result)  # what was reserved along with it
+        raise
+    now.reserved = result.reserved
+    if now.granted_pages or now.operation:
+        return now
+    loop.handle(events.ReleaseLeases(session, (result.lease,)))  # nothing of it could be brought
+    return FetchResult(0, now.matched_pages, 0, 0, (), 0, now.tier_pages, reserved=now.reserved)

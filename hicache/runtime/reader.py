@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from hicache.engine import events
@@ -45,6 +45,22 @@ class _Stream:
     spec: Namespace
     prompt: bytes
     keys: list[bytes]
+
+
+async def get_pages(
+    port: TierPort, buffers: Sequence[memoryview], *, slots: Sequence[int], keys: Sequence[bytes]
+) -> Completion:
+    """Read pages of a tier into buffers, verified there."""
+    arrived: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+    port.submit(
+        Op.GET,
+        lambda completion: resolve(arrived, completion),
+        page_bytes=buffers[0].nbytes,
+        slots=slots,
+        keys=keys,
+        buffers=buffers,
+    )
+    return await arrived
 
 
 class PageReader:
@@ -98,16 +114,8 @@ class PageReader:
         view = self._leases.lease_view(stream.session, stream.lease)
         self._require(stream, view, pages)
         slots = [] if self._port.spec.keyed else lease_slots(view)[pages.start : pages.stop]
-        arrived: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._port.submit(
-            Op.GET,
-            lambda completion: resolve(arrived, completion),
-            page_bytes=size,
-            slots=slots,
-            keys=stream.keys[pages.start : pages.stop],
-            buffers=buffers,
-        )
-        completion = await arrived
+        keys = stream.keys[pages.start : pages.stop]
+        completion = await get_pages(self._port, buffers, slots=slots, keys=keys)
         after = self._leases.lease_view(stream.session, stream.lease)  # raises where it ended meanwhile
         for page, outcome in zip(pages, completion.outcomes, strict=True):
             if outcome is not Outcome.OK:

@@ -25,6 +25,7 @@ from hicache.runtime.counters import Latencies
 from hicache.runtime.door import DRAINING, FAILED, SERVING, STOPPED, Door
 from hicache.runtime.extents import ExtentColumns, extents
 from hicache.runtime.house import House, open_house, refuse_optimised
+from hicache.runtime.many import ManyCalls
 from hicache.runtime.operators import OperatorCalls
 from hicache.runtime.options import ServiceOptions
 from hicache.runtime.pace import pending
@@ -32,6 +33,7 @@ from hicache.runtime.pages import PageCalls
 from hicache.runtime.reader import PageReader
 from hicache.runtime.recovery import RecoveryReport
 from hicache.runtime.regions import RegionRegistry
+from hicache.runtime.reports import CorruptReports
 from hicache.runtime.stats import ServiceStats, service_stats
 from hicache.runtime.storing import StoreCalls
 from hicache.types import Namespace, TierSpec
@@ -49,7 +51,8 @@ class Service:
     """A running cache. Make it, ``await start()``, in the end ``await close()`` (after ``drain`` to save pages).
 
     The calls that move pages are bound to the service when it starts: ``match fetch renew release lease_view read_pages
-    prefetch wait_operation cancel_operation`` (``pages.PageCalls``), ``pending`` (``pace``),
+    prefetch wait_operation cancel_operation`` (``pages.PageCalls``), ``fetch_many`` (``many.ManyCalls``),
+    ``report_corrupt`` (``reports.CorruptReports``), ``pending`` (``pace``),
     ``reserve commit begin_write abort`` (``storing.StoreCalls``), ``pin unpin evict clear``
     (``operators.OperatorCalls``).
 
@@ -117,7 +120,23 @@ class Service:
         )
         self.pending = functools.partial(pending, house.ports, house.lease_port)
         self.lease_view, self.read_pages, self.prefetch = pages.lease_view, pages.read_pages, pages.prefetch
+        self.report_corrupt = CorruptReports(
+            house.engine,
+            house.ports,
+            house.lease_port,
+            namespace=house.namespaces.find,
+            handle=house.loop.handle,
+        ).report
         self.wait_operation, self.cancel_operation = pages.wait_operation, pages.cancel_operation
+        self.fetch_many = ManyCalls(
+            house.engine,
+            house.loop,
+            house.namespaces,
+            door=self._door,
+            clock=self._clock,
+            latencies=self.latencies,
+            window=self._window,
+        ).fetch_many
         stores = StoreCalls(
             house.loop,
             house.namespaces,

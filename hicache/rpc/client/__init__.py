@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hicache.rpc.client.client import Client, Lease, NamespaceHandle, Reservation
+from hicache.rpc.client.many import FetchQuery
 from hicache.rpc.client.options import ClientOptions, DataPlane, Tls, Verify
 from hicache.rpc.client.results import (
     Advice,
@@ -17,6 +18,8 @@ from hicache.rpc.client.results import (
     StoreResult,
     Tree,
 )
+from hicache.rpc.client.staging import ForeignMemory, Staging, StagingRun
+from hicache.rpc.client.ticket import LeaseTicket, TicketReader, TicketRun
 
 __all__ = [
     "Advice",
@@ -26,15 +29,22 @@ __all__ = [
     "CommitResult",
     "DataPlane",
     "EvictResult",
+    "FetchQuery",
+    "ForeignMemory",
     "Lease",
+    "LeaseTicket",
     "MatchResult",
     "NamespaceHandle",
     "OperationResult",
     "PinResult",
     "PrefetchResult",
     "Reservation",
+    "Staging",
+    "StagingRun",
     "Stats",
     "StoreResult",
+    "TicketReader",
+    "TicketRun",
     "Tls",
     "Tree",
     "Verify",

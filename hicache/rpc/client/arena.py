@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from hicache.errors import ExhaustedError, HicacheError, UnsupportedError
+from hicache.errors import ExhaustedError, HicacheError, StaleError, UnsupportedError
 from hicache.rpc.client.buffers import Bytes
 from hicache.rpc.client.results import Extent, RegionInfo
 
@@ -83,6 +83,7 @@ class Arena:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._regions: dict[int, ArenaRegion] = {}
+        self._incarnation = 0
         self.unmapped: deque[int] = deque()  # retired regions whose memory has gone: to be confirmed
 
     def __len__(self) -> int:
@@ -96,11 +97,12 @@ class Arena:
         """Those that are not mapped yet."""
         return {region_id for region_id in region_ids if region_id not in self._regions}
 
-    def add(self, info: RegionInfo, fd: int) -> ArenaRegion:
+    def add(self, info: RegionInfo, fd: int, incarnation: int = 0) -> ArenaRegion:
         """Map a region; the descriptor stays the caller's. A region that is mapped already wins.
 
         Raises UnsupportedError for a descriptor that is not the sealed region described, ExhaustedError where the
-        system has no room for the mapping.
+        system has no room for the mapping, StaleError where it was given to a session that is over: another run of the
+        sidecar uses the same numbers.
         """
         _check_region(info, fd)
         try:
@@ -110,6 +112,8 @@ class Arena:
         fate = _Fate(info.region_id)
         weakref.finalize(memory, _gone, fate, self.unmapped).atexit = False
         with self._lock:
+            if incarnation != self._incarnation:
+                raise StaleError("the session ended while its regions were being mapped")
             return self._regions.setdefault(info.region_id, ArenaRegion(info, memory, fate))
 
     def retire(self, region_id: int) -> None:
@@ -121,11 +125,16 @@ class Arena:
         else:
             region.fate.retired = True
 
-    def clear(self) -> None:
-        """Forget all regions (the session that was given them is gone)."""
+    def begin(self, incarnation: int) -> None:
+        """Forget all regions: the session that was given them is gone, and this one has begun."""
         with self._lock:
+            self._incarnation = incarnation
             self._regions.clear()
             self.unmapped.clear()
+
+    def clear(self) -> None:
+        """Forget all regions (the client is closed)."""
+        self.begin(self._incarnation)
 
 
 def _gone(fate: _Fate, unmapped: deque[int]) -> None:

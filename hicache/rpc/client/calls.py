@@ -26,6 +26,7 @@ from hicache.rpc.pb import cache_pb2, region_pb2, session_pb2
 from hicache.types import NO_USE, Namespace, Use
 
 CHUNK_BYTES = 1 << 20
+NO_LIMIT = 1 << 62  # the server did not name one
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,6 +124,9 @@ def parse_capabilities(message: session_pb2.GetCapabilitiesResponse) -> Capabili
         max_message_bytes=message.max_message_bytes,
         max_lease_ttl_ms=message.max_lease_ttl_ms,
         chunk_bytes=message.stream_chunk_bytes or CHUNK_BYTES,
+        max_prompt_bytes=message.max_prompt_bytes or NO_LIMIT,
+        max_prompt_pages=message.max_prompt_pages or NO_LIMIT,
+        max_queries_per_call=message.max_queries_per_call or 1,
     )
 
 

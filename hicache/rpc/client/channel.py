@@ -9,7 +9,7 @@ import grpc
 from hicache.errors import ConfigError, HicacheError
 from hicache.rpc.client.options import ClientOptions
 from hicache.rpc.common import status
-from hicache.rpc.pb import admin_pb2_grpc, cache_pb2_grpc, region_pb2_grpc, session_pb2_grpc
+from hicache.rpc.pb import admin_pb2_grpc, batch_pb2_grpc, cache_pb2_grpc, region_pb2_grpc, session_pb2_grpc
 
 #: Reconnect in a fraction of a second (by default gRPC waits one); a channel of its own for every client.
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -65,6 +65,7 @@ def methods(channel: Any) -> dict[str, Any]:
         session_pb2_grpc.SessionServiceStub(channel),
         region_pb2_grpc.RegionServiceStub(channel),
         cache_pb2_grpc.CacheServiceStub(channel),
+        batch_pb2_grpc.BatchServiceStub(channel),
         admin_pb2_grpc.AdminServiceStub(channel),
     ):
         found.update(vars(stub))

@@ -31,6 +31,7 @@ from hicache.rpc.client.calls import CommitAsk
 from hicache.rpc.client.driver import Driver
 from hicache.rpc.client.handles import ClientBase, LeaseBase, NamespaceBase, ReservationBase
 from hicache.rpc.client.lease import LeaseState
+from hicache.rpc.client.many import FetchQuery
 from hicache.rpc.client.options import ClientOptions, Verify
 from hicache.rpc.client.prompt import Tokens
 from hicache.rpc.client.reservation import ReservationState
@@ -43,6 +44,7 @@ from hicache.rpc.client.results import (
     StoreResult,
 )
 from hicache.rpc.client.storing import Pages
+from hicache.rpc.client.ticket import LeaseTicket, TicketReader
 from hicache.types import Use
 
 #: How long calls that move pages wait for room, or for pages from lower tiers, unless they say otherwise.
@@ -100,6 +102,14 @@ class Lease(LeaseBase):
     def wait(self, wait_ms: int) -> OperationResult:
         """Wait for pages that are on their way; more of them may be granted afterwards."""
         return self._driver.run(self._wait(wait_ms))
+
+    def report_corrupt(self, pages: Iterable[int]) -> int:
+        """Have the sidecar look at pages again whose checksums said no; answers how many were really bad.
+
+        Those leave every tier whose copy is bad, and this lease ends before the first of them. Of the others nothing
+        happens. Raises NotFoundError or StaleError where the lease is gone.
+        """
+        return self._driver.run(self._report_corrupt(pages))
 
     def release(self) -> None:
         """Give the pages back. Idempotent; never raises for a server that is gone."""
@@ -311,6 +321,33 @@ class Client(ClientBase):
     def namespace(self, **fields: Unpack[NamespaceFields]) -> NamespaceHandle:
         """A namespace: ``model`` and ``page_bytes`` at least. Raises InvalidArgumentError naming the field."""
         return NamespaceHandle(self._driver, fields)
+
+    def fetch_many(
+        self,
+        queries: Iterable[FetchQuery],
+        *,
+        ttl_ms: int = 0,
+        wait_ms: int = 0,
+        release: Iterable[Lease] = (),
+        renew: Iterable[Lease] = (),
+        timeout_s: float | None = None,
+    ) -> list[Lease | HicacheError]:
+        """Many look-ups with one call: for each a lease as ``fetch`` answers, or the error of that query alone.
+
+        ``release`` and ``renew`` go along, and are done first; a renewed lease that is lost is no longer valid.
+        ``wait_ms`` is for all queries together, ``ttl_ms`` for leases granted and renewed.
+        """
+        asked = (ttl_ms, wait_ms, timeout_s)
+        found = self._driver.run(self._fetch_many(queries, asked, release, renew))
+        return [Lease(self._driver, each) if isinstance(each, LeaseState) else each for each in found]
+
+    def reader(self, ticket: LeaseTicket) -> TicketReader:
+        """Read the pages of a lease that another process of this user holds, in place.
+
+        Raises StaleError for a ticket of another run of the sidecar, NotFoundError for one that has expired,
+        UnsupportedError where this client does not share memory with the sidecar.
+        """
+        return self._driver.run(self._reader(ticket))
 
     def renew(self, leases: Iterable[Lease], ttl_ms: int = 0) -> list[Lease]:
         """Renew many leases with one call; answers those that are lost."""

@@ -135,8 +135,7 @@ class Core:
 
     def attached(self, welcome: Welcome, capabilities: Capabilities, fd_path: str) -> None:
         """The server welcomed us; a new session starts without mappings."""
-        if self.session.attached(welcome, capabilities, fd_path):
-            self.arena.clear()
+        self.session.attached(welcome, capabilities, fd_path, begin=self.arena.begin)
 
     def on_message(self, message: session_pb2.AttachResponse) -> None:
         """What the server says over the life line."""
@@ -158,10 +157,10 @@ class Core:
         return found
 
     def _let_go(self) -> None:
-        """Expired leases do not keep retired regions mapped."""
+        """Leases and tickets that are over do not keep retired regions mapped."""
         for lease in list(self._leases):
-            if any(run.region.fate.retired for run in lease.runs) and lease.expired:
-                lease.end(StaleError(f"lease {lease.lease} has expired, and its memory was given back"))
+            if any(run.region.fate.retired for run in lease.runs) and not lease.still_valid():
+                lease.end(StaleError(f"lease {lease.lease} is over, and its memory was given back"))
 
 
 def invoke(core: Core, build: Callable[[Attempt], Steps[Step]], budget: Budget) -> Steps[Reply]:

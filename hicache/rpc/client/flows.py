@@ -65,9 +65,8 @@ def fetch(
     reply = yield from named(core, "Fetch", namespace, lambda who, _: calls.fetch(who, prompt, ask), budget)
     lease = core.new_lease(reply.link, namespace.spec.page_bytes)
     try:
-        yield from _adopt(core, lease, reply.link, calls.parse_grant(reply.message), sent_ns)
-        if lease.lease and core.now_ns() - sent_ns > lease.deadline_ns - core.now_ns():
-            # The answer took so long that counting from before the call leaves little of the lease.
+        yield from adopt(core, lease, reply.link, calls.parse_grant(reply.message), sent_ns)
+        if lease.lease and answered_late(core, lease, sent_ns):
             yield from renew(core, [lease], ask.ttl_ms, core.budget(None, incarnation=reply.link.incarnation))
     except HicacheError:
         yield from release(core, [lease])
@@ -75,11 +74,17 @@ def fetch(
     return lease
 
 
-def _adopt(core: Core, lease: LeaseState, link: Link, grant: Grant, sent_ns: int) -> Steps[None]:
+def adopt(core: Core, lease: LeaseState, link: Link, grant: Grant, sent_ns: int) -> Steps[None]:
     """Make a grant's pages readable, and the lease what the grant says."""
     lease.lease = grant.lease  # so that it is released even where mapping fails
     regions = yield from _regions(core, link, grant)
     lease.adopt(grant, regions, core.deadline_ns(sent_ns, grant.expires_in_ms))
+
+
+def answered_late(core: Core, lease: LeaseState, sent_ns: int) -> bool:
+    """Whether the answer took so long that counting from before the call leaves little of the lease: to be renewed."""
+    now_ns = core.now_ns()
+    return now_ns - sent_ns > lease.deadline_ns - now_ns
 
 
 def _regions(core: Core, link: Link, grant: Grant) -> Steps[dict[int, ArenaRegion]]:
@@ -89,7 +94,7 @@ def _regions(core: Core, link: Link, grant: Grant) -> Steps[dict[int, ArenaRegio
         return {}
     try:
         if core.arena.unknown(wanted):
-            yield from _map_regions(core, link, core.arena.unknown(wanted))
+            yield from map_regions(core, link, core.arena.unknown(wanted))
         found = {region_id: core.arena.find(region_id) for region_id in wanted}
         if None in found.values():
             raise NotFoundError("the lease points to a region that the server does not list")
@@ -100,7 +105,8 @@ def _regions(core: Core, link: Link, grant: Grant) -> Steps[dict[int, ArenaRegio
     return {region_id: region for region_id, region in found.items() if region is not None}
 
 
-def _map_regions(core: Core, link: Link, wanted: set[int]) -> Steps[None]:
+def map_regions(core: Core, link: Link, wanted: set[int]) -> Steps[None]:
+    """Map those of these regions that the server lists."""
     budget = core.budget(None, incarnation=link.incarnation)
     reply = yield from simple(
         core, "ListRegions", lambda at: region_pb2.ListRegionsRequest(session_id=at.session_id), budget
@@ -115,7 +121,7 @@ def _map_region(core: Core, link: Link, info: RegionInfo) -> None:
     try:
         if len(answer.fds) != 1:
             raise HicacheError(f"the server sent {len(answer.fds)} descriptors for region {info.region_id}")
-        core.arena.add(info, answer.fds[0])
+        core.arena.add(info, answer.fds[0], link.incarnation)
     finally:
         for fd in answer.fds:
             os.close(fd)
@@ -174,7 +180,7 @@ def wait_lease(core: Core, lease: LeaseState, wait_ms: int, budget: Budget) -> S
     message, link = yield from _wait(core, lease.operation, wait_ms, budget)
     if message.HasField("fetch") and message.fetch.lease_id == lease.lease:
         deadline_ns = lease.deadline_ns
-        yield from _adopt(core, lease, link, calls.parse_grant(message.fetch), sent_ns)
+        yield from adopt(core, lease, link, calls.parse_grant(message.fetch), sent_ns)
         lease.deadline_ns = max(lease.deadline_ns, deadline_ns)
     if message.done:
         lease.operation = 0
@@ -301,3 +307,23 @@ def cancel(core: Core, operation: int, budget: Budget) -> Steps[None]:
         lambda link: cache_pb2.CancelOperationRequest(session_id=link.session_id, operation_id=operation),
         budget,
     )
+
+
+# --- rot
+
+
+def report_corrupt(core: Core, lease: LeaseState, pages: Sequence[int], budget: Budget) -> Steps[int]:
+    """Have the server look at pages again that were not what their checksums say."""
+    if not pages:
+        return 0
+    request_id = core.new_id()
+    reply = yield from simple(
+        core,
+        "ReportCorrupt",
+        lambda link: cache_pb2.ReportCorruptRequest(
+            session_id=link.session_id, request_id=request_id, lease_id=lease.lease, pages=pages
+        ),
+        budget,
+    )
+    found: int = reply.message.corrupt_pages
+    return found

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hicache.rpc.client import buffers, calls, flows, prompt, storing
+from hicache.errors import HicacheError, InvalidArgumentError
+from hicache.rpc.client import buffers, calls, flows, many, prompt, staging, storing, ticket
 from hicache.rpc.client import options as settings
-from hicache.rpc.client.arguments import NamespaceFields, count_of, make_namespace
+from hicache.rpc.client.arguments import (
+    NamespaceFields,
+    count_of,
+    fetch_ask,
+    make_namespace,
+    pages_of,
+    use_of,
+)
 from hicache.rpc.client.core import NS_PER_MS, Core, linked
 from hicache.rpc.client.lease import LeaseState
+from hicache.rpc.client.many import FetchQuery
 from hicache.rpc.client.options import Verify
 from hicache.rpc.client.prompt import Tokens
 from hicache.rpc.client.reservation import ReservationState
@@ -22,8 +31,10 @@ from hicache.rpc.client.results import (
     PrefetchResult,
     StoreResult,
 )
+from hicache.rpc.client.staging import ForeignMemory, Source, Staging
 from hicache.rpc.client.steps import Steps, Work
 from hicache.rpc.client.storing import Pages
+from hicache.rpc.client.ticket import LeaseTicket, TicketReader
 from hicache.types import Namespace
 
 Keys = Sequence[bytes] | None
@@ -162,6 +173,14 @@ class LeaseBase:
         """Whether its pages are read in place, in shared memory."""
         return not self._state.streamed
 
+    def ticket(self) -> LeaseTicket:
+        """Where its pages lie, as plain data for other processes of this user (``Client.reader``).
+
+        Good until ``expires`` as it is now: a renewed lease needs another ticket. Raises NotFoundError or StaleError
+        for a lease that is over, UnsupportedError where its pages come as a stream.
+        """
+        return ticket.issue(self._core, self._state)
+
     def still_valid(self) -> bool:
         """Whether the pages are still what was leased: ask *after* reading a view, before using what was read."""
         return self._state.still_valid()
@@ -184,6 +203,16 @@ class LeaseBase:
         wait_ms = count_of("wait_ms", wait_ms)
         budget = self._core.budget(None, wait_ms=wait_ms, incarnation=self._state.terms.incarnation)
         return flows.wait_lease(self._core, self._state, wait_ms, budget)
+
+    def _report_corrupt(self, pages: Iterable[int]) -> Steps[int]:
+        state = self._state
+        numbers = sorted({count_of("page", page) for page in pages})
+        if state.over or not state.lease:
+            state.check()
+        if numbers and numbers[-1] >= state.matched_pages:
+            raise InvalidArgumentError(f"page {numbers[-1]} is not in a lease of {state.matched_pages} pages")
+        budget = self._core.budget(None, incarnation=state.terms.incarnation)
+        return flows.report_corrupt(self._core, state, numbers, budget)
 
     def _release(self) -> Steps[None]:
         return flows.release(self._core, [self._state])
@@ -227,6 +256,14 @@ class ReservationBase:
         Raises InvalidArgumentError for a page that is not missing, ExhaustedError at ``write_limit_bytes``.
         """
         return self._state.buffer(page)
+
+    def adopt(self, pages: Mapping[int, Source]) -> None:
+        """Take pages as written that lie elsewhere, without a copy: (staging, place) or (memory, offset) a page.
+
+        All of them or none. A place of a Staging is the reservation's from then on. Raises InvalidArgumentError for
+        pages that are not missing or were written already, and for places that do not fit or are not there any more.
+        """
+        self._state.adopt(staging.places(pages))
 
     def _write(self, page: int, data: Any) -> Steps[None]:
         yield Work(functools.partial(self._state.write, page, data), self._state.page_bytes)
@@ -286,9 +323,52 @@ class ClientBase:
     def _release(self, leases: Iterable[LeaseBase]) -> Steps[None]:
         return flows.release(self._core, [lease._state for lease in leases])
 
+    def staging(self, page_bytes: int, pages: int) -> Staging:
+        """Places for between 1 and ``pages`` pages in this client's own memory, for other processes to write.
+
+        Raises ExhaustedError where not one is to be had below ``write_limit_bytes``.
+        """
+        self._core.check_process()
+        return Staging(self._core.memory, page_bytes, pages)
+
+    def adopt_memory(self, fd: int, size_bytes: int) -> ForeignMemory:
+        """Memory of the caller's own, to commit pages from as they lie there. ``fd`` stays the caller's.
+
+        Raises InvalidArgumentError for a descriptor that is no memfd or file of that size.
+        """
+        self._core.check_process()
+        return ForeignMemory(self._core.memory, fd, count_of("size_bytes", size_bytes))
+
+    def _reader(self, source: LeaseTicket) -> Steps[TicketReader]:
+        return TicketReader((yield from ticket.reader(self._core, source)))
+
+    def _fetch_many(
+        self,
+        queries: Iterable[FetchQuery],
+        asked: tuple[int, int, float | None],
+        release: Iterable[LeaseBase],
+        renew: Iterable[LeaseBase],
+    ) -> Steps[list[many.Outcome]]:
+        """``asked``: ttl_ms, wait_ms, timeout_s."""
+        ttl_ms, wait_ms, timeout_s = asked
+        ask = fetch_ask(None, ttl_ms, wait_ms, None)
+        chores = many.Chores([lease._state for lease in release], [lease._state for lease in renew])
+        budget = self._core.budget(timeout_s)
+        return many.fetch_many(self._core, [_packed(query) for query in queries], ask, chores, budget)
+
     def _wait_operation(self, operation: int, wait_ms: int) -> Steps[OperationResult]:
         wait_ms = count_of("wait_ms", wait_ms)
         return flows.wait_operation(self._core, operation, wait_ms, self._core.budget(None, wait_ms=wait_ms))
 
     def _cancel(self, operation: int) -> Steps[None]:
         return flows.cancel(self._core, operation, self._core.budget(None))
+
+
+def _packed(query: FetchQuery) -> many.Query | HicacheError:
+    """A query with its prompt packed; one that is wrong spoils only itself."""
+    try:
+        namespace = query.namespace
+        packed = namespace._pack(query.tokens, query.extra_keys)
+        return many.Query(namespace._state, packed, pages_of(query.max_pages), use_of(query.use))
+    except HicacheError as error:
+        return error

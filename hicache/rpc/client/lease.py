@@ -153,7 +153,7 @@ class LeaseState:
         for run in self.runs:
             found += run.region.views(run.first_slot, run.pages)
         if verify:
-            bad = [page for page, view in enumerate(found) if not self._sound(page, view)]
+            bad = [page for page, view in enumerate(found) if not self.sound(page, view)]
             self.check()
             self._refuse(bad)
         return found
@@ -167,11 +167,11 @@ class LeaseState:
         """
         self.check()
         bad: list[int] = []
-        for run, page, pages in self._spans(first, len(rows), verify=verify):
+        for run, page, pages in self.spans(first, len(rows), verify=verify):
             source = run.region.rows(run.first_slot + page - run.first_page, pages)
             _copy_rows(rows, page - first, source)
             if verify:
-                bad += [page + i for i in range(pages) if not self._sound(page + i, rows[page + i - first])]
+                bad += [page + i for i in range(pages) if not self.sound(page + i, rows[page + i - first])]
         self.check()
         self._refuse(bad)
 
@@ -181,7 +181,7 @@ class LeaseState:
         assert self.private is not None, "pages were streamed"
         _copy_rows(rows, 0, self.private[first : first + len(rows)])
 
-    def _spans(self, first: int, count: int, *, verify: bool) -> Iterator[tuple[MappedRun, int, int]]:
+    def spans(self, first: int, count: int, *, verify: bool) -> Iterator[tuple[MappedRun, int, int]]:
         """The parts of runs that hold these pages: (run, first page, pages)."""
         most = max(1, VERIFY_BYTES // self.terms.page_bytes) if verify else count
         for run in self.runs:
@@ -191,7 +191,8 @@ class LeaseState:
                 yield run, page, pages
                 page += pages
 
-    def _sound(self, page: int, data: Bytes | memoryview) -> bool:
+    def sound(self, page: int, data: Bytes | memoryview) -> bool:
+        """Whether these are the bytes of that page."""
         raw = data if isinstance(data, memoryview) else data.data
         return bool(xxhash.xxh3_64_intdigest(raw) == int(self.checksums[page]))
 

@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import mmap
 import os
+import stat
 import threading
 
 import numpy as np
@@ -101,6 +102,45 @@ class WriteRegion:
         self.used_bytes -= size_bytes
 
 
+class ForeignRegion:
+    """Memory of the caller's own (a memfd, or a file in shared memory), mapped to be read; never handed out."""
+
+    __slots__ = ("bytes", "fd", "inode", "registration", "size_bytes")
+
+    def __init__(self, fd: int, size_bytes: int) -> None:
+        """The descriptor is duplicated. Raises InvalidArgumentError where it cannot be used, ExhaustedError."""
+        self.registration: Registration | None = None
+        self.size_bytes = size_bytes
+        self.fd = -1
+        try:
+            self.fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            found = os.fstat(self.fd)
+        except OSError as error:
+            raise InvalidArgumentError(f"descriptor {fd} cannot be used: {error}") from error
+        if not stat.S_ISREG(found.st_mode) or not 0 < size_bytes <= found.st_size:
+            self.close()
+            raise InvalidArgumentError(
+                f"descriptor {fd} is no memory of {size_bytes} bytes: it has {found.st_size}",
+                hint="give the descriptor of a memfd, or of a file in shared memory",
+            )
+        self.inode = found.st_ino
+        try:
+            memory = mmap.mmap(self.fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+        except OSError as error:
+            self.close()
+            raise ExhaustedError(f"cannot map {size_bytes} bytes of descriptor {fd}: {error}") from error
+        self.bytes: Bytes = np.frombuffer(memory, dtype=np.uint8)
+
+    def close(self) -> None:
+        """Close our descriptor; the mapping goes with the last view of it. Idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+Region = WriteRegion | ForeignRegion
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Block:
     """Consecutive page buffers; each is given back on its own."""
@@ -118,6 +158,7 @@ class WriteMemory:
         self._step_bytes = min(step_bytes, limit_bytes)
         self._lock = threading.Lock()
         self._regions: list[WriteRegion] = []
+        self._foreign: set[ForeignRegion] = set()
         self._discarded: list[Registration] = []
 
     @property
@@ -145,17 +186,39 @@ class WriteMemory:
             region.take(offset, pages * page_bytes)
             return Block(region, offset, pages)
 
-    def free(self, region: WriteRegion, offset: int, page_bytes: int) -> None:
-        """Give one page buffer back."""
+    def free(self, region: Region, offset: int, page_bytes: int) -> None:
+        """Give one page buffer back; foreign memory stays its owner's."""
+        if isinstance(region, ForeignRegion):
+            return
         with self._lock:
             region.give(offset, page_bytes)
             if region.poisoned and not region.used_bytes and region in self._regions:
                 self._discard(region)
 
-    def poison(self, region: WriteRegion) -> None:
-        """The server may read from this region for an unknown time: hand nothing in it out again."""
+    def poison(self, region: Region) -> None:
+        """The server may read from this region for an unknown time: hand nothing in it out again.
+
+        Foreign memory is never handed out; what is committed from it always carries checksums, which the server
+        compares with its own copy, so that what its owner writes meanwhile is not stored.
+        """
+        if isinstance(region, WriteRegion):
+            with self._lock:
+                region.poisoned = True
+
+    def adopt(self, region: ForeignRegion) -> None:
+        """Own a foreign region until it is let go of."""
         with self._lock:
-            region.poisoned = True
+            self._foreign.add(region)
+
+    def let_go(self, region: ForeignRegion) -> None:
+        """Close a foreign region; the server is told at the next commit. Idempotent."""
+        with self._lock:
+            if region not in self._foreign:
+                return
+            self._foreign.discard(region)
+            region.close()
+            if region.registration is not None:
+                self._discarded.append(region.registration)
 
     def discarded(self) -> list[Registration]:
         """Registrations of regions that are gone, each told once: to be unregistered."""
@@ -168,7 +231,10 @@ class WriteMemory:
         with self._lock:
             for region in self._regions:
                 region.close()
+            for foreign in self._foreign:
+                foreign.close()
             self._regions.clear()
+            self._foreign.clear()
 
     def _find(self, page_bytes: int, count: int) -> tuple[WriteRegion, int, int]:
         """Where the buffers go: the region with the most room, a new one where none holds all of them."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -17,7 +17,7 @@ import xxhash
 from hicache.errors import InvalidArgumentError, NotFoundError
 from hicache.rpc.client.buffers import Bytes, readable
 from hicache.rpc.client.calls import Piece
-from hicache.rpc.client.region import WriteMemory, WriteRegion
+from hicache.rpc.client.region import ForeignRegion, Region, WriteMemory
 from hicache.rpc.client.results import Reserved
 
 #: How far ahead consecutive buffers are set aside, so that consecutive pages make one piece.
@@ -28,10 +28,23 @@ AHEAD_BYTES = 64 << 20
 class PageBuffer:
     """One page's place in the client's memory, and the view of it that was handed out."""
 
-    region: WriteRegion
+    region: Region
     offset: int
     bytes: Bytes
     view: memoryview | None = None
+
+
+class Place(Protocol):
+    """Where a page lies that was written elsewhere."""
+
+    def check(self, memory: WriteMemory, page_bytes: int) -> None:
+        """Raise InvalidArgumentError for a place that cannot hold such a page of this client."""
+
+    def take(self, page_bytes: int) -> PageBuffer:
+        """Hand it over. Raises InvalidArgumentError where it was handed over before."""
+
+    def put_back(self, buffer: PageBuffer) -> None:
+        """Undo ``take``."""
 
 
 class ReservationState:
@@ -81,7 +94,32 @@ class ReservationState:
             target = self._buffer(page).bytes
         np.copyto(target, source)
 
-    def _buffer(self, page: int) -> PageBuffer:
+    def adopt(self, pages: Mapping[int, Place]) -> None:
+        """Take pages as prepared that were written elsewhere: no copy is made. All of them, or none.
+
+        What a place hands over is this reservation's from now on, as its own buffers are. Raises InvalidArgumentError
+        for pages that are not missing or are prepared already, and for places that do not fit or were given away.
+        """
+        with self._lock:
+            for page, place in pages.items():
+                self._require_missing(page)
+                if page in self._prepared:
+                    raise InvalidArgumentError(f"page {page} was written already")
+                place.check(self._memory, self.page_bytes)
+            taken: dict[int, PageBuffer] = {}
+            try:
+                for page, place in pages.items():
+                    taken[page] = place.take(self.page_bytes)
+            except InvalidArgumentError:  # one place for two pages, or another thread was faster
+                for page, buffer in taken.items():
+                    pages[page].put_back(buffer)
+                raise
+            ahead = {page: self._ahead.pop(page) for page in taken if page in self._ahead}
+            self._prepared.update(taken)
+        self._free(ahead)
+
+    def _require_missing(self, page: int) -> int:
+        """The end of the missing pages, of which this is one that was not committed yet."""
         if self.ended:
             raise NotFoundError("the reservation has ended" if self.reservation else "nothing was missing")
         end = self.present_pages + self.missing_pages
@@ -89,6 +127,10 @@ class ReservationState:
             raise InvalidArgumentError(f"page {page} is not missing; pages [{self.present_pages}, {end}) are")
         if page in self._done:
             raise InvalidArgumentError(f"page {page} was committed already")
+        return end
+
+    def _buffer(self, page: int) -> PageBuffer:
+        end = self._require_missing(page)
         if page not in self._prepared:
             if page not in self._ahead:
                 self._set_aside(page, end)
@@ -169,9 +211,7 @@ def checksums(buffers: dict[int, PageBuffer]) -> list[int]:
     return [xxhash.xxh3_64_intdigest(buffer.bytes.data) for buffer in buffers.values()]
 
 
-def pieces(
-    buffers: dict[int, PageBuffer], region_ids: dict[WriteRegion, int], page_bytes: int
-) -> list[Piece]:
+def pieces(buffers: dict[int, PageBuffer], region_ids: dict[Region, int], page_bytes: int) -> list[Piece]:
     """The pages of a Commit, those that follow each other in memory joined."""
     found: list[Piece] = []
     for page, buffer in buffers.items():
@@ -191,6 +231,11 @@ def _continues(last: Piece, piece: Piece, page_bytes: int) -> bool:
     )
 
 
-def regions(buffers: dict[int, PageBuffer]) -> Sequence[WriteRegion]:
+def foreign(buffers: dict[int, PageBuffer]) -> bool:
+    """Whether a page lies in memory that its owner may write to at any time."""
+    return any(isinstance(buffer.region, ForeignRegion) for buffer in buffers.values())
+
+
+def regions(buffers: dict[int, PageBuffer]) -> Sequence[Region]:
     """The regions of a Commit, each once."""
     return list(dict.fromkeys(buffer.region for buffer in buffers.values()))

@@ -234,6 +234,9 @@ class Capabilities:
     max_message_bytes: int
     max_lease_ttl_ms: int
     chunk_bytes: int
+    max_prompt_bytes: int = 1 << 62
+    max_prompt_pages: int = 1 << 62
+    max_queries_per_call: int = 1
 
     def tier_name(self, index: int) -> str:
         """A tier's name, or its number where the server did not name it."""

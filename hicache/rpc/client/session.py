@@ -9,6 +9,7 @@ reservations and namespace ids belong to an incarnation, and are lost with it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 from hicache.errors import ErrorCode, HicacheError, UnavailableError
@@ -20,13 +21,14 @@ LASTING = frozenset({ErrorCode.INVALID, ErrorCode.DENIED, ErrorCode.UNAUTHENTICA
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Link:
-    """An attached session. ``fd_path`` is empty where pages travel as streams."""
+    """An attached session. ``fd_path`` is empty where pages travel as streams; ``epoch`` names the server's run."""
 
     incarnation: int
     session_id: bytes
     fd_path: str
     capabilities: Capabilities
     tenant: str
+    epoch: bytes = b""
 
     @property
     def mapped(self) -> bool:
@@ -91,18 +93,31 @@ class Session:
             hint="is the sidecar running, and is this its address?",
         )
 
-    def attached(self, welcome: Welcome, capabilities: Capabilities, fd_path: str) -> bool:
-        """The server welcomed us. Says whether this is a new session."""
+    def attached(
+        self,
+        welcome: Welcome,
+        capabilities: Capabilities,
+        fd_path: str,
+        *,
+        begin: Callable[[int], object] = lambda _: None,
+    ) -> bool:
+        """The server welcomed us. Says whether this is a new session.
+
+        ``begin`` is told a new session's incarnation before anybody can use it.
+        """
         resumed = (
             welcome.resumed and welcome.session_id == self.resume_session_id and welcome.epoch == self.epoch
         )
         self.attachments += 1
         if not resumed:
             self.incarnation += 1
+            begin(self.incarnation)
         self.epoch = welcome.epoch
         self.keep_alive_ms = welcome.keep_alive_ms or self.keep_alive_ms
         self.draining = False
-        link = Link(self.incarnation, welcome.session_id, fd_path, capabilities, welcome.tenant)
+        link = Link(
+            self.incarnation, welcome.session_id, fd_path, capabilities, welcome.tenant, welcome.epoch
+        )
         self._link, self._last, self._failure = link, link, None
         self._signal(ready=True)
         return not resumed

@@ -11,8 +11,15 @@ from hicache.errors import ExhaustedError, HicacheError, NotFoundError, StaleErr
 from hicache.rpc.client import calls
 from hicache.rpc.client.core import Attempt, Budget, Core, NamespaceState, Reply, invoke, named, simple
 from hicache.rpc.client.lifeline import exchange
-from hicache.rpc.client.region import Registration, WriteRegion
-from hicache.rpc.client.reservation import PageBuffer, ReservationState, checksums, pieces, regions
+from hicache.rpc.client.region import Region, Registration
+from hicache.rpc.client.reservation import (
+    PageBuffer,
+    ReservationState,
+    checksums,
+    foreign,
+    pieces,
+    regions,
+)
 from hicache.rpc.client.results import CommitResult
 from hicache.rpc.client.session import Link
 from hicache.rpc.client.steps import Call, Step, Steps, Upload, Work
@@ -77,7 +84,7 @@ def commit(
     sending = _Sending(chosen, [], core.new_id(), ask)
     settled = False
     try:
-        if ask.verify:
+        if ask.verify or foreign(chosen):  # foreign memory may change: only what was checksummed is stored
             sending.checksums = yield Work(
                 functools.partial(checksums, chosen), len(chosen) * state.page_bytes
             )
@@ -107,9 +114,9 @@ def _commit_step(core: Core, state: ReservationState, sending: _Sending) -> Call
             sending.named = True
             requests = functools.partial(_chunks, who, state, sending, attempt.link.capabilities.chunk_bytes)
             return Upload(requests, attempt.left_s)
-        region_ids: dict[WriteRegion, int] = {}
+        region_ids: dict[Region, int] = {}
         for region in regions(sending.pages):
-            region_ids[region] = yield from _registered(core, region, attempt)
+            region_ids[region] = yield from registered(core, region, attempt)
         found = pieces(sending.pages, region_ids, state.page_bytes)
         request = calls.commit(who, state.reservation, found, sending.checksums, sending.ask)
         sending.named = True
@@ -134,7 +141,7 @@ def _chunks(
             )
 
 
-def _registered(core: Core, region: WriteRegion, attempt: Attempt) -> Steps[int]:
+def registered(core: Core, region: Region, attempt: Attempt) -> Steps[int]:
     """A region's id in this session."""
     link, held = attempt.link, region.registration
     if held is None or held.incarnation != link.incarnation:

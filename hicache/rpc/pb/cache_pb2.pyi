@@ -36,7 +36,7 @@ class MatchResponse(_message.Message):
     def __init__(self, matched_pages: _Optional[int] = ..., run_pages: _Optional[_Iterable[int]] = ..., run_tier: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("session_id", "request_id", "namespace_id", "prompt", "max_pages", "ttl_ms", "wait_ms", "request_class", "turn", "cost_per_page")
+    __slots__ = ("session_id", "request_id", "namespace_id", "prompt", "max_pages", "ttl_ms", "wait_ms", "request_class", "turn", "cost_per_page", "reserve_missing", "reserve_ttl_ms")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,8 @@ class FetchRequest(_message.Message):
     REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
     TURN_FIELD_NUMBER: _ClassVar[int]
     COST_PER_PAGE_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_MISSING_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     request_id: bytes
     namespace_id: int
@@ -57,10 +59,12 @@ class FetchRequest(_message.Message):
     request_class: str
     turn: int
     cost_per_page: float
-    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., max_pages: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ...) -> None: ...
+    reserve_missing: bool
+    reserve_ttl_ms: int
+    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., max_pages: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ..., reserve_missing: bool = ..., reserve_ttl_ms: _Optional[int] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
-    __slots__ = ("lease_id", "matched_pages", "granted_pages", "expires_in_ms", "extents", "operation_id", "tier_pages", "pending_pages", "pending_ms")
+    __slots__ = ("lease_id", "matched_pages", "granted_pages", "expires_in_ms", "extents", "operation_id", "tier_pages", "pending_pages", "pending_ms", "reserved")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     MATCHED_PAGES_FIELD_NUMBER: _ClassVar[int]
     GRANTED_PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +74,7 @@ class FetchResponse(_message.Message):
     TIER_PAGES_FIELD_NUMBER: _ClassVar[int]
     PENDING_PAGES_FIELD_NUMBER: _ClassVar[int]
     PENDING_MS_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_FIELD_NUMBER: _ClassVar[int]
     lease_id: int
     matched_pages: int
     granted_pages: int
@@ -79,7 +84,72 @@ class FetchResponse(_message.Message):
     tier_pages: _containers.RepeatedScalarFieldContainer[int]
     pending_pages: int
     pending_ms: int
-    def __init__(self, lease_id: _Optional[int] = ..., matched_pages: _Optional[int] = ..., granted_pages: _Optional[int] = ..., expires_in_ms: _Optional[int] = ..., extents: _Optional[_Union[Extents, _Mapping]] = ..., operation_id: _Optional[int] = ..., tier_pages: _Optional[_Iterable[int]] = ..., pending_pages: _Optional[int] = ..., pending_ms: _Optional[int] = ...) -> None: ...
+    reserved: ReserveResponse
+    def __init__(self, lease_id: _Optional[int] = ..., matched_pages: _Optional[int] = ..., granted_pages: _Optional[int] = ..., expires_in_ms: _Optional[int] = ..., extents: _Optional[_Union[Extents, _Mapping]] = ..., operation_id: _Optional[int] = ..., tier_pages: _Optional[_Iterable[int]] = ..., pending_pages: _Optional[int] = ..., pending_ms: _Optional[int] = ..., reserved: _Optional[_Union[ReserveResponse, _Mapping]] = ...) -> None: ...
+
+class FetchQuery(_message.Message):
+    __slots__ = ("namespace_id", "prompt", "max_pages", "request_class", "turn", "cost_per_page")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    MAX_PAGES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
+    TURN_FIELD_NUMBER: _ClassVar[int]
+    COST_PER_PAGE_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: int
+    prompt: bytes
+    max_pages: int
+    request_class: str
+    turn: int
+    cost_per_page: float
+    def __init__(self, namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., max_pages: _Optional[int] = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ...) -> None: ...
+
+class FetchManyRequest(_message.Message):
+    __slots__ = ("session_id", "request_id", "queries", "ttl_ms", "wait_ms", "release_lease_ids", "renew_lease_ids")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
+    RENEW_LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    request_id: bytes
+    queries: _containers.RepeatedCompositeFieldContainer[FetchQuery]
+    ttl_ms: int
+    wait_ms: int
+    release_lease_ids: _containers.RepeatedScalarFieldContainer[int]
+    renew_lease_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., queries: _Optional[_Iterable[_Union[FetchQuery, _Mapping]]] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., release_lease_ids: _Optional[_Iterable[int]] = ..., renew_lease_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class FetchManyResponse(_message.Message):
+    __slots__ = ("outcomes", "lost_lease_ids", "renewed_expires_in_ms")
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    LOST_LEASE_IDS_FIELD_NUMBER: _ClassVar[int]
+    RENEWED_EXPIRES_IN_MS_FIELD_NUMBER: _ClassVar[int]
+    outcomes: _containers.RepeatedCompositeFieldContainer[FetchOutcome]
+    lost_lease_ids: _containers.RepeatedScalarFieldContainer[int]
+    renewed_expires_in_ms: int
+    def __init__(self, outcomes: _Optional[_Iterable[_Union[FetchOutcome, _Mapping]]] = ..., lost_lease_ids: _Optional[_Iterable[int]] = ..., renewed_expires_in_ms: _Optional[int] = ...) -> None: ...
+
+class FetchOutcome(_message.Message):
+    __slots__ = ("fetch", "refusal")
+    FETCH_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    fetch: FetchResponse
+    refusal: Refusal
+    def __init__(self, fetch: _Optional[_Union[FetchResponse, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("reason", "message", "hint", "retry_after_ms")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    HINT_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    message: str
+    hint: str
+    retry_after_ms: int
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class Extents(_message.Message):
     __slots__ = ("pages", "region_id", "offset", "first_slot", "checksums", "generations")
@@ -266,6 +336,24 @@ class ReleaseLeasesRequest(_message.Message):
 class ReleaseLeasesResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ReportCorruptRequest(_message.Message):
+    __slots__ = ("session_id", "request_id", "lease_id", "pages")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    request_id: bytes
+    lease_id: int
+    pages: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., pages: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ReportCorruptResponse(_message.Message):
+    __slots__ = ("corrupt_pages",)
+    CORRUPT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    corrupt_pages: int
+    def __init__(self, corrupt_pages: _Optional[int] = ...) -> None: ...
 
 class ReadPagesRequest(_message.Message):
     __slots__ = ("session_id", "lease_id", "first_page", "pages")

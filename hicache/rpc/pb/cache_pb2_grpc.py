@@ -44,6 +44,16 @@ class CacheServiceStub(object):
                 request_serializer=hicache_dot_v1_dot_cache__pb2.FetchRequest.SerializeToString,
                 response_deserializer=hicache_dot_v1_dot_cache__pb2.FetchResponse.FromString,
                 _registered_method=True)
+        self.FetchMany = channel.unary_unary(
+                '/hicache.v1.CacheService/FetchMany',
+                request_serializer=hicache_dot_v1_dot_cache__pb2.FetchManyRequest.SerializeToString,
+                response_deserializer=hicache_dot_v1_dot_cache__pb2.FetchManyResponse.FromString,
+                _registered_method=True)
+        self.ReportCorrupt = channel.unary_unary(
+                '/hicache.v1.CacheService/ReportCorrupt',
+                request_serializer=hicache_dot_v1_dot_cache__pb2.ReportCorruptRequest.SerializeToString,
+                response_deserializer=hicache_dot_v1_dot_cache__pb2.ReportCorruptResponse.FromString,
+                _registered_method=True)
         self.Reserve = channel.unary_unary(
                 '/hicache.v1.CacheService/Reserve',
                 request_serializer=hicache_dot_v1_dot_cache__pb2.ReserveRequest.SerializeToString,
@@ -108,6 +118,24 @@ class CacheServiceServicer(object):
 
     def Fetch(self, request, context):
         """Match, lease and promote in one call: what is readable is granted at once, the rest is waited for up to wait_ms.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchMany(self, request, context):
+        """Many Fetches in one call: one outcome a query, in their order; a query that is refused spoils only itself. What is
+        to be released and renewed goes along, and is done first. Retried with the same request id it answers the same.
+        All promotions are waited for at once, for wait_ms in all. Refused as a whole: too many queries, prompts that are
+        together longer than one Fetch may have (GetCapabilities says both), a session that is not there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportCorrupt(self, request, context):
+        """A reader found that leased pages are not what their checksums say. The server reads them again itself: those that
+        are really bad leave every tier whose copy is bad (and are counted there); of others nothing happens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -193,6 +221,16 @@ def add_CacheServiceServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=hicache_dot_v1_dot_cache__pb2.FetchRequest.FromString,
                     response_serializer=hicache_dot_v1_dot_cache__pb2.FetchResponse.SerializeToString,
+            ),
+            'FetchMany': grpc.unary_unary_rpc_method_handler(
+                    servicer.FetchMany,
+                    request_deserializer=hicache_dot_v1_dot_cache__pb2.FetchManyRequest.FromString,
+                    response_serializer=hicache_dot_v1_dot_cache__pb2.FetchManyResponse.SerializeToString,
+            ),
+            'ReportCorrupt': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportCorrupt,
+                    request_deserializer=hicache_dot_v1_dot_cache__pb2.ReportCorruptRequest.FromString,
+                    response_serializer=hicache_dot_v1_dot_cache__pb2.ReportCorruptResponse.SerializeToString,
             ),
             'Reserve': grpc.unary_unary_rpc_method_handler(
                     servicer.Reserve,
@@ -299,6 +337,60 @@ class CacheService(object):
             '/hicache.v1.CacheService/Fetch',
             hicache_dot_v1_dot_cache__pb2.FetchRequest.SerializeToString,
             hicache_dot_v1_dot_cache__pb2.FetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hicache.v1.CacheService/FetchMany',
+            hicache_dot_v1_dot_cache__pb2.FetchManyRequest.SerializeToString,
+            hicache_dot_v1_dot_cache__pb2.FetchManyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportCorrupt(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hicache.v1.CacheService/ReportCorrupt',
+            hicache_dot_v1_dot_cache__pb2.ReportCorruptRequest.SerializeToString,
+            hicache_dot_v1_dot_cache__pb2.ReportCorruptResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,7 +10,7 @@ class GetCapabilitiesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetCapabilitiesResponse(_message.Message):
-    __slots__ = ("server_version", "server_epoch", "tiers", "fd_socket", "max_message_bytes", "max_inflight_per_session", "max_lease_ttl_ms", "idempotency_entries", "idempotency_ttl_ms", "stream_chunk_bytes")
+    __slots__ = ("server_version", "server_epoch", "tiers", "fd_socket", "max_message_bytes", "max_inflight_per_session", "max_lease_ttl_ms", "idempotency_entries", "idempotency_ttl_ms", "stream_chunk_bytes", "max_prompt_bytes", "max_prompt_pages", "max_queries_per_call")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     SERVER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,9 @@ class GetCapabilitiesResponse(_message.Message):
     IDEMPOTENCY_ENTRIES_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_TTL_MS_FIELD_NUMBER: _ClassVar[int]
     STREAM_CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROMPT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_PROMPT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    MAX_QUERIES_PER_CALL_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     server_epoch: bytes
     tiers: _containers.RepeatedCompositeFieldContainer[TierInfo]
@@ -31,7 +34,10 @@ class GetCapabilitiesResponse(_message.Message):
     idempotency_entries: int
     idempotency_ttl_ms: int
     stream_chunk_bytes: int
-    def __init__(self, server_version: _Optional[str] = ..., server_epoch: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[TierInfo, _Mapping]]] = ..., fd_socket: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_per_session: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., idempotency_entries: _Optional[int] = ..., idempotency_ttl_ms: _Optional[int] = ..., stream_chunk_bytes: _Optional[int] = ...) -> None: ...
+    max_prompt_bytes: int
+    max_prompt_pages: int
+    max_queries_per_call: int
+    def __init__(self, server_version: _Optional[str] = ..., server_epoch: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[TierInfo, _Mapping]]] = ..., fd_socket: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_per_session: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., idempotency_entries: _Optional[int] = ..., idempotency_ttl_ms: _Optional[int] = ..., stream_chunk_bytes: _Optional[int] = ..., max_prompt_bytes: _Optional[int] = ..., max_prompt_pages: _Optional[int] = ..., max_queries_per_call: _Optional[int] = ...) -> None: ...
 
 class TierInfo(_message.Message):
     __slots__ = ("name", "kind", "capacity_bytes", "durable", "client_readable")

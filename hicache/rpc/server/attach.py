@@ -59,6 +59,9 @@ class SessionServicer:
             idempotency_entries=options.idempotency_entries,
             idempotency_ttl_ms=options.idempotency_ttl_ms,
             stream_chunk_bytes=STREAM_CHUNK_BYTES,
+            max_prompt_bytes=options.max_prompt_bytes,
+            max_prompt_pages=options.max_prompt_pages,
+            max_queries_per_call=options.max_queries_per_call,
         )
 
     # --- the life line

@@ -6,7 +6,7 @@ the message once, columns set with one extend each.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 from hicache.errors import InvalidArgumentError
 from hicache.rpc.pb import cache_pb2
@@ -14,12 +14,13 @@ from hicache.rpc.server import convert
 from hicache.rpc.server.edge import Edge, session_call, ttl_ms, wait_ms
 from hicache.rpc.server.idempotency import payload_digest
 from hicache.rpc.server.identity import Context
+from hicache.rpc.server.many import fetch_many, leases
 from hicache.rpc.server.sessions import Session
 from hicache.rpc.server.writes import write_pages
+from hicache.runtime.pages import ReserveAlong
 from hicache.runtime.service import Service
 from hicache.types import Ack, Pressure
 
-MAX_LEASES_PER_CALL = 65_536
 CHUNK_BYTES = 1 << 20
 
 
@@ -55,6 +56,7 @@ class CacheServicer:
         raw = request.prompt
         prompt = self.edge.prompt(session, request.namespace_id, raw)
         wait, use = wait_ms(request.wait_ms, context), convert.use(request)
+        along = ReserveAlong(request.reserve_missing, ttl_ms(request.reserve_ttl_ms))
 
         async def work() -> cache_pb2.FetchResponse:
             result = await self._service.fetch(
@@ -65,6 +67,7 @@ class CacheServicer:
                 ttl_ms=ttl_ms(request.ttl_ms),
                 wait_ms=wait,
                 use=use,
+                reserve=along,
             )
             return convert.fetch_response(self._service, result)
 
@@ -74,12 +77,19 @@ class CacheServicer:
         return answer
 
     @session_call
+    async def FetchMany(
+        self, session: Session, request: cache_pb2.FetchManyRequest, context: Context
+    ) -> cache_pb2.FetchManyResponse:
+        """Many Fetches, and what is to be released and renewed."""
+        return await fetch_many(self._service, self.edge, session, request, context)
+
+    @session_call
     async def RenewLeases(
         self, session: Session, request: cache_pb2.RenewLeasesRequest, _: Context
     ) -> cache_pb2.RenewLeasesResponse:
         """Give leases more time."""
-        leases = _leases(request.lease_ids)
-        result = await self._service.renew(session.number, leases, ttl_ms(request.ttl_ms))
+        renewed = leases(request.lease_ids)
+        result = await self._service.renew(session.number, renewed, ttl_ms(request.ttl_ms))
         return cache_pb2.RenewLeasesResponse(
             lost_lease_ids=result.lost, expires_in_ms=convert.expires_in(self._service, result.expires_ms)
         )
@@ -89,8 +99,24 @@ class CacheServicer:
         self, session: Session, request: cache_pb2.ReleaseLeasesRequest, _: Context
     ) -> cache_pb2.ReleaseLeasesResponse:
         """Give leases back."""
-        self._service.release(session.number, _leases(request.lease_ids))
+        self._service.release(session.number, leases(request.lease_ids))
         return cache_pb2.ReleaseLeasesResponse()
+
+    @session_call
+    async def ReportCorrupt(
+        self, session: Session, request: cache_pb2.ReportCorruptRequest, _: Context
+    ) -> cache_pb2.ReportCorruptResponse:
+        """Look at pages again that a reader found bad."""
+        lease, pages = request.lease_id, list(request.pages)
+
+        async def work() -> cache_pb2.ReportCorruptResponse:
+            found = await self._service.report_corrupt(session.number, lease, pages)
+            return cache_pb2.ReportCorruptResponse(corrupt_pages=found)
+
+        answer: cache_pb2.ReportCorruptResponse = await session.answers.answer(
+            request.request_id, lambda: payload_digest(request), work
+        )
+        return answer
 
     # --- moving pages
 
@@ -155,12 +181,7 @@ class CacheServicer:
                 pressure=pressure,
                 use=use,
             )
-            return cache_pb2.ReserveResponse(
-                reservation_id=result.reservation,
-                present_pages=result.present_pages,
-                missing_pages=result.missing_pages,
-                expires_in_ms=convert.expires_in(self._service, result.expires_ms),
-            )
+            return convert.reserve_response(self._service, result)
 
         answer: cache_pb2.ReserveResponse = await session.answers.answer(
             request.request_id, lambda: payload_digest(request, raw), work
@@ -236,9 +257,3 @@ class CacheServicer:
             return await write_pages(self._service, session, first.open, requests)
         finally:
             session.inflight -= 1
-
-
-def _leases(lease_ids: Sequence[int]) -> list[int]:
-    if len(lease_ids) > MAX_LEASES_PER_CALL:
-        raise InvalidArgumentError(f"{len(lease_ids)} leases in one call, at most {MAX_LEASES_PER_CALL}")
-    return list(lease_ids)

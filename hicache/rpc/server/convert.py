@@ -61,33 +61,49 @@ def match_response(view: MatchView) -> cache_pb2.MatchResponse:
 
 def fetch_response(service: Service, result: actions.FetchResult) -> cache_pb2.FetchResponse:
     """A lease as it stands."""
+    message = cache_pb2.FetchResponse()
+    put_fetch(message, service, result)
+    return message
+
+
+def put_fetch(message: cache_pb2.FetchResponse, service: Service, result: actions.FetchResult) -> None:
+    """Fill a message in with a lease as it stands: in place, since columns are not copied into their message then."""
     columns = service.extents(result)
-    extents = None
     if columns.pages:
-        extents = cache_pb2.Extents(
-            pages=columns.pages,
-            region_id=columns.region_id,
-            offset=columns.offset,
-            first_slot=columns.first_slot,
-            checksums=columns.checksums,
-            generations=columns.generations,
-        )
-    pending_pages, pending_ms = service.pending(result) if result.operation else (0, 0)
-    return cache_pb2.FetchResponse(
-        lease_id=result.lease,
-        matched_pages=result.matched_pages,
-        granted_pages=result.granted_pages,
+        extents = message.extents
+        extents.pages.extend(columns.pages)
+        extents.region_id.extend(columns.region_id)
+        extents.offset.extend(columns.offset)
+        extents.first_slot.extend(columns.first_slot)
+        extents.checksums.extend(columns.checksums)
+        extents.generations.extend(columns.generations)
+    message.lease_id = result.lease
+    message.matched_pages = result.matched_pages
+    message.granted_pages = result.granted_pages
+    message.expires_in_ms = expires_in(service, result.expires_ms)
+    message.tier_pages.extend(result.tier_pages)
+    if result.operation:
+        message.operation_id = result.operation
+        message.pending_pages, message.pending_ms = service.pending(result)
+    if result.reserved is not None:
+        message.reserved.CopyFrom(reserve_response(service, result.reserved))
+
+
+def reserve_response(service: Service, result: actions.ReserveResult) -> cache_pb2.ReserveResponse:
+    """Room for what is missing."""
+    return cache_pb2.ReserveResponse(
+        reservation_id=result.reservation,
+        present_pages=result.present_pages,
+        missing_pages=result.missing_pages,
         expires_in_ms=expires_in(service, result.expires_ms),
-        extents=extents,
-        operation_id=result.operation,
-        tier_pages=result.tier_pages,
-        pending_pages=pending_pages,
-        pending_ms=pending_ms,
     )
 
 
 def use(
-    request: cache_pb2.MatchRequest | cache_pb2.FetchRequest | cache_pb2.ReserveRequest,
+    request: cache_pb2.MatchRequest
+    | cache_pb2.FetchRequest
+    | cache_pb2.FetchQuery
+    | cache_pb2.ReserveRequest,
 ) -> Use:
     """What a call says of its request. Raises InvalidArgumentError."""
     said = Use(request.request_class, request.turn, request.cost_per_page)

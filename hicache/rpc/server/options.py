@@ -40,6 +40,7 @@ class ServerOptions:
     max_message_bytes: int = 16 << 20
     max_prompt_bytes: int = 8 << 20
     max_prompt_pages: int = 1 << 18
+    max_queries_per_call: int = 1024
     max_namespaces_per_tenant: int = 1024
     max_regions_per_session: int = 256
     idempotency_entries: int = 256

@@ -19,6 +19,8 @@ from hicache.errors import ConfigError, HicacheError
 from hicache.rpc.pb import (
     admin_pb2,
     admin_pb2_grpc,
+    batch_pb2,
+    batch_pb2_grpc,
     cache_pb2,
     cache_pb2_grpc,
     region_pb2,
@@ -28,6 +30,7 @@ from hicache.rpc.pb import (
 )
 from hicache.rpc.server.admin import AdminServicer
 from hicache.rpc.server.attach import SessionServicer
+from hicache.rpc.server.batch import BatchServicer
 from hicache.rpc.server.cache import CacheServicer
 from hicache.rpc.server.edge import Edge, refuse
 from hicache.rpc.server.fdsocket import FdSocket
@@ -54,6 +57,7 @@ SERVICES = tuple(
         (session_pb2.DESCRIPTOR, "SessionService"),
         (region_pb2.DESCRIPTOR, "RegionService"),
         (cache_pb2.DESCRIPTOR, "CacheService"),
+        (batch_pb2.DESCRIPTOR, "BatchService"),
         (admin_pb2.DESCRIPTOR, "AdminService"),
     )
 )
@@ -229,6 +233,7 @@ class Server:
             RegionServicer(service, edge, self._descriptors), server
         )
         cache_pb2_grpc.add_CacheServiceServicer_to_server(CacheServicer(service, edge), server)
+        batch_pb2_grpc.add_BatchServiceServicer_to_server(BatchServicer(service, edge), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(service, edge, self.drain), server)
         # Health is open to all: probes carry no credentials, and it says one word.
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
