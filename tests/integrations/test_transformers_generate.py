@@ -6,7 +6,6 @@ differs by some 1e-7, what is wrong by far more. Where both sides are split alik
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +19,6 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402 - after the sk
 from hypothesis import strategies as st  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
-from hicache.errors import (  # noqa: E402
-    DeniedError,
-    HicacheError,
-    InvalidArgumentError,
-    UnavailableError,
-    UnsupportedError,
-)
 from hicache.integrations.transformers import HiCacheCache, PrefixStore  # noqa: E402
 
 PAGE_TOKENS = 4
