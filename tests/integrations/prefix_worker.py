@@ -72,9 +72,9 @@ def load(client: hicache.Client, folder: str, dtype: str) -> dict[str, Any]:
 
 def generate(client: hicache.Client, folder: str, dtype: str) -> dict[str, Any]:
     model = load_model(folder, dtype)
-    ids, mask = prompt(model)[:, :300].repeat(2, 1), torch.ones(2, 300, dtype=torch.long)
+    ids, mask = prompt(model)[:, :310].repeat(2, 1), torch.ones(2, 310, dtype=torch.long)
     ids[1], mask[1, :70] = ids[1].flip(0), 0
-    how = {"attention_mask": mask, "max_new_tokens": 70, "do_sample": False, "pad_token_id": 0}
+    how = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     alone, counts = model.generate(ids, **how), watched(model)
     cache = HiCacheCache(prefixes := PrefixStore(client, model, page_tokens=PAGE_TOKENS))
     found = prefixes.generate(ids, cache=cache, **how)
@@ -102,7 +102,8 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     work = {"compute": compute, "load": load, "generate": generate}[role]
     with hicache.Client(target, timeout_s=10) as client:
-        torch.save({dtype: work(client, folder, dtype) for dtype in DTYPES}, Path(out))
+        dtypes = DTYPES[:1] if role == "generate" else DTYPES
+        torch.save({dtype: work(client, folder, dtype) for dtype in dtypes}, Path(out))
 
 
 if __name__ == "__main__":
