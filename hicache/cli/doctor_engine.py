@@ -253,7 +253,9 @@ def _doubt(model: ModelFacts, engine: str) -> Check:
     found = f"{'; '.join(model.doubts)}"
     advice = "the adapter says at start whether it can serve this model"
     if engine == "vllm" and "sliding windows" in model.doubts:
-        advice = "where windows stand beside full attention, vLLM needs --disable-hybrid-kv-cache-manager"
+        advice = (
+            "with a connector vLLM keeps all tokens of a window (no hybrid KV cache manager): plan the memory"
+        )
     if "encoder-decoder" in model.doubts:
         return Check("model", Verdict.CHANGE, found, "no adapter serves it: its KV follows from no prefix")
     return Check("model", Verdict.ADVICE, found, advice)
