@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from hicache.errors import (  # noqa: E402 - after the skips
     UnsupportedError,
 )
 from hicache.integrations.transformers import HiCacheCache, PrefixStore  # noqa: E402
-from hicache.integrations.transformers.cache import kept_of  # noqa: E402
+from hicache.integrations.transformers.cache import kept_of, watched  # noqa: E402
 from hicache.integrations.transformers.layers import WholeSlidingLayer  # noqa: E402
 
 PAGE_TOKENS = 8
@@ -111,6 +112,12 @@ def test_calls_that_want_all_outputs_are_computed_whole(model: Any, prefixes: An
             assert found.logits.shape[1] == 20
     answer = prefixes.generate(ids, return_dict_in_generate=True, output_hidden_states=True, **GREEDY)
     assert answer.hidden_states[0][0].shape[1] == 20
+
+
+def test_within_a_wrapper_the_model_itself_is_watched(model: Any) -> None:
+    wrapper = types.SimpleNamespace(get_base_model=lambda: model)
+    assert watched(wrapper) is model
+    assert watched(model) is model
 
 
 def test_gradients_do_not_hinder(model: Any, prefixes: Any) -> None:

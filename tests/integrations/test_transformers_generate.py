@@ -24,7 +24,7 @@ from hicache.integrations.transformers import HiCacheCache, PrefixStore  # noqa:
 PAGE_TOKENS = 4
 PAD = 96
 CLOSE = 1e-5
-EXAMPLES = 25
+EXAMPLES = 15
 
 
 def ids_of(rows: list[list[int]]) -> tuple[Any, Any]:
