@@ -72,6 +72,10 @@ def _together(facts: EngineFacts) -> Check:
         return Check(
             "packages", Verdict.CHANGE, "; ".join(facts.clashes), "install versions that both accept"
         )
+    missing = [name for name in ("protobuf", "grpcio", "numpy") if name not in facts.versions]
+    if missing:
+        advice = "hicache needs them in this interpreter: pip install hicache, not its files alone"
+        return Check("packages", Verdict.CHANGE, f"{', '.join(missing)} missing", advice)
     return Check("packages", Verdict.FINE, found)
 
 
@@ -328,6 +332,8 @@ def examine(request: Request, facts: EngineFacts, connect: Connect, model: str, 
             tiers = {tier.name: tier.capacity_bytes for tier in client.connect().tiers}
         except HicacheError as error:
             checks.append(Check("sidecar", Verdict.CHANGE, str(error), "start it: hicache serve"))
+        except ImportError as error:
+            checks.append(Check("sidecar", Verdict.CHANGE, f"hicache's client does not load: {error}"))
     if figures is not None:
         checks += judge_sizes(figures, tiers, settings.page_tokens, request)
     return Report(checks, command(request, settings.endpoint, model))

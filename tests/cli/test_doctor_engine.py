@@ -25,7 +25,7 @@ FACTS = EngineFacts(
     engine="vllm",
     distribution="vllm",
     version="0.32.1",
-    versions={"protobuf": "6.33", "grpcio": "1.81"},
+    versions={"protobuf": "6.33", "grpcio": "1.81", "numpy": "2.3"},
     clashes=(),
     adapter=Probe({"module": "hicache.integrations.vllm.connector"}),
     shared_memory_problem="",
@@ -67,6 +67,7 @@ def test_the_versions_are_those_of_the_adapters() -> None:
         ({"version": "0.33.0"}, "vllm", Verdict.CHANGE, "allow_other_versions"),
         ({"engine": "transformers", "version": "4.57"}, "transformers", Verdict.ADVICE, "tested with 5.x"),
         ({"clashes": ("vllm asks for protobuf>=6",)}, "packages", Verdict.CHANGE, "protobuf>=6"),
+        ({"versions": {"numpy": "2.3"}}, "packages", Verdict.CHANGE, "protobuf, grpcio missing"),
         ({"adapter": Probe({}, "ImportError: no")}, "adapter", Verdict.CHANGE, "ImportError"),
         ({"shared_memory_problem": "denied"}, "engine's memory", Verdict.CHANGE, "PID namespace"),
         ({"shm_bytes": 64 << 20}, "engine's /dev/shm", Verdict.ADVICE, "--shm-size"),
@@ -257,6 +258,15 @@ def test_an_absent_sidecar_is_a_finding(tmp_path: Path) -> None:
     assert checks["sidecar"].verdict is Verdict.CHANGE
     assert "nobody listens" in checks["sidecar"].found
     assert report.command.startswith("vllm serve")
+
+
+def test_a_client_that_does_not_load_is_a_finding() -> None:
+    def connect(_: str) -> Any:
+        raise ModuleNotFoundError("No module named 'google'")
+
+    checks = found(doctor_engine.examine(Request("sglang", SOCKET), FACTS, connect, "", "").checks)
+    assert "No module named 'google'" in checks["sidecar"].found
+    assert checks["sidecar"].verdict is Verdict.CHANGE
 
 
 class Remote:
