@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import enum
 import json
 from typing import TYPE_CHECKING
 
-from hicache.cli import config, link, probes, stats, terminal, units
+from hicache.cli import config, doctor_engine, engine_probes, link, probes, stats, terminal, units
 from hicache.cli.probes import Facts
 from hicache.cli.settings import ServeConfig
+from hicache.cli.verdicts import Check, Verdict
+from hicache.errors import ConfigError
 
 if TYPE_CHECKING:
     from hicache.rpc.client.results import Stats
@@ -21,6 +22,8 @@ examples:
   hicache doctor --host-bytes 64GiB --disk-path /data/hicache --disk-bytes 500GiB    before `hicache serve`
   hicache doctor --config /etc/hicache.toml --json
   hicache doctor --target unix:///run/hicache/hicache.sock    a running sidecar's tiers as well
+  hicache doctor --engine vllm --model /models/llama --target unix:///run/hicache.sock    with vLLM's interpreter
+  hicache doctor --engine vllm --kv-transfer-config '{"kv_connector": ...}'    is this right, key by key?
 
 exit codes: 0 nothing that stops hicache (there may be advice); 1 something must be changed first.
 """
@@ -28,24 +31,6 @@ exit codes: 0 nothing that stops hicache (there may be advice); 1 something must
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs", "lustre"})
 _COLLAPSE_KERNEL = (6, 1)
 _GB = 1 << 30
-
-
-class Verdict(enum.Enum):
-    """How bad it is."""
-
-    FINE = "fine"
-    ADVICE = "advice"
-    CHANGE = "change"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Check:
-    """One line of the report."""
-
-    name: str
-    verdict: Verdict
-    found: str
-    advice: str = ""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -57,23 +42,86 @@ def configure(parser: argparse.ArgumentParser) -> None:
     config.add_flags(
         parser, ServeConfig, only=("device", "device_bytes", "host_bytes", "disk_path", "disk_bytes")
     )
-    link.add_flags(parser, without_target="none: the machine only")
+    link.add_flags(parser, without_target="none: the machine only; the usual socket with --engine")
+    group = parser.add_argument_group("an engine beside it")
+    group.add_argument(
+        "--engine", choices=doctor_engine.ENGINES, help="check this engine, its settings, its sidecar"
+    )
+    group.add_argument("--model", metavar="DIR", default="", help="size pages and tiers for this config.json")
+    group.add_argument(
+        "--kv-dtype", metavar="TYPE", default="", help="of the KV cache, where it is not the model's"
+    )
+    group.add_argument(
+        "--block-size", metavar="N", type=int, default=0, help="tokens of the engine's block or page"
+    )
+    group.add_argument(
+        "--tensor-parallel-size", metavar="N", type=int, default=1, help="ranks that share a page"
+    )
+    group.add_argument(
+        "--kv-transfer-config", metavar="JSON", default="", help="vLLM's setting, to be checked"
+    )
+    group.add_argument(
+        "--hicache-storage-backend-extra-config", metavar="JSON", default="", help="SGLang's, to be checked"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; 1 when something must be changed."""
+    request = _request(arguments)
     settings = config.load_serve(arguments)
-    checks = judge(probes.gather(settings.disk_path), settings)
+    facts = probes.gather(settings.disk_path)
+    checks, paste = judge(facts, settings), ""
     target = link.load(arguments).target
-    if target:
+    if request is not None:
+        report = _examine(arguments, request, facts)
+        checks, paste = checks + report.checks, report.command
+    if target and (request is None or any(check.name == "shared memory" for check in checks)):
         with link.connect(arguments, "doctor") as client:
             checks += judge_sidecar(client.admin.stats())
     if arguments.json:
         entries = [dataclasses.asdict(check) | {"verdict": check.verdict.value} for check in checks]
-        print(json.dumps({"checks": entries, "fit": is_fit(checks)}, indent=2))
+        said = {"checks": entries, "fit": is_fit(checks)} | ({"command": paste} if paste else {})
+        print(json.dumps(said, indent=2))
     else:
         _print_table(checks)
+        if paste:
+            print(f"\n{paste}")
     return 0 if is_fit(checks) else 1
+
+
+def _request(arguments: argparse.Namespace) -> doctor_engine.Request | None:
+    """What is asked about an engine. Raises ConfigError for flags that do not go with it."""
+    engine = arguments.engine
+    texts = {"vllm": arguments.kv_transfer_config, "sglang": arguments.hicache_storage_backend_extra_config}
+    flags = {"vllm": "--kv-transfer-config", "sglang": "--hicache-storage-backend-extra-config"}
+    for name, text in texts.items():
+        if text and name != engine:
+            raise ConfigError(f"{flags[name]} goes with --engine {name}")
+    if engine is None:
+        if arguments.model or arguments.kv_dtype:
+            raise ConfigError("--model and --kv-dtype go with --engine")
+        return None
+    if arguments.block_size < 0 or arguments.tensor_parallel_size < 1:
+        raise ConfigError("--block-size and --tensor-parallel-size are counts")
+    return doctor_engine.Request(
+        engine=engine,
+        endpoint=link.load(arguments).target or f"unix://{config.default_socket_path()}",
+        settings=texts.get(engine, ""),
+        block_tokens=arguments.block_size,
+        ranks=arguments.tensor_parallel_size,
+    )
+
+
+def _examine(
+    arguments: argparse.Namespace, request: doctor_engine.Request, facts: Facts
+) -> doctor_engine.Report:
+    return doctor_engine.examine(
+        request,
+        engine_probes.gather(request.engine, facts.shm_bytes),
+        lambda endpoint: link.open_client(endpoint, "doctor", link.load(arguments)),
+        arguments.model,
+        arguments.kv_dtype,
+    )
 
 
 def is_fit(checks: list[Check]) -> bool:

@@ -13,7 +13,9 @@ import pytest
 from hicache.cli.main import COMMANDS, build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")])
+DOCS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md"), *ROOT.glob("examples/*.md")]
+)
 _NAMES = "|".join(command.name for command in COMMANDS)
 _SHOWN = re.compile(rf"(?:^\s*(?:\$ )?|`)(hicache (?:{_NAMES})\b[^`#\n]*)", re.MULTILINE)
 

@@ -31,7 +31,9 @@ class FakeSidecar:
 
     faults: Faults = dataclasses.field(default_factory=Faults)
     pages: dict[bytes, bytes] = dataclasses.field(default_factory=dict)
+    prompts: dict[bytes, list[int]] = dataclasses.field(default_factory=dict)  # what pages were stored for
     leases: list[FakeLease] = dataclasses.field(default_factory=list)
+    fetches: int = 0
     attached: bool = True
 
     def namespace(self, **fields: Any) -> FakeNamespace:
@@ -51,6 +53,7 @@ class FakeNamespace:
 
     def fetch(self, tokens: Any, *, wait_ms: int, timeout_s: float | None) -> FakeLease:
         found = []
+        self.sidecar.fetches += 1
         for key in self._keys(tokens):
             if key not in self.sidecar.pages:
                 break
@@ -60,7 +63,9 @@ class FakeNamespace:
         return lease
 
     def reserve(self, tokens: Any, *, wait_ms: int, timeout_s: float | None) -> FakeReservation:
-        return FakeReservation(self.sidecar.pages, self._keys(tokens), self.spec.page_bytes)
+        wanted = self._keys(tokens)
+        self.sidecar.prompts[wanted[-1]] = [int(token) for token in tokens]
+        return FakeReservation(self.sidecar.pages, wanted, self.spec.page_bytes)
 
 
 class FakeLease:
@@ -115,6 +120,11 @@ class FakeReservation:
 @pytest.fixture
 def sidecar() -> FakeSidecar:
     return FakeSidecar()
+
+
+@pytest.fixture(scope="session")
+def make_sidecar() -> Callable[[], FakeSidecar]:
+    return FakeSidecar
 
 
 @pytest.fixture(scope="session")

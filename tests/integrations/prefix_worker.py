@@ -1,7 +1,8 @@
-"""A process that uses a model's prefixes in a sidecar: ``python prefix_worker.py compute|load TARGET MODEL OUT``.
+"""A process that uses a model's prefixes in a sidecar: ``python prefix_worker.py ROLE TARGET MODEL OUT``.
 
 ``compute`` stores the prefix, and says what the suffix gives on the cache in its own memory, and the whole prompt in
-one piece. ``load`` says what it was given, what it computed, and what other models are given. Both write to OUT.
+one piece. ``load`` says what it was given, what it computed, and what other models are given. ``generate`` answers a
+padded batch, beside the model alone. All write to OUT.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hicache
-from hicache.integrations.transformers import PrefixStore
+from hicache.integrations.transformers import HiCacheCache, PrefixStore
 
 THREADS = 2
 PAGE_TOKENS = 64
@@ -69,6 +70,18 @@ def load(client: hicache.Client, folder: str, dtype: str) -> dict[str, Any]:
     return found | {"others": {name: other.load(ids).cached_tokens for name, other in others(client, model)}}
 
 
+def generate(client: hicache.Client, folder: str, dtype: str) -> dict[str, Any]:
+    model = load_model(folder, dtype)
+    ids, mask = prompt(model)[:, :310].repeat(2, 1), torch.ones(2, 310, dtype=torch.long)
+    ids[1], mask[1, :70] = ids[1].flip(0), 0
+    how = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    alone, counts = model.generate(ids, **how), watched(model)
+    cache = HiCacheCache(prefixes := PrefixStore(client, model, page_tokens=PAGE_TOKENS))
+    found = prefixes.generate(ids, cache=cache, **how)
+    said = {"loaded": cache.loaded_tokens, "stored": cache.stored, "embedded": counts}
+    return said | {"alone": alone, "found": found}
+
+
 def others(client: hicache.Client, model: Any) -> list[tuple[str, PrefixStore]]:
     """Models that differ in one thing."""
     named = {"page size": {"page_tokens": 32}, "lora": {"adapter": "lora-b"}, "salt": {"salt": "alice"}}
@@ -87,9 +100,10 @@ def others(client: hicache.Client, model: Any) -> list[tuple[str, PrefixStore]]:
 def main() -> None:
     role, target, folder, out = sys.argv[1:]
     torch.set_num_threads(THREADS)
-    work = {"compute": compute, "load": load}[role]
+    work = {"compute": compute, "load": load, "generate": generate}[role]
     with hicache.Client(target, timeout_s=10) as client:
-        torch.save({dtype: work(client, folder, dtype) for dtype in DTYPES}, Path(out))
+        dtypes = DTYPES[:1] if role == "generate" else DTYPES
+        torch.save({dtype: work(client, folder, dtype) for dtype in dtypes}, Path(out))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the integrations need torch")
 
 from hicache.device import kernels  # noqa: E402 - after the skip
-from hicache.integrations import transformers_pages as paging  # noqa: E402
+from hicache.integrations.transformers import pages as paging  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PAGES = 2

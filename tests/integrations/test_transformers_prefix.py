@@ -22,10 +22,10 @@ from hicache.errors import (  # noqa: E402 - after the skips
     UnavailableError,
     UnsupportedError,
 )
-from hicache.integrations import transformers_pages as paging  # noqa: E402
 from hicache.integrations.transformers import PrefixStore  # noqa: E402
-from hicache.integrations.transformers_identity import active_adapters, namespace_fields  # noqa: E402
-from hicache.integrations.transformers_support import shape_of  # noqa: E402
+from hicache.integrations.transformers import pages as paging  # noqa: E402
+from hicache.integrations.transformers.identity import active_adapters, namespace_fields  # noqa: E402
+from hicache.integrations.transformers.support import shape_of  # noqa: E402
 
 PAGE_TOKENS = 8
 
@@ -103,6 +103,23 @@ def test_generation_goes_on_from_a_loaded_cache(model: Any, sidecar: Any, comput
     assert prefixes.load(torch.cat([found, ids], dim=1)).cached_tokens == 56
 
 
+def test_windows_are_prefilled_whole(make_model: Callable[..., Any], sidecar: Any) -> None:
+    import transformers
+
+    config = make_model().config.to_dict() | {"sliding_window": 16, "model_type": "mistral"}
+    torch.manual_seed(0)
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**config)).eval()
+    prefixes, ids = store_of(sidecar, model), prompt(45)
+    first = prefixes.prefill(ids).outputs
+    again = prefixes.prefill(ids)
+    assert again.cached_tokens == 40
+    assert torch.allclose(again.outputs.logits, first.logits[:, 40:], atol=1e-5)
+    with torch.no_grad():
+        within = transformers.DynamicCache(config=model.config)
+        model(ids[:, :15], past_key_values=within)
+    assert prefixes.store(ids[:, :15], within).present_pages == 1, "the window is not full yet"
+
+
 def test_less_than_a_page_is_nothing_to_store(model: Any, sidecar: Any) -> None:
     assert store_of(sidecar, model).prefill(prompt(7)).stored.committed.stored_pages == 0
     assert not sidecar.pages
@@ -176,7 +193,7 @@ def test_what_the_caller_must_mend_is_raised(model: Any, sidecar: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}, "layer 1 .*Sliding"),
+        ({"attention_chunk_size": 16}, "chunked attention"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "layer 0 .*Linear"),
         ({"is_encoder_decoder": True}, "encoder"),
         ({"is_causal": False}, "bidirectional"),
@@ -238,7 +255,9 @@ def test_caches_that_lack_tokens_are_refused(model: Any, sidecar: Any) -> None:
         prefixes.store(ids, static)
     sliding = transformers.DynamicCache()
     sliding.layers = [transformers.cache_utils.DynamicSlidingWindowLayer(sliding_window=16) for _ in range(2)]
-    with pytest.raises(UnsupportedError, match="layer 0 of the cache is a DynamicSlidingWindowLayer"):
+    with torch.no_grad():
+        model(ids, past_key_values=sliding)
+    with pytest.raises(UnsupportedError, match="holds the last 15 tokens of 40: its window has passed"):
         prefixes.store(ids, sliding)
     cache = split(model, ids, 39)[1]
     cache.offloading = True

@@ -127,6 +127,23 @@ def test_a_killed_sidecar_gives_it_all_back(computed: Any, after_kill: Any, dtyp
     check_loaded(computed[dtype], after_kill[dtype])
 
 
+def test_another_process_generates_from_what_the_first_stored(
+    after_kill: Any, sidecar: Sidecar, model_folder: Path, tmp_path: Path
+) -> None:
+    first = work("generate", sidecar, model_folder, tmp_path / "first")["float32"]
+    again = work("generate", sidecar, model_folder, tmp_path / "again")["float32"]
+    assert first["loaded"] == [70, 0], "row 0 begins as the other tests' prompt, and row 1 with 70 of padding"
+    assert first["stored"].committed.stored_pages == 1 + 3, (
+        "four pages of row 0 were there; the fifth is the answer's"
+    )
+    for found in (first, again):
+        assert torch.equal(found["found"], found["alone"])
+        assert found["stored"] is not None
+    # row 0: four pages, 256 columns; row 1: 70 of padding and three pages, 262
+    assert again["loaded"] == [256, 186]
+    assert again["embedded"][0] == 2 * (310 - 256)
+
+
 def test_nothing_is_held_afterwards(after_kill: Any, sidecar: Sidecar) -> None:
     with hicache.Client(sidecar.target) as client:
         stats = client.admin.stats()

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hicache.errors import InvalidArgumentError, UnsupportedError
-from hicache.integrations.transformers_pages import KeysValues, PageShape
+from hicache.integrations.transformers.layers import WholeSlidingLayer, whole_layers
+from hicache.integrations.transformers.pages import KeysValues, PageShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,9 @@ def check_model(model: PreTrainedModel) -> None:
     devices = {str(tensor.device) for tensor in model.parameters()}
     if len(devices) != 1 or "meta" in devices:
         raise UnsupportedError(f"the model must be on one device, not on {', '.join(sorted(devices))}")
-    check_layers(DynamicCache(config=config))
+    if getattr(config, "attention_chunk_size", None):
+        raise UnsupportedError("chunked attention: which tokens a token sees depends on where a chunk begins")
+    check_layers(whole_layers(DynamicCache(config=config)))
 
 
 def rope_types(config: Any) -> set[str]:
@@ -59,8 +62,8 @@ def shape_of(config: Any, page_tokens: int, dtype: torch.dtype) -> PageShape:
     return PageShape(config.num_hidden_layers, page_tokens, heads, dim, dtype)
 
 
-def check_layers(cache: Any) -> None:
-    """Raise UnsupportedError unless the cache is a DynamicCache that keeps every token in every layer."""
+def check_cache(cache: Any) -> None:
+    """Raise UnsupportedError unless the cache is a plain DynamicCache with layers that can be stored."""
     if type(cache) is not DynamicCache:
         raise UnsupportedError(
             f"a {type(cache).__name__} cannot be stored",
@@ -70,30 +73,44 @@ def check_layers(cache: Any) -> None:
         raise UnsupportedError(
             "an offloading DynamicCache cannot be stored: its layers move while they are read"
         )
+    check_layers(cache)
+
+
+def check_layers(cache: Any) -> None:
+    """Raise UnsupportedError unless every layer of the cache has every token."""
     for number, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer:
+        if type(layer) is DynamicSlidingWindowLayer:
+            held = 0 if layer.keys is None else layer.keys.shape[-2]
+            if held < layer.get_seq_length():
+                raise UnsupportedError(
+                    f"layer {number} of the cache is a {type(layer).__name__} that holds the last {held} tokens of"
+                    f" {layer.get_seq_length()}: its window has passed over the others",
+                    hint="compute with prefill, generate or in a HiCacheCache, which keep them",
+                )
+        elif type(layer) not in {DynamicLayer, WholeSlidingLayer}:
             raise UnsupportedError(
                 f"layer {number} of the cache is a {type(layer).__name__}: only layers that keep the keys and values"
-                " of all tokens as they are (DynamicLayer) can be stored",
-                hint="sliding windows, chunked and linear attention, shared, static and quantised layers cannot",
+                " of all tokens as they are (DynamicLayer, and sliding windows) can be stored",
+                hint="linear attention, shared, static and quantised layers cannot",
             )
 
 
-def layers_of(cache: Any, shape: PageShape) -> list[KeysValues]:
+def layers_of(cache: Any, shape: PageShape, rows: int = 1) -> list[KeysValues]:
     """The keys and values of a cache, checked against ``shape``. Raises UnsupportedError, InvalidArgumentError."""
     check_layers(cache)
     if len(cache.layers) != shape.layers or any(layer.keys is None for layer in cache.layers):
         raise InvalidArgumentError(
             f"the cache has {len(cache.layers)} layers, not all of them filled; the model has {shape.layers}"
         )
-    found: list[KeysValues] = [(layer.keys, layer.values) for layer in cache.layers]
+    found: list[KeysValues] = [(layer.keys.detach(), layer.values.detach()) for layer in cache.layers]
     tokens = found[0][0].shape[-2]
-    wanted = (1, shape.heads, tokens, shape.dim)
+    wanted = (rows, shape.heads, tokens, shape.dim)
     for number, pair in enumerate(found):
         for tensor in pair:
-            if tensor.dim() == 4 and tensor.shape[0] != 1:
+            if tensor.dim() == 4 and tensor.shape[0] != rows:
                 raise UnsupportedError(
-                    f"a cache of a batch of {tensor.shape[0]}: store one sequence at a time"
+                    f"a cache of a batch of {tensor.shape[0]}: store one sequence at a time",
+                    hint="generate and HiCacheCache take batches",
                 )
             if tuple(tensor.shape) != wanted or tensor.dtype != shape.dtype:
                 raise InvalidArgumentError(
@@ -111,13 +128,35 @@ def prompt_of(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor
             f"input_ids must be integers [tokens] or [1, tokens], not {ids.dtype} {list(input_ids.shape)}"
         )
     if len(ids) != 1:
-        raise UnsupportedError(f"a batch of {len(ids)}: load, prefill and store one sequence at a time")
+        raise UnsupportedError(
+            f"a batch of {len(ids)}: load, prefill and store one sequence at a time",
+            hint="generate and HiCacheCache take batches",
+        )
     if attention_mask is not None and not bool(attention_mask.all()):
         raise UnsupportedError(
-            "padding: it moves tokens to other positions, where their KV differs", hint="strip the padding"
+            "padding: it moves tokens to other positions, where their KV differs",
+            hint="strip the padding; generate and HiCacheCache take it on the left",
         )
     if attention_mask is not None and attention_mask.numel() != ids.numel():
         raise InvalidArgumentError(
             f"attention_mask {list(attention_mask.shape)} does not go with input_ids {list(ids.shape)}"
         )
     return ids[0]
+
+
+def check_generate(model: Any, kwargs: dict[str, Any]) -> None:
+    """Raise UnsupportedError, saying why, for arguments of ``generate`` that go with no prefix cache."""
+    if kwargs.get("past_key_values") is not None:
+        raise InvalidArgumentError(
+            "generate makes its own cache", hint="use model.generate with a HiCacheCache of yours"
+        )
+    for source in (kwargs, kwargs.get("generation_config"), model.generation_config):
+        read = source.get if isinstance(source, dict) else lambda name, of=source: getattr(of, name, None)
+        kind = read("cache_implementation")
+        if kind not in {None, "dynamic", "hybrid"}:  # hybrid, of old: transformers takes it for dynamic
+            raise UnsupportedError(
+                f"cache_implementation={kind!r}: only a dynamic cache holds every token as it was computed",
+                hint="leave cache_implementation out",
+            )
+        if read("use_cache") is False:
+            raise InvalidArgumentError("use_cache=False leaves nothing to load or to store")

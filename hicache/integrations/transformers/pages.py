@@ -106,29 +106,32 @@ class PagePacker:
 
 
 class PageReader:
-    """A lease's pages to keys and values. ``pages``: how many, from the first, came whole and unchanged."""
+    """A lease's pages to keys and values. ``pages``: how many, from the first read, came whole and unchanged."""
 
     def __init__(self, shape: PageShape, device: torch.device) -> None:
         self.pages = 0
         self._shape = shape
         self._device = device
-        self._layers: list[KeysValues] = []  # room for what is granted, filled up to ``pages``
+        self._layers: list[KeysValues] = []  # room for what is wanted, filled up to ``pages``
 
-    def read(self, lease: Lease) -> None:
+    def read(self, lease: Lease, first_page: int = 0, pages: int | None = None) -> None:
         """Copy pages out, checked, batch by batch; page by page where a batch has a corrupt one.
 
-        Raises what ended it before the last page: CorruptError, NotFoundError (it expired), StaleError.
+        ``pages`` None: all from ``first_page`` on. Raises what ended it before the last page: CorruptError,
+        NotFoundError (it expired), StaleError.
         """
         assert not self._layers, "one lease"
-        if not (granted := len(lease)):
+        wanted = len(lease) - first_page if pages is None else pages
+        assert wanted <= len(lease) - first_page, "no more than is granted"
+        if wanted <= 0:
             return
-        self._layers = [(self._room(granted), self._room(granted)) for _ in range(self._shape.layers)]
-        step = min(granted, self._shape.batch_pages)
+        self._layers = [(self._room(wanted), self._room(wanted)) for _ in range(self._shape.layers)]
+        step = min(wanted, self._shape.batch_pages)
         staging = self._shape.empty(step, torch.device("cpu"))
-        while self.pages < granted:
-            count = min(step, granted - self.pages)
+        while self.pages < wanted:
+            count = min(step, wanted - self.pages)
             try:
-                lease.copy_into(staging[:count], self.pages, count, verify="on-copy")
+                lease.copy_into(staging[:count], first_page + self.pages, count, verify="on-copy")
             except CorruptError:
                 if count == 1:
                     raise

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 
 from hicache.errors import InvalidArgumentError
-from hicache.integrations.transformers_pages import PageShape
+from hicache.integrations.transformers.pages import PageShape
 from hicache.rpc.client.arguments import NamespaceFields
 
 if TYPE_CHECKING:
