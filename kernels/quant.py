@@ -17,7 +17,7 @@ group, [a, b] its range, t the smallest subnormal, u(y) one rounding to the dtyp
 
 Where it differs from the codec: a page is refused (``refused[page]`` becomes 1, its row is then undefined) for an
 infinity, a NaN or a range beyond float32 *within a group*, the codec looks at the whole page; groups never straddle
-units, so a unit must hold whole groups (ValueError); nothing is Huffman coded.
+units, so a unit must hold whole groups (ValueError); a base or step of zero has no sign; nothing is Huffman coded.
 
 Bytes: 2 a number on the engine's side and 65/64, 66/64 or 36/64 on the row's; floor: the slower of the link with
 those bytes and memory with the sum. The twin passes through temporaries of float32.
@@ -140,9 +140,9 @@ def _int8_decode(parameters: Tensor, codes: Tensor) -> Tensor:
 
 
 def _int4_encode(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    base = _bfloat(values.amin(2), up=False)
+    base = _bfloat(values.amin(2) + 0.0, up=False)  # which zero is the least is no matter: always the positive
     low = _float(_words([base]))
-    step_bits = _bfloat((values.amax(2) - low.squeeze(2)) / 15, up=True)
+    step_bits = _bfloat((values.amax(2) - low.squeeze(2) + 0.0) / 15, up=True)
     step = _float(_words([step_bits]))
     codes = torch.round((values - low) / torch.where(step == 0, 1, step)).clamp(0, 15).to(torch.uint8)
     return _words([base, step_bits]), codes[..., :32] | (codes[..., 32:] << 4)

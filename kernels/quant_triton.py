@@ -175,9 +175,9 @@ def _encode(
             tl.store(code, _round(tl.div_rn(low, divisor)).to(tl.int32).to(tl.uint8), mask=inside)
             tl.store(code + 32, _round(tl.div_rn(high, divisor)).to(tl.int32).to(tl.uint8), mask=inside)
         else:
-            bottom = _bfloat(least, False)
+            bottom = _bfloat(least + 0.0, False)
             floor = _wide(bottom)
-            scale = _bfloat(tl.div_rn(most - floor, tl.full([GROUPS], 15.0, tl.float32)), True)
+            scale = _bfloat(tl.div_rn(most - floor + 0.0, tl.full([GROUPS], 15.0, tl.float32)), True)
             tl.store(_ptr16(row) + at, bottom.to(tl.int16), mask=here)
             tl.store(_ptr16(row) + group_count + at, scale.to(tl.int16), mask=here)
             divisor = tl.broadcast_to(_whole(_wide(scale))[:, None], [GROUPS, 32])

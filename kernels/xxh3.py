@@ -76,6 +76,8 @@ def blocks(row_bytes: int) -> int:
 def hash_rows(rows: Tensor, row_bytes: int, out: Tensor) -> None:
     """``out[i]`` = xxh3-64 of the first ``row_bytes`` of row i. rows: uint8 ``[rows, stride]``, out int64 ``[rows]``."""
     check(rows, row_bytes, out)
+    if not len(rows):
+        return
     table = constants().to(rows.device)
     words = rows[:, :row_bytes].contiguous().view(torch.int64)
     sums = _sums(words, table)
