@@ -13,7 +13,9 @@ from __future__ import annotations
 import bisect
 import collections
 import ctypes
+import functools
 import random
+import threading
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -21,10 +23,22 @@ from xxhash import xxh3_64_intdigest
 from hicache.device.driver import DriverError
 
 
+def alone(method):
+    """One thread at a time, so that a stream's order is one."""
+
+    @functools.wraps(method)
+    def locked(self, *arguments):
+        with self.lock:
+            return method(self, *arguments)
+
+    return locked
+
+
 class FakeDriver:
     def __init__(self, seed=0, fault_rate=0.0, *, delays=True, kernels=True, batch=True, piece=1 << 63):
         self.name = f"fake (seed {seed})"
         self.has_kernels, self.has_batch = kernels, batch
+        self.lock = threading.RLock()
         self.rng = random.Random(seed)
         self.fault_rate, self.delays, self.registrable = fault_rate, delays, piece
         self.memory: dict[int, np.ndarray] = {}  # the device's and the pinned, by address
@@ -43,18 +57,23 @@ class FakeDriver:
     def bind(self):
         pass
 
+    @alone
     def allocate(self, size_bytes):
         return self._take(size_bytes).ctypes.data
 
+    @alone
     def allocate_host(self, size_bytes):
         return self._take(size_bytes)
 
+    @alone
     def release(self, address):
         self._give(address)
 
+    @alone
     def release_host(self, memory):
         self._give(memory.ctypes.data)
 
+    @alone
     def register(self, address, size_bytes):
         self._maybe_fail("register")
         if size_bytes > self.registrable:
@@ -62,6 +81,7 @@ class FakeDriver:
         self.registered[address] = size_bytes
         self._open(address, size_bytes)
 
+    @alone
     def unregister(self, address):
         self._close(address, self.registered.pop(address))
 
@@ -94,20 +114,24 @@ class FakeDriver:
 
     # --- streams and events
 
+    @alone
     def stream(self, priority):
         handle = self._handle()
         self.streams[handle], self.failed[handle] = collections.deque(), False
         return handle
 
+    @alone
     def event(self):
         handle = self._handle()
         self.events[handle] = [0, 0, False]
         return handle
 
+    @alone
     def record(self, event, stream):
         self.events[event] = [None, 0, False]
         self.streams[stream].append(event)
 
+    @alone
     def ready(self, event):
         self.calls["ready"] += 1
         self._advance()
@@ -161,12 +185,14 @@ class FakeDriver:
 
     # --- copies and kernels
 
+    @alone
     def copy(self, stream, targets, sources, sizes):
         self.calls["copy"] += 1
         self._maybe_fail("copy")
         for target, source, size in zip(targets, sources, sizes, strict=True):
             self._queue(stream, Copy("copy", [(target, source, size)]))
 
+    @alone
     def copy_batch(self, stream, targets, sources, sizes):
         assert self.has_batch
         self.calls["batch"] += 1
@@ -175,12 +201,14 @@ class FakeDriver:
         self.rng.shuffle(moves)
         self._queue(stream, Copy("batch", moves))
 
+    @alone
     def move_rows(self, stream, table, rows, row_bytes, aligned_to):
         assert self.has_kernels
         self.calls["move_rows"] += 1
         self._maybe_fail("move_rows")
         self._queue(stream, MoveRows(self, table, rows, row_bytes, aligned_to))
 
+    @alone
     def hash_rows(self, stream, table, rows, row_bytes, scratch):
         assert self.has_kernels
         self.calls["hash_rows"] += 1
