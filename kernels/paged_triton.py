@@ -198,7 +198,7 @@ class Run:
             if h == 1:
                 stride_h = 0
             sizes = (t, h, d, stride_t, stride_h, stride_d, block, token)
-            return cls(*sizes[:3], *(stride // width for stride in sizes[3:]), width, False)
+            return cls(*sizes[:3], *(stride // width for stride in sizes[3:]), word=width, aligned=False)
         d *= width
         if h == 1 or stride_h == d:
             h, d, stride_h = 1, h * d, 0

@@ -59,7 +59,10 @@ def check(dtype: torch.dtype, codec: str, unit_numbers: int) -> None:
 
 
 def encode(pages: Tensor, codec: str, rows: Tensor, refused: Tensor) -> None:
-    """pages: ``[pages, numbers]`` bfloat16 or float16; rows: uint8 ``[pages, row_bytes]``; refused: int32 ``[pages]``."""
+    """Numbers to rows.
+
+    pages: ``[pages, numbers]`` bfloat16 or float16; rows: uint8 ``[pages, row_bytes]``; refused: int32 ``[pages]``.
+    """
     check(pages.dtype, codec, pages.shape[1])
     values = pages.float().view(len(pages), -1, GROUP)
     finite = torch.isfinite(values.amax(2) - values.amin(2)).all(1)
@@ -140,7 +143,9 @@ def _int8_decode(parameters: Tensor, codes: Tensor) -> Tensor:
 
 
 def _int4_encode(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    base = _bfloat(values.amin(2) + 0.0, up=False)  # which zero is the least is no matter: always the positive
+    base = _bfloat(
+        values.amin(2) + 0.0, up=False
+    )  # which zero is the least is no matter: always the positive
     low = _float(_words([base]))
     step_bits = _bfloat((values.amax(2) - low.squeeze(2) + 0.0) / 15, up=True)
     step = _float(_words([step_bits]))

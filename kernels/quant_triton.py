@@ -71,10 +71,7 @@ def _narrow(value, HALF: tl.constexpr):
 def _bfloat(value, UP: tl.constexpr):
     """The bits, in an int32, of a bfloat16 not below (UP) or not above."""
     raw = _bits(value)
-    if UP:
-        away = raw >= 0
-    else:
-        away = raw < 0
+    away = (raw ^ (-1 if UP else 0)) < 0  # away from zero is where we round to
     size = (raw & 0x7FFFFFFF) + tl.where(away, 0xFFFF, 0)
     return (size >> 16) | ((raw >> 16) & 0x8000)
 
@@ -90,7 +87,9 @@ def _whole(step):
 
 
 @triton.jit
-def _inside(number, H: tl.constexpr, D: tl.constexpr, S_T: tl.constexpr, S_H: tl.constexpr, S_D: tl.constexpr):
+def _inside(
+    number, H: tl.constexpr, D: tl.constexpr, S_T: tl.constexpr, S_H: tl.constexpr, S_D: tl.constexpr
+):
     return (number // (H * D)) * S_T + ((number // D) % H) * S_H + (number % D) * S_D
 
 
@@ -133,6 +132,42 @@ def _fp8_value(code, k):
 
 
 @triton.jit
+def _write_fp8(row, group_count, at, low, high, size, here, LEAST: tl.constexpr):
+    k = _fp8_exponent(size, LEAST)
+    tl.store(_ptr8(row) + at, (k + 128).to(tl.uint8), mask=here)
+    code = _ptr8(row) + group_count + at[:, None] * 64 + tl.arange(0, 32)[None, :]
+    tl.store(code, _fp8_code(low, k).to(tl.uint8), mask=here[:, None])
+    tl.store(code + 32, _fp8_code(high, k).to(tl.uint8), mask=here[:, None])
+
+
+@triton.jit
+def _write_int8(row, group_count, at, low, high, size, here, GROUPS: tl.constexpr):
+    peak = size.to(tl.float32, bitcast=True)
+    scale = _bfloat(tl.div_rn(peak, tl.full([GROUPS], 127.0, tl.float32)), UP=True)
+    tl.store(_ptr16(row) + at, scale.to(tl.int16), mask=here)
+    divisor = tl.broadcast_to(_whole(_wide(scale))[:, None], [GROUPS, 32])
+    code = _ptr8(row) + group_count * 2 + at[:, None] * 64 + tl.arange(0, 32)[None, :]
+    tl.store(code, _round(tl.div_rn(low, divisor)).to(tl.int32).to(tl.uint8), mask=here[:, None])
+    tl.store(code + 32, _round(tl.div_rn(high, divisor)).to(tl.int32).to(tl.uint8), mask=here[:, None])
+
+
+@triton.jit
+def _write_int4(row, group_count, at, low, high, least, most, here, GROUPS: tl.constexpr):
+    bottom = _bfloat(least + 0.0, UP=False)
+    floor = _wide(bottom)
+    scale = _bfloat(tl.div_rn(most - floor + 0.0, tl.full([GROUPS], 15.0, tl.float32)), UP=True)
+    tl.store(_ptr16(row) + at, bottom.to(tl.int16), mask=here)
+    tl.store(_ptr16(row) + group_count + at, scale.to(tl.int16), mask=here)
+    divisor = tl.broadcast_to(_whole(_wide(scale))[:, None], [GROUPS, 32])
+    first = _round(tl.div_rn(low - floor[:, None], divisor))
+    second = _round(tl.div_rn(high - floor[:, None], divisor))
+    first = tl.minimum(tl.maximum(first, 0.0), 15.0).to(tl.int32)
+    second = tl.minimum(tl.maximum(second, 0.0), 15.0).to(tl.int32)
+    code = _ptr8(row) + group_count * 4 + at[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(code, (first | (second << 4)).to(tl.uint8), mask=here[:, None])
+
+
+@triton.jit
 def _encode(
     planes, places, rows, refused, steps, unit_count, plane_count, chunks, block, block_stride, token_stride,
     first_group, group_count,
@@ -159,34 +194,12 @@ def _encode(
         row = tl.load(rows.to(words) + row_number)
         at = first_group + (plane * unit_count + unit % unit_count) * (UNIT // 64) + group
         at = at.to(tl.int64)
-        column = tl.arange(0, 32)[None, :]
         if CODEC == 0:
-            k = _fp8_exponent(size, LEAST)
-            tl.store(_ptr8(row) + at, (k + 128).to(tl.uint8), mask=here)
-            code = _ptr8(row) + group_count + at[:, None] * 64 + column
-            tl.store(code, _fp8_code(low, k).to(tl.uint8), mask=inside)
-            tl.store(code + 32, _fp8_code(high, k).to(tl.uint8), mask=inside)
+            _write_fp8(row, group_count, at, low, high, size, here, LEAST)
         elif CODEC == 1:
-            peak = size.to(tl.float32, bitcast=True)
-            scale = _bfloat(tl.div_rn(peak, tl.full([GROUPS], 127.0, tl.float32)), True)
-            tl.store(_ptr16(row) + at, scale.to(tl.int16), mask=here)
-            divisor = tl.broadcast_to(_whole(_wide(scale))[:, None], [GROUPS, 32])
-            code = _ptr8(row) + group_count * 2 + at[:, None] * 64 + column
-            tl.store(code, _round(tl.div_rn(low, divisor)).to(tl.int32).to(tl.uint8), mask=inside)
-            tl.store(code + 32, _round(tl.div_rn(high, divisor)).to(tl.int32).to(tl.uint8), mask=inside)
+            _write_int8(row, group_count, at, low, high, size, here, GROUPS)
         else:
-            bottom = _bfloat(least + 0.0, False)
-            floor = _wide(bottom)
-            scale = _bfloat(tl.div_rn(most - floor + 0.0, tl.full([GROUPS], 15.0, tl.float32)), True)
-            tl.store(_ptr16(row) + at, bottom.to(tl.int16), mask=here)
-            tl.store(_ptr16(row) + group_count + at, scale.to(tl.int16), mask=here)
-            divisor = tl.broadcast_to(_whole(_wide(scale))[:, None], [GROUPS, 32])
-            first = _round(tl.div_rn(low - floor[:, None], divisor))
-            second = _round(tl.div_rn(high - floor[:, None], divisor))
-            first = tl.minimum(tl.maximum(first, 0.0), 15.0).to(tl.int32)
-            second = tl.minimum(tl.maximum(second, 0.0), 15.0).to(tl.int32)
-            code = _ptr8(row) + group_count * 4 + at[:, None] * 32 + column
-            tl.store(code, (first | (second << 4)).to(tl.uint8), mask=inside)
+            _write_int4(row, group_count, at, low, high, least, most, here, GROUPS)
 
 
 @triton.jit

@@ -74,7 +74,10 @@ def blocks(row_bytes: int) -> int:
 
 
 def hash_rows(rows: Tensor, row_bytes: int, out: Tensor) -> None:
-    """``out[i]`` = xxh3-64 of the first ``row_bytes`` of row i. rows: uint8 ``[rows, stride]``, out int64 ``[rows]``."""
+    """``out[i]`` = xxh3-64 of the first ``row_bytes`` of row i.
+
+    rows: uint8 ``[rows, stride]``, out: int64 ``[rows]``, the hashes' bits.
+    """
     check(rows, row_bytes, out)
     if not len(rows):
         return
@@ -93,7 +96,9 @@ def hash_rows(rows: Tensor, row_bytes: int, out: Tensor) -> None:
 def check(rows: Tensor, row_bytes: int, out: Tensor) -> None:
     """ValueError for arguments that do not go together."""
     if rows.dim() != 2 or rows.dtype is not torch.uint8 or rows.stride(1) != 1 or rows.shape[1] < row_bytes:
-        raise ValueError(f"rows must be uint8 [rows, {row_bytes} or more], not {rows.dtype} {list(rows.shape)}")
+        raise ValueError(
+            f"rows must be uint8 [rows, {row_bytes} or more], not {rows.dtype} {list(rows.shape)}"
+        )
     if not can_hash(row_bytes):
         raise ValueError(f"row_bytes must be {LEAST_BYTES} or more and a multiple of 8, not {row_bytes}")
     if out.shape != (len(rows),) or out.dtype is not torch.int64:
@@ -104,7 +109,9 @@ def _sums(words: Tensor, table: Tensor) -> Tensor:
     """int64 ``[rows, blocks + 1, 8]``: what each block adds to the lanes, the last stripe apart."""
     rows, count = words.shape
     stripes = (count * 8 - 1) // 64
-    padded = torch.zeros((rows, (count * 8 - 1) // 1024 + 1, STRIPES, 8), dtype=torch.int64, device=words.device)
+    padded = torch.zeros(
+        (rows, (count * 8 - 1) // 1024 + 1, STRIPES, 8), dtype=torch.int64, device=words.device
+    )
     taken = stripes * STRIPE_WORDS
     padded.view(rows, -1)[:, :taken] = words[:, :taken]
     place = torch.arange(STRIPES, device=words.device)[:, None] + torch.arange(8, device=words.device)

@@ -106,5 +106,14 @@ def hash_rows(table, rows, row_count, row_bytes, scratch, out):
     grid = (row_count, -(-blocks // _SUM_BLOCKS))
     _sum_blocks[grid](table, rows, scratch, blocks, (row_bytes - 1) // 64, BLOCKS=_SUM_BLOCKS)
     _chain_rows[(-(-row_count // _CHAIN_ROWS),)](
-        table, rows, scratch, out, row_count, row_bytes // 8, blocks, ROWS=_CHAIN_ROWS, AHEAD=_AHEAD, num_warps=1
+        table,
+        rows,
+        scratch,
+        out,
+        row_count,
+        row_bytes // 8,
+        blocks,
+        ROWS=_CHAIN_ROWS,
+        AHEAD=_AHEAD,
+        num_warps=1,
     )

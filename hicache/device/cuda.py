@@ -72,7 +72,12 @@ class CudaDevice:
         driver.bind()
         self.pins = Pins(driver, threaded=threaded)
         make = functools.partial(
-            Lane, driver, self.pins, self._lock, engine=options.copy_engine, stage_bytes=options.cuda_staging_bytes
+            Lane,
+            driver,
+            self.pins,
+            self._lock,
+            engine=options.copy_engine,
+            stage_bytes=options.cuda_staging_bytes,
         )
         self._writes = make(priority=PROMOTION_PRIORITY)
         self._reads = make(priority=DEMOTION_PRIORITY)

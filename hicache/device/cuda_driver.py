@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from hicache.device import kernels
 from hicache.device.cudart import Cudart
 from hicache.device.driver import Bytes, DriverError
 from hicache.errors import UnsupportedError
+
+_cuda: Any = torch.cuda  # typed in part only
 
 
 class CudaDriver:
@@ -30,7 +33,7 @@ class CudaDriver:
                 hint="use device 'cpu', or install a CUDA build of torch and see what nvidia-smi says",
             )
         self._device = torch.device("cuda", index)
-        torch.cuda.init()
+        _cuda.init()
         torch.empty(1, device=self._device)  # the runtime is loaded, and the device has a context
         self.name = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
         self._cudart = Cudart()
@@ -38,8 +41,8 @@ class CudaDriver:
         self.has_kernels = kernels.has_triton()
         self._cpus = _cpus_near(torch.cuda.get_device_properties(index))
         self._constants = kernels.hash_constants().to(self._device)
-        self._streams: dict[int, torch.cuda.Stream] = {}
-        self._events: dict[int, torch.cuda.Event] = {}
+        self._streams: dict[int, Any] = {}
+        self._events: dict[int, Any] = {}
         self._hosts: dict[int, Bytes] = {}
         self._owner = threading.get_ident()
 
@@ -89,14 +92,14 @@ class CudaDriver:
 
     def stream(self, priority: int) -> int:
         """See Driver."""
-        made = torch.cuda.Stream(self._device, priority=priority)
+        made = _cuda.Stream(self._device, priority=priority)
         self._streams[made.cuda_stream] = made
         return int(made.cuda_stream)
 
     def event(self) -> int:
         """See Driver."""
         handle = len(self._events) + 1
-        self._events[handle] = torch.cuda.Event(enable_timing=True)
+        self._events[handle] = _cuda.Event(enable_timing=True)
         return handle
 
     def record(self, event: int, stream: int) -> None:
@@ -119,9 +122,7 @@ class CudaDriver:
 
     # --- copies and kernels
 
-    def copy(
-        self, stream: int, targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int]
-    ) -> None:
+    def copy(self, stream: int, targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int]) -> None:
         """See Driver."""
         for target, source, size in zip(targets, sources, sizes, strict=True):
             self._cudart.copy(target, source, size, stream)
@@ -132,7 +133,7 @@ class CudaDriver:
         """See Driver."""
         self._cudart.copy_batch(targets, sources, sizes, stream)
 
-    def move_rows(self, stream: int, table: int, rows: int, row_bytes: int, aligned_to: int) -> None:  # noqa: PLR0917
+    def move_rows(self, stream: int, table: int, rows: int, row_bytes: int, aligned_to: int) -> None:
         """See Driver."""
         with torch.cuda.stream(self._streams[stream]):
             try:
@@ -140,7 +141,7 @@ class CudaDriver:
             except RuntimeError as error:
                 raise DriverError("move_rows", str(error)) from error
 
-    def hash_rows(self, stream: int, table: int, rows: int, row_bytes: int, scratch: int) -> None:  # noqa: PLR0917
+    def hash_rows(self, stream: int, table: int, rows: int, row_bytes: int, scratch: int) -> None:
         """See Driver."""
         constants = self._constants.data_ptr()
         with torch.cuda.stream(self._streams[stream]):

@@ -16,7 +16,15 @@ _COPY_DEFAULT = 4  # the direction is told by the addresses
 _BATCH_SINCE = 12080
 _ORDER_STREAM = 1  # sources are read in stream order
 #: Errors after which the device takes nothing any more are those that a later call repeats; these are not.
-_PASSING = {1, 2, 100, 101, 712, 713, 801}  # invalid value, no memory, no device, (not) registered, not supported
+_PASSING = {
+    1,
+    2,
+    100,
+    101,
+    712,
+    713,
+    801,
+}  # invalid value, no memory, no device, (not) registered, not supported
 
 
 class _Location(ctypes.Structure):
@@ -63,7 +71,7 @@ class Cudart:
         return found.value or 0
 
     def free_host(self, address: int) -> None:
-        """cudaFreeHost."""
+        """CudaFreeHost."""
         self._call("cudaFreeHost", ctypes.c_void_p(address))
 
     def host_register(self, address: int, size_bytes: int) -> None:
@@ -72,11 +80,11 @@ class Cudart:
         self._call("cudaHostRegister", ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), flags)
 
     def host_unregister(self, address: int) -> None:
-        """cudaHostUnregister."""
+        """CudaHostUnregister."""
         self._call("cudaHostUnregister", ctypes.c_void_p(address))
 
     def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
-        """cudaMemcpyAsync."""
+        """CudaMemcpyAsync."""
         self._call(
             "cudaMemcpyAsync",
             ctypes.c_void_p(target),

@@ -71,9 +71,7 @@ class Driver(Protocol):
     def elapsed_ns(self, first: int, second: int) -> int:
         """Device time between two ready events."""
 
-    def copy(
-        self, stream: int, targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int]
-    ) -> None:
+    def copy(self, stream: int, targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int]) -> None:
         """Queue copies, one after another, between device and pinned host memory in any direction."""
 
     def copy_batch(
@@ -81,10 +79,10 @@ class Driver(Protocol):
     ) -> None:
         """Queue copies in one call; they run in any order among each other."""
 
-    def move_rows(self, stream: int, table: int, rows: int, row_bytes: int, aligned_to: int) -> None:  # noqa: PLR0917
+    def move_rows(self, stream: int, table: int, rows: int, row_bytes: int, aligned_to: int) -> None:
         """Queue a kernel that copies rows; table: device address of ``rows`` targets, then as many sources."""
 
-    def hash_rows(self, stream: int, table: int, rows: int, row_bytes: int, scratch: int) -> None:  # noqa: PLR0917
+    def hash_rows(self, stream: int, table: int, rows: int, row_bytes: int, scratch: int) -> None:
         """Queue xxh3-64 of rows. table: device address of ``rows`` int64 addresses; the hashes are written behind.
 
         That is, to ``table + 8 * rows``. scratch: ``hash_scratch_bytes`` of device memory.

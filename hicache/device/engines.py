@@ -165,7 +165,9 @@ class Chooser:
         if choice is None:
             room = stage.size_bytes // row_bytes
             try:
-                choice = self._measure(max(1, min(room, MANY_ROWS // 2) if few else room), row_bytes, stage, to_host)
+                choice = self._measure(
+                    max(1, min(room, MANY_ROWS // 2) if few else room), row_bytes, stage, to_host
+                )
             except DriverError:  # it will show in the copy itself; the shape is measured another time
                 return "dma"
             self.choices[shape] = choice
@@ -178,7 +180,8 @@ class Chooser:
             order = np.arange(count, dtype=np.int64)
             device = slots + np.random.default_rng(0).permutation(order) * row_bytes
             host = stage.host.ctypes.data + order * row_bytes
-            rows = Rows(*((host, device) if to_host else (device, host)), row_bytes, to_host)
+            ends = (host, device) if to_host else (device, host)
+            rows = Rows(ends[0], ends[1], row_bytes, to_host)
             found = {name: self._time(name, rows, stage) for name in available(self._driver)}
         finally:
             self._wait()

@@ -60,7 +60,9 @@ def places_of_blocks(blocks: Tensor, block_tokens: int, page_tokens: int) -> Ten
     return cast("Tensor", _load("paged").places_of_blocks(blocks, block_tokens, page_tokens))
 
 
-def pack_units(planes: Sequence[Tensor], places: Tensor, rows: Tensor, page_tokens: int, first: int = 0) -> None:
+def pack_units(
+    planes: Sequence[Tensor], places: Tensor, rows: Tensor, page_tokens: int, first: int = 0
+) -> None:
     """Engine to rows, whole pages or some of their layers. By Triton on a GPU, by the twin elsewhere."""
     _move_units("pack", planes, places, rows, (page_tokens, first))
 

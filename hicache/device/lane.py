@@ -57,7 +57,9 @@ class Chunk:
     hashed: bool  # on the device
     writes: npt.NDArray[np.uint32]
     recorded: Sums
-    pages: list[Array] = dataclasses.field(default_factory=list)  # the buffers, kept until the copies are over
+    pages: list[Array] = dataclasses.field(
+        default_factory=list
+    )  # the buffers, kept until the copies are over
     direct: bool = False  # the copies read or write the buffers themselves
     problem: str = ""
 
@@ -75,7 +77,14 @@ class Lane:
     """A stream with its stages. ``lock`` guards the segments' columns; it is never held during a copy."""
 
     def __init__(
-        self, driver: Driver, pins: Pins, lock: threading.Lock, *, priority: int, engine: str, stage_bytes: int
+        self,
+        driver: Driver,
+        pins: Pins,
+        lock: threading.Lock,
+        *,
+        priority: int,
+        engine: str,
+        stage_bytes: int,
     ) -> None:
         self._driver = driver
         self._pins = pins
@@ -84,6 +93,7 @@ class Lane:
         self._stage_bytes = stage_bytes
         self._ring: collections.deque[Stage] = collections.deque()
         self._waiting: collections.deque[Job] = collections.deque()
+        self._launched: collections.deque[Job] = collections.deque()  # of these nothing is left to launch
         self._flying: collections.deque[Chunk] = collections.deque()
         self._all: list[Stage] = []
         self.chooser = Chooser(driver, self._stream, engine)
@@ -99,14 +109,15 @@ class Lane:
     @property
     def idle(self) -> bool:
         """Nothing is waiting or in flight."""
-        return not self._waiting and not self._flying
+        return not self._waiting and not self._launched
 
     # --- from the lane's thread
 
     def step(self) -> bool:
         """Land and launch what can be. True if anything happened."""
         landed = self._land()
-        return self._launch() or landed
+        finished = self._finish()
+        return self._launch() or landed or finished
 
     def close(self) -> None:
         """Give the stages back; the lane is idle."""
@@ -124,19 +135,26 @@ class Lane:
         happened = False
         while self._waiting:
             job = self._waiting[0]
-            if job.op in {Op.PUT, Op.GET} and job.left:
-                if self.dead:
+            if job.op in {Op.PUT, Op.GET}:
+                if job.left and self.dead:
                     job.result.fault(self.dead)
                     job.left.clear()
-                elif not self._start(job):
-                    return happened
-            elif job.flying or (self._flying and job.op not in {Op.PUT, Op.GET}):
-                return happened  # in turn: what it follows must have landed
-            else:
-                self._waiting.popleft()
-                if job.op is Op.DELETE:
-                    self._delete(job)
-                job.finish()
+                if job.left and not self._start(job):
+                    break
+            elif self._flying:
+                break  # in its turn: what it follows must have landed
+            elif job.op is Op.DELETE:
+                self._delete(job)
+            if not job.left or job.op not in {Op.PUT, Op.GET}:
+                self._launched.append(self._waiting.popleft())
+            happened = True
+        return self._finish() or happened
+
+    def _finish(self) -> bool:
+        """Complete the jobs whose pages are all settled, in order."""
+        happened = False
+        while self._launched and not self._launched[0].flying:
+            self._launched.popleft().finish()
             happened = True
         return happened
 
@@ -197,7 +215,8 @@ class Lane:
             if not to_host:
                 for row, page in zip(_rows(stage, count, row_bytes), chunk.pages, strict=True):
                     np.copyto(row, page)
-        rows = Rows(*((host, slots) if to_host else (slots, host)), row_bytes, to_host)
+        ends = (host, slots) if to_host else (slots, host)
+        rows = Rows(ends[0], ends[1], row_bytes, to_host)
         engines.copy_rows(engine, self._driver, self._stream, rows, stage)
         if chunk.hashed:
             engines.hash_rows(self._driver, self._stream, slots, row_bytes, stage)

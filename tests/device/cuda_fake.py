@@ -175,13 +175,18 @@ class FakeDriver:
                 self.violations.append(f"a {step.name} of memory that is neither pinned nor the device's")
                 return
         self.now_ns += step.cost_ns
-        if self.fault_rate and self.rng.random() < self.fault_rate:
+        fault = self.fault_rate and self.rng.random() < self.fault_rate
+        if fault:
             self.failed[handle] = True
-            if self.rng.random() < 0.5:
-                return
-            step.run(part=True)
-        else:
-            step.run()
+        if not fault or self.rng.random() < 0.5:
+            first = not step.begun
+            step.begun = True
+            half = first and (fault or (self.delays and self.rng.random() < 0.4))
+            step.run(slice(0, 1) if half else slice(0, 2) if first else slice(1, 2))
+            if half and not fault:
+                self.streams[handle].appendleft(
+                    step
+                )  # the other half comes when the stream's turn comes again
 
     # --- copies and kernels
 
@@ -233,12 +238,20 @@ class FakeDriver:
 
 
 class Step:
+    """Something queued; ``run`` does its first half, its second, or both."""
+
     name = ""
     cost_ns = 1000
     touches: tuple = ()
+    begun = False
 
-    def run(self, *, part=False):
+    def run(self, halves):
         raise AssertionError
+
+
+def move(target, source, size, halves):
+    start, end = size * halves.start // 2, size * halves.stop // 2
+    ctypes.memmove(target + start, source + start, end - start)
 
 
 class Copy(Step):
@@ -247,9 +260,9 @@ class Copy(Step):
         self.touches = [(at, size) for target, source, size in moves for at in (target, source)]
         self.cost_ns = 1000 + sum(size for _, _, size in moves) // (50 if name == "copy" else 55)
 
-    def run(self, *, part=False):
+    def run(self, halves):
         for target, source, size in self.moves:
-            ctypes.memmove(target, source, size // 2 if part else size)
+            move(target, source, size, halves)
 
 
 class MoveRows(Step):
@@ -261,14 +274,14 @@ class MoveRows(Step):
         self.touches = [(table, 16 * rows)]
         self.cost_ns = 3000 + rows * row_bytes // 52
 
-    def run(self, *, part=False):
+    def run(self, halves):
         addresses = _words(self.table, 2 * self.rows).tolist()
         for target, source in zip(addresses[: self.rows], addresses[self.rows :], strict=True):
             for at in (target, source):
                 if not self.driver._may_touch(at, self.row_bytes) or at % self.aligned_to:
                     self.driver.violations.append("a kernel was given a wrong address")
                     return
-            ctypes.memmove(target, source, self.row_bytes // 2 if part else self.row_bytes)
+            move(target, source, self.row_bytes, halves)
 
 
 class HashRows(Step):
@@ -278,12 +291,16 @@ class HashRows(Step):
         self.driver, self.table, self.rows, self.row_bytes = driver, table, rows, row_bytes
         self.touches = [(table, 16 * rows), (scratch, rows * ((row_bytes - 1) // 1024 + 1) * 64)]
 
-    def run(self, *, part=False):
+    def run(self, halves):
         table = _words(self.table, 2 * self.rows)
-        for row in range(self.rows // 2 if part else self.rows):
+        for row in range(self.rows * halves.start // 2, self.rows * halves.stop // 2):
             data = (ctypes.c_char * self.row_bytes).from_address(int(table[row]))
             table[self.rows + row] = np.uint64(xxh3_64_intdigest(data)).astype(np.int64)
 
 
 def _words(address, count):
-    return np.ctypeslib.as_array((ctypes.c_int64 * count).from_address(address)) if count else np.empty(0, np.int64)
+    return (
+        np.ctypeslib.as_array((ctypes.c_int64 * count).from_address(address))
+        if count
+        else np.empty(0, np.int64)
+    )

@@ -91,12 +91,15 @@ class Walk:
     def _some_slots(self) -> list[int]:
         rng = self.rng
         size = rng.choice((1, 1, 2, 4, 8, 16))
-        every = [s * SLOTS_PER_SEGMENT + i for s in sorted(self.segments) for i in range(SLOTS)]
+        used = 4 if rng.random() < 0.3 else SLOTS  # some slots are always busy
+        every = [s * SLOTS_PER_SEGMENT + i for s in sorted(self.segments) for i in range(used)]
         return rng.sample(every, min(size, len(every)))
 
     def _submit(self, op: Op, slots, faces=(), buffers=(), **columns) -> None:
         self.next_id += 1
-        before = {slot: (self.held[slot], {face for face, n in self.might[slot].items() if n}) for slot in slots}
+        before = {
+            slot: (self.held[slot], {face for face, n in self.might[slot].items() if n}) for slot in slots
+        }
         freed = {slot: self.freed[slot] for slot in slots}
         self.open[self.next_id] = (op, tuple(slots), tuple(faces), tuple(buffers), before, freed, columns)
         self.order["get" if op is Op.GET else "put"].append(self.next_id)
@@ -214,5 +217,8 @@ class Walk:
             assert self.driver.fault_rate, f"a fault without a cause: {completion.error}"
 
     def _check_delete(self, place, slot, completion, faces, buffers, before, freed, columns) -> None:
-        assert completion.outcomes[place] in {Outcome.OK, Outcome.MISS}
+        outcome = completion.outcomes[place]
+        assert outcome in {Outcome.OK, Outcome.MISS}
+        if freed[slot] == self.freed[slot]:
+            assert (outcome is Outcome.OK) == (self.held[slot] is not None), "a delete in front of its turn"
         self.held[slot] = None

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("torch", reason="the device room needs torch")
 
-from cuda_rig import Walk  # noqa: E402
+from cuda_rig import Walk
 
 SHAPES = [{}, {"kernels": False}, {"batch": False}, {"kernels": False, "batch": False}, {"piece": 0}]
 

@@ -86,7 +86,10 @@ def test_what_comes_back_is_within_the_bound(place, codec, kind, dtype, layout, 
     _, refused, back = quantise(layer, layout, codec, place)
     assert not refused.any()
     x, y = in_page_order(layer, layout).double(), in_page_order(back, layout).double()
-    t, off = SUBNORMAL[dtype], (in_page_order(layer, layout).double() - in_page_order(back, layout).double()).abs()
+    t, off = (
+        SUBNORMAL[dtype],
+        (in_page_order(layer, layout).double() - in_page_order(back, layout).double()).abs(),
+    )
     m, a, b = x.abs().amax(2, keepdim=True), x.amin(2, keepdim=True), x.amax(2, keepdim=True)
     u = (y.abs() * ROUNDING[dtype]).clamp(min=t)
     if codec == "fp8-e4m3":

@@ -173,7 +173,9 @@ def test_units_move_as_the_page_layout_says(place, pack, case):
 def test_blocks_smaller_and_larger_than_pages_have_places():
     smaller = kernels.places_of_blocks(torch.tensor([[3, -1], [0, 2]]), 16, 32)
     assert smaller.tolist() == [[48, -16], [0, 32]]
-    larger = kernels.places_of_blocks(torch.tensor([5, 0]), 64, 32)  # the second half of block 2, the first of 0
+    larger = kernels.places_of_blocks(
+        torch.tensor([5, 0]), 64, 32
+    )  # the second half of block 2, the first of 0
     assert larger.tolist() == [[160], [0]]
     for blocks, block, page in ((torch.tensor([[1]]), 24, 32), (torch.tensor([1]), 48, 32)):
         with pytest.raises(ValueError, match="must be whole"):
