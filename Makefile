@@ -15,7 +15,7 @@ SOAK_KILLS ?= 500
 SOAK_TIME ?= 60m
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test soak lint format protos protos-check wheel-test bench clean
+.PHONY: help venv demo test soak lint format protos protos-check wheel-test bench gpu clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -62,6 +62,12 @@ bench: $(STAMP) ## measure our side (bench/README.md tells how to put peers besi
 	$(BIN)/python bench/restart.py --repetitions 1
 	$(BIN)/python bench/churn.py
 	$(BIN)/python bench/replay.py --name replay-ours
+
+# Not .venv: its torch has no CUDA. GPU_PYTHON is one that has torch with CUDA, triton and pytest.
+GPU_PYTHON ?= python3
+gpu: ## on a machine with a GPU: its tests, then its benches (docs/GPU.md)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -p no:cacheprovider tests/gpu tests/device tests/stores -m "not soak"
+	PYTHONPATH=. $(GPU_PYTHON) bench/gpu.py
 
 clean: ## remove environments, caches and build output
 	rm -rf $(VENV) $(VENV_PROTOS) build dist .coverage htmlcov .hypothesis

@@ -98,7 +98,7 @@ def scratch_bytes(rows, row_bytes):
     return rows * ((row_bytes - 1) // 1024 + 1) * 64
 
 
-def hash_rows(table, rows, row_count, row_bytes, scratch, out):
+def hash_rows(table, rows, row_count, row_bytes, *, scratch, out):
     """Launch both. All but the sizes are addresses on the device; table: ``xxh3.constants``; out: int64 [rows]."""
     if not row_count:
         return

@@ -8,6 +8,7 @@ an engine waits for the one and for the other only when it is out of room. Lanes
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -186,8 +187,9 @@ class CudaDevice:
         for lane in self._lanes:
             lane.close()
         self._segments.clear()
-        for address in self._memory:
-            self._driver.release(address)
+        with contextlib.suppress(DriverError):  # a device that was lost has taken it with it
+            for address in self._memory:
+                self._driver.release(address)
         self._driver.close()
 
     def _check_open(self) -> None:

@@ -146,7 +146,7 @@ class CudaDriver:
         constants = self._constants.data_ptr()
         with torch.cuda.stream(self._streams[stream]):
             try:
-                kernels.hash_rows_at(constants, table, rows, row_bytes, scratch, table + 8 * rows)
+                kernels.hash_rows_at(constants, table, rows, row_bytes, scratch=scratch, out=table + 8 * rows)
             except RuntimeError as error:
                 raise DriverError("hash_rows", str(error)) from error
 

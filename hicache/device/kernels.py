@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hicache.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -162,7 +163,7 @@ def hash_rows(rows: Tensor, row_bytes: int, out: Tensor) -> None:
         return
     twin.check(rows, row_bytes, out)
     launch = _load("xxh3_triton")
-    constants, table = twin.constants().to(rows.device), _addresses(rows)
+    constants, table = _constants(rows.device), _addresses(rows, rows.device)
     scratch = rows.new_empty(launch.scratch_bytes(len(rows), row_bytes))
     launch.hash_rows(
         constants.data_ptr(), table.data_ptr(), len(rows), row_bytes, scratch.data_ptr(), out.data_ptr()
@@ -182,9 +183,9 @@ def move_rows_at(targets: int, sources: int, rows: int, row_bytes: int, aligned_
     _load("paged_triton").move_rows(targets, sources, rows, row_bytes, aligned_to=aligned_to)
 
 
-def hash_rows_at(constants: int, table: int, rows: int, row_bytes: int, scratch: int, out: int) -> None:  # noqa: PLR0917
+def hash_rows_at(constants: int, table: int, rows: int, row_bytes: int, *, scratch: int, out: int) -> None:
     """As ``hash_rows``; everything but the sizes is an address on the device."""
-    _load("xxh3_triton").hash_rows(constants, table, rows, row_bytes, scratch, out)
+    _load("xxh3_triton").hash_rows(constants, table, rows, row_bytes, scratch=scratch, out=out)
 
 
 def hash_constants() -> Tensor:
@@ -222,24 +223,36 @@ def _fused(tensor: Tensor) -> bool:
     return FUSED or tensor.is_cuda
 
 
-def _addresses(rows: Tensor) -> Tensor:
+def _addresses(rows: Tensor, device: torch.device) -> Tensor:
+    """Where the rows lie, as a table on the device; made there, since a copy of it would wait."""
     import torch
 
-    step = torch.arange(len(rows), dtype=torch.int64, device=rows.device)
+    step = torch.arange(len(rows), dtype=torch.int64, device=device)
     return step * rows.stride(0) + rows.data_ptr()
+
+
+@functools.lru_cache(maxsize=512)
+def _pointers(pointers: tuple[int, ...], device: torch.device) -> Tensor:
+    """A table on the device. An engine's layers stay where they are, so it is made once."""
+    import torch
+
+    return torch.tensor(pointers, dtype=torch.int64).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _constants(device: torch.device) -> Tensor:
+    return hash_constants().to(device)
 
 
 def _tables(
     planes: Sequence[Tensor], places: Tensor, rows: Tensor
 ) -> tuple[tuple[int, int, int, int], tuple[Tensor, ...], int]:
     """Addresses for a launch, the tensors behind them, and what all addresses are a multiple of (up to 16)."""
-    import torch
-
-    pointers = [plane.data_ptr() for plane in planes]
+    pointers = tuple(plane.data_ptr() for plane in planes)
     tables = (
-        torch.tensor(pointers, dtype=torch.int64, device=places.device),
+        _pointers(pointers, places.device),
         places.contiguous(),
-        _addresses(rows).to(places.device),
+        _addresses(rows, places.device),
     )
     aligned_to = math.gcd(16, *pointers, rows.data_ptr(), rows.stride(0))
     at_planes, at_places, at_rows = (table.data_ptr() for table in tables)

@@ -14,6 +14,7 @@ A stage is used again only when its event is ready; if the runtime will not even
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -120,12 +121,13 @@ class Lane:
         return self._launch() or landed or finished
 
     def close(self) -> None:
-        """Give the stages back; the lane is idle."""
+        """Give the stages back; the lane is idle. A device that was lost has taken them with it."""
         for stage in self._all:
-            self._driver.release_host(stage.host)
-            self._driver.release_host(stage.table.view(np.uint8))
-            for address in (stage.device, stage.device_table, stage.scratch):
-                self._driver.release(address)
+            with contextlib.suppress(DriverError):
+                self._driver.release_host(stage.host)
+                self._driver.release_host(stage.table.view(np.uint8))
+                for address in (stage.device, stage.device_table, stage.scratch):
+                    self._driver.release(address)
         self._all.clear()
         self._ring.clear()
 
@@ -282,7 +284,7 @@ class Lane:
 
     def _settle(self, chunk: Chunk) -> None:
         if chunk.problem or self.dead:
-            chunk.job.result.fault(chunk.problem or self.dead)
+            chunk.job.result.fault(self.dead or chunk.problem)
         elif chunk.job.op is Op.PUT:
             self._accept(chunk)
         else:
