@@ -17,10 +17,10 @@ SOAK_TIME ?= 60m
 E2E_TIME ?= 20m
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test soak e2e lint format protos protos-check wheel-test bench clean
+.PHONY: help venv demo test soak e2e lint format protos protos-check wheel-test bench gpu clean
 
 help: ## list these targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 venv: $(STAMP) ## create or refresh .venv: the package (editable), torch, the development tools
 
@@ -68,6 +68,12 @@ bench: $(STAMP) ## measure our side (bench/README.md tells how to put peers besi
 	$(BIN)/python bench/restart.py --repetitions 1
 	$(BIN)/python bench/churn.py
 	$(BIN)/python bench/replay.py --name replay-ours
+
+# Not .venv: its torch has no CUDA. GPU_PYTHON is one that has torch with CUDA, triton and pytest.
+GPU_PYTHON ?= python3
+gpu: ## on a machine with a GPU: its tests, then its benches (docs/GPU.md)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -p no:cacheprovider tests/gpu tests/device tests/stores -m "not soak"
+	PYTHONPATH=. $(GPU_PYTHON) bench/gpu.py
 
 clean: ## remove environments, caches and build output
 	rm -rf $(VENV) .venv-* build dist .coverage htmlcov .hypothesis

@@ -19,43 +19,15 @@ import xxhash
 
 from hicache.device import kernels
 from hicache.device.plan import Extent
-from hicache.device.segment import Indices, Sums
-from hicache.types import Batch, Completion, Op, Outcome, slot_stride
+from hicache.device.result import Result
+from hicache.device.segment import Segment, Sums
+from hicache.types import Outcome, slot_stride
 
 #: What a copy may raise: torch's errors are RuntimeErrors, a buffer released too early is a ValueError.
 COPY_FAULTS = (RuntimeError, ValueError, BufferError, MemoryError)
 
 Rows = npt.NDArray[np.uint8]
 Chosen = npt.NDArray[np.bool_]
-
-
-class Result:
-    """The completion of a batch in the making. A page that no step has settled is a FAULT."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        self.outcomes = [Outcome.FAULT] * len(batch.slots)
-        self.checksums = [0] * len(batch.slots) if batch.op is not Op.DELETE else []
-        self.error = ""
-
-    def settle(self, positions: Indices, outcome: Outcome) -> None:
-        """Pages that were not moved, and why."""
-        for position in positions.tolist():
-            self.outcomes[position] = outcome
-
-    def moved(self, positions: Indices, checksums: Sums) -> None:
-        """Pages that were moved, with the checksums of the bytes."""
-        for position, checksum in zip(positions.tolist(), checksums.tolist(), strict=True):
-            self.outcomes[position] = Outcome.OK
-            self.checksums[position] = checksum
-
-    def fault(self, reason: str) -> None:
-        """Say why pages are left as FAULT; the first reason stands."""
-        self.error = self.error or reason
-
-    def completion(self) -> Completion:
-        """What the owner gets."""
-        return Completion(self.batch.id, tuple(self.outcomes), tuple(self.checksums), error=self.error)
 
 
 class Staging:
@@ -75,7 +47,7 @@ class Staging:
         return self._memory[: count * stride].view(count, stride)
 
 
-def put(extent: Extent, result: Result, staging: Staging, lock: threading.Lock) -> None:
+def put(extent: Extent[Segment], result: Result, staging: Staging, lock: threading.Lock) -> None:
     """Write the extent's pages. Every slot is empty from the first byte on until its page is accepted."""
     with lock:
         extent.segment.empty(extent.indices)
@@ -84,7 +56,7 @@ def put(extent: Extent, result: Result, staging: Staging, lock: threading.Lock) 
         _put_chunk(chunk, result, rows[: len(chunk.indices)], lock)
 
 
-def _put_chunk(chunk: Extent, result: Result, rows: torch.Tensor, lock: threading.Lock) -> None:
+def _put_chunk(chunk: Extent[Segment], result: Result, rows: torch.Tensor, lock: threading.Lock) -> None:
     segment = chunk.segment
     host: Rows = rows.numpy()
     pages = host[:, : segment.page_bytes]
@@ -107,14 +79,14 @@ def _put_chunk(chunk: Extent, result: Result, rows: torch.Tensor, lock: threadin
     result.moved(chunk.positions[kept], sums[kept])
 
 
-def get(extent: Extent, result: Result, staging: Staging, lock: threading.Lock) -> None:
+def get(extent: Extent[Segment], result: Result, staging: Staging, lock: threading.Lock) -> None:
     """Read the extent's pages. A buffer whose outcome is not OK is left as it was."""
     rows = staging.rows(extent.segment.page_bytes)
     for chunk in extent.chunks(len(rows)):
         _get_chunk(chunk, result, rows, lock)
 
 
-def _get_chunk(chunk: Extent, result: Result, staging: torch.Tensor, lock: threading.Lock) -> None:
+def _get_chunk(chunk: Extent[Segment], result: Result, staging: torch.Tensor, lock: threading.Lock) -> None:
     segment = chunk.segment
     with lock:
         held: Chosen = segment.held[chunk.indices]
@@ -137,7 +109,7 @@ def _get_chunk(chunk: Extent, result: Result, staging: torch.Tensor, lock: threa
     result.moved(positions[sound], sums[sound])
 
 
-def delete(extent: Extent, result: Result, staging: Staging, lock: threading.Lock) -> None:
+def delete(extent: Extent[Segment], result: Result, staging: Staging, lock: threading.Lock) -> None:
     """Empty the extent's slots; MISS where one is empty already."""
     segment = extent.segment
     with lock:

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 
 from hicache.device import copies
-from hicache.device.copies import Result, Staging
+from hicache.device.copies import Staging
 from hicache.device.plan import Extent, locate, plan
+from hicache.device.result import Result
 from hicache.device.segment import Segment
-from hicache.device.store import DeviceOptions
+from hicache.device.store import DeviceOptions, check_room
 from hicache.device.streams import CopyStream
 from hicache.errors import ExhaustedError, InvalidArgumentError, UnavailableError
-from hicache.types import SLOTS_PER_SEGMENT, Batch, Completion, Notify, Op, TierSpec, segment_slots
+from hicache.types import Batch, Completion, Notify, Op, TierSpec
 
-Step = Callable[[Extent, Result, Staging, threading.Lock], None]
+Step = Callable[[Extent[Segment], Result, Staging, threading.Lock], None]
 STEPS: dict[Op, Step] = {Op.PUT: copies.put, Op.GET: copies.get, Op.DELETE: copies.delete}
 
 
@@ -49,17 +50,7 @@ class CpuDevice:
     def open_segment(self, segment: int, domain: str, page_bytes: int, slots: int) -> None:
         """See DeviceStore."""
         self._check_open()
-        if segment < 0 or segment in self._segments:
-            raise InvalidArgumentError(f"segment {segment} is open already, or negative")
-        room = segment_slots(self._spec, page_bytes) if page_bytes > 0 else 0
-        if not 1 <= slots <= min(room, SLOTS_PER_SEGMENT):
-            raise InvalidArgumentError(
-                f"segment {segment}: {slots} slots of {page_bytes} bytes do not fit, {room} would",
-                hint=f"a segment has {self._spec.segment_bytes} bytes",
-            )
-        limit = self._spec.capacity_bytes // self._spec.segment_bytes
-        if len(self._segments) >= limit:
-            raise ExhaustedError(f"tier {self._spec.name!r}: all {limit} segments are open")
+        check_room(self._spec, segment, page_bytes, slots, self._segments)
         try:
             opened = Segment(domain, page_bytes, slots)
         except RuntimeError as error:
@@ -123,7 +114,7 @@ class CpuDevice:
 
     # --- on the streams ------------------------------------------------------------------------------------
 
-    def _move(self, extents: list[Extent], result: Result, staging: Staging) -> None:
+    def _move(self, extents: list[Extent[Segment]], result: Result, staging: Staging) -> None:
         for extent in extents:
             try:
                 STEPS[result.batch.op](extent, result, staging, self._lock)

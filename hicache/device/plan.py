@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from hicache.device.segment import Indices, Segment
+from hicache.device.segment import Columns, Indices
 from hicache.errors import InvalidArgumentError
 from hicache.types import SLOTS_PER_SEGMENT, Batch, Op
 
+S = TypeVar("S", bound=Columns)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(Generic[S]):
     """The part of a batch that lies in one segment, in batch order.
 
     ``positions``: places in the batch. ``indices``: places in the segment. ``frees``: the slots' counts of
     ``free`` at submission.
     """
 
-    segment: Segment
+    segment: S
     positions: Indices
     indices: Indices
     frees: npt.NDArray[np.uint32]
 
-    def chunks(self, rows: int) -> list[Extent]:
+    def taken(self, chosen: npt.NDArray[np.bool_]) -> Extent[S]:
+        """Some of the pages."""
+        return Extent(self.segment, self.positions[chosen], self.indices[chosen], self.frees[chosen])
+
+    def chunks(self, rows: int) -> list[Extent[S]]:
         """Pieces of at most ``rows`` pages."""
         return [
             Extent(self.segment, self.positions[i:j], self.indices[i:j], self.frees[i:j])
@@ -35,7 +42,7 @@ class Extent:
         ]
 
 
-def locate(slots: Sequence[int], segments: Mapping[int, Segment]) -> list[Extent]:
+def locate(slots: Sequence[int], segments: Mapping[int, S]) -> list[Extent[S]]:
     """Where the slots are. Raises InvalidArgumentError for one that no open segment has."""
     try:
         numbers = np.asarray(slots, np.int64).reshape(len(slots))
@@ -57,7 +64,7 @@ def locate(slots: Sequence[int], segments: Mapping[int, Segment]) -> list[Extent
     return extents
 
 
-def plan(batch: Batch, segments: Mapping[int, Segment]) -> list[Extent]:
+def plan(batch: Batch, segments: Mapping[int, S]) -> list[Extent[S]]:
     """The extents of a batch of pages. Raises InvalidArgumentError for one that does not fit the store."""
     extents = locate(batch.slots, segments)
     if batch.op is Op.DELETE:
@@ -87,7 +94,7 @@ def _check_buffers(batch: Batch) -> None:
             raise InvalidArgumentError(f"batch {batch.id}: GET into read-only buffer {position}")
 
 
-def _check_put(batch: Batch, extents: list[Extent]) -> None:
+def _check_put(batch: Batch, extents: list[Extent[S]]) -> None:
     if batch.checksums and len(batch.checksums) != len(batch.slots):
         raise InvalidArgumentError(
             f"batch {batch.id}: {len(batch.slots)} slots, {len(batch.checksums)} checksums"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hicache.types import slot_stride
 
@@ -16,18 +15,14 @@ Indices = npt.NDArray[np.int64]
 Sums = npt.NDArray[np.uint64]
 
 
-class Segment:
-    """Memory for ``slots`` pages of ``page_bytes``, ``slot_stride(page_bytes)`` apart. Slots start empty.
-
-    Raises RuntimeError where there is no memory (torch's error).
-    """
+class Columns:
+    """What ``slots`` slots of ``page_bytes`` hold, ``slot_stride(page_bytes)`` apart. They start empty."""
 
     def __init__(self, domain: str, page_bytes: int, slots: int) -> None:
         self.domain = domain
         self.page_bytes = page_bytes
         self.slots = slots
         self.batches_in_flight = 0
-        self.pool = torch.empty((slots, slot_stride(page_bytes)), dtype=torch.uint8)
         self.held = np.zeros(slots, np.bool_)
         self.checksums = np.zeros(slots, np.uint64)
         self.writes = np.zeros(slots, np.uint32)  # moves on whenever the slot stops being what it was
@@ -42,3 +37,22 @@ class Segment:
         """The slots hold pages with these checksums from now on."""
         self.checksums[indices] = checksums
         self.held[indices] = True
+
+
+class Segment(Columns):
+    """A segment in ordinary memory. Raises RuntimeError where there is none (torch's error)."""
+
+    def __init__(self, domain: str, page_bytes: int, slots: int) -> None:
+        import torch
+
+        super().__init__(domain, page_bytes, slots)
+        self.pool = torch.empty((slots, slot_stride(page_bytes)), dtype=torch.uint8)
+
+
+class DeviceSegment(Columns):
+    """A segment at an address of a device."""
+
+    def __init__(self, domain: str, page_bytes: int, slots: int, *, address: int, hashable: bool) -> None:
+        super().__init__(domain, page_bytes, slots)
+        self.address = address
+        self.hashable = hashable  # its pages are of a size that the device can hash

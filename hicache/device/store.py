@@ -8,23 +8,30 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from hicache.errors import ConfigError, InvalidArgumentError, UnsupportedError
-from hicache.types import Notify, PageStore, TierSpec
+from hicache.errors import ConfigError, ExhaustedError, InvalidArgumentError
+from hicache.types import SLOTS_PER_SEGMENT, Notify, PageStore, TierSpec, segment_slots
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceOptions:
     """Settings of a device store.
 
-    ``staging_bytes``: size of the staging buffer of each of the two copy streams, beside the tier's capacity.
-    A batch moves through it in chunks; it grows to one slot where a slot is larger. On the CPU, small is better:
-    a chunk that is still in the processor's cache at its next step takes less time than one that is not.
+    ``staging_bytes``: size of the staging buffer of each of the two copy streams of ``cpu``, beside the tier's
+    capacity. A batch moves through it in chunks; it grows to one slot where a slot is larger. Small is better: a
+    chunk that is still in the processor's cache at its next step takes less time than one that is not.
+
+    ``cuda_staging_bytes``: the same for each of a CUDA lane's three stages, on the device and, pinned, on the host.
+    Large is better: a large copy reaches the speed of the link.
+
+    ``copy_engine``: how a CUDA device copies: ``auto`` (measured), ``kernel``, ``staged``, ``batch`` or ``dma``.
     """
 
     staging_bytes: int = 4 << 20
+    cuda_staging_bytes: int = 64 << 20
+    copy_engine: str = "auto"
 
 
 class DeviceStore(PageStore, Protocol):
@@ -55,21 +62,18 @@ def open_device(
     """Open the store of a device tier.
 
     Args:
-        name: ``cpu``. ``cuda`` and ``cuda:<n>`` are known names that this release does not serve.
+        name: ``cpu``, or ``cuda:<n>`` (``cuda`` is ``cuda:0``).
         spec: the tier; its capacity bounds the pool.
         notify: called from a copy thread when ``poll`` has something to give; must not raise.
-        options: staging size.
+        options: staging size, copy engine.
 
     Raises:
         InvalidArgumentError: no such device, or a spec that is not a slotted tier.
-        UnsupportedError: a CUDA device.
-        ConfigError: torch is not installed.
+        UnsupportedError: a CUDA device that this machine does not have.
+        ConfigError: torch is not installed, or the copy engine is not known.
     """
-    if re.fullmatch(r"cuda(:\d+)?", name):
-        raise UnsupportedError(
-            f"device {name!r}: CUDA devices come with a later release", hint="use device 'cpu' until then"
-        )
-    if name != "cpu":
+    cuda = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if name != "cpu" and not cuda:
         raise InvalidArgumentError(f"no device is called {name!r}", hint="known devices: 'cpu', 'cuda:<n>'")
     options = options or DeviceOptions()
     _check(spec, options)
@@ -78,9 +82,29 @@ def open_device(
     except ImportError as error:
         hint = "pip install hicache[torch]"
         raise ConfigError(f"device {name!r} needs torch: {error}", hint=hint) from error
+    if cuda:
+        from hicache.device.cuda import CudaDevice
+        from hicache.device.cuda_driver import CudaDriver
+
+        return CudaDevice(spec, notify, options, CudaDriver(int(cuda[1] or 0)))
     from hicache.device.cpu import CpuDevice
 
     return CpuDevice(spec, notify, options)
+
+
+def check_room(spec: TierSpec, segment: int, page_bytes: int, slots: int, opened: Collection[int]) -> None:
+    """What every device asks before it opens a segment; see ``DeviceStore.open_segment``."""
+    if segment < 0 or segment in opened:
+        raise InvalidArgumentError(f"segment {segment} is open already, or negative")
+    room = segment_slots(spec, page_bytes) if page_bytes > 0 else 0
+    if not 1 <= slots <= min(room, SLOTS_PER_SEGMENT):
+        raise InvalidArgumentError(
+            f"segment {segment}: {slots} slots of {page_bytes} bytes do not fit, {room} would",
+            hint=f"a segment has {spec.segment_bytes} bytes",
+        )
+    limit = spec.capacity_bytes // spec.segment_bytes
+    if len(opened) >= limit:
+        raise ExhaustedError(f"tier {spec.name!r}: all {limit} segments are open")
 
 
 def _check(spec: TierSpec, options: DeviceOptions) -> None:
@@ -89,6 +113,7 @@ def _check(spec: TierSpec, options: DeviceOptions) -> None:
         (spec.segment_bytes > 0, "segment_bytes must be positive"),
         (spec.capacity_bytes >= 0, "capacity_bytes must not be negative"),
         (options.staging_bytes > 0, "staging_bytes must be positive"),
+        (options.cuda_staging_bytes > 0, "cuda_staging_bytes must be positive"),
     )
     for ok, problem in checks:
         if not ok:

@@ -181,6 +181,11 @@ BACKENDS: dict[str, Callable[[int], Backend]] = {
     "disk": _disk,
     "disk-shards": lambda page_bytes: _disk(page_bytes, DiskBackendSharded),
     "device-cpu": lambda page_bytes: importlib.import_module("device_backend").make(page_bytes),
+    "device-fake": lambda page_bytes: importlib.import_module("device_backend").make(page_bytes, "fake"),
+    "device-fake-plain": lambda page_bytes: importlib.import_module("device_backend").make(
+        page_bytes, "fake-plain"
+    ),
+    "device-cuda": lambda page_bytes: importlib.import_module("device_backend").make(page_bytes, "cuda"),
 }
 
 

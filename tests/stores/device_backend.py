@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from backends import PAGES, Backend
 
 from hicache.device import DeviceOptions, open_device
-from hicache.types import PageStore, TierKind, TierSpec
+from hicache.device.cuda import CudaDevice
+from hicache.types import PageStore, TierKind, TierSpec, slot_stride
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "device"))  # the fake
 
 
 class DeviceBackend(Backend):
@@ -20,7 +26,7 @@ class DeviceBackend(Backend):
 
     def open(self) -> PageStore:
         spec = TierSpec("device", TierKind.DEVICE, 2 << 20, 1 << 20)
-        options = DeviceOptions(staging_bytes=3 * self.page_bytes)
+        options = DeviceOptions(3 * self.page_bytes, cuda_staging_bytes=3 * self.page_bytes)
         self.opened = open_device(self.device, spec, self.notify, options)
         for segment in (0, 1):
             self.opened.open_segment(segment, "default", self.page_bytes, PAGES // 2)
@@ -34,7 +40,70 @@ class DeviceBackend(Backend):
         pool[number // 2, rng.randrange(self.page_bytes)] ^= 1 << rng.randrange(8)
 
 
-def make(page_bytes: int) -> Backend:
+class FakeCudaBackend(DeviceBackend):
+    """The CUDA store on a fake device that delays and reorders; ``number`` seeds it."""
+
+    def open(self) -> PageStore:
+        from cuda_fake import FakeDriver
+
+        spec = TierSpec("device", TierKind.DEVICE, 2 << 20, 1 << 20)
+        options = DeviceOptions(cuda_staging_bytes=3 * self.page_bytes)
+        self.driver = FakeDriver(seed=self.page_bytes, kernels=self.kernels)
+        self.opened = CudaDevice(spec, self.notify, options, self.driver)
+        for segment in (0, 1):
+            self.opened.open_segment(segment, "default", self.page_bytes, PAGES // 2)
+        return self.opened
+
+    kernels = True
+
+    def corrupt(self, number: int, rng: random.Random) -> None:
+        segment = self.opened._segments[number % 2]
+        start = segment.address + number // 2 * slot_stride(self.page_bytes) + rng.randrange(self.page_bytes)
+        byte = ctypes.c_uint8.from_address(start)
+        byte.value ^= 1 << rng.randrange(8)
+
+    def close(self) -> None:
+        super().close()
+        assert not self.driver.violations, self.driver.violations
+
+
+class FakeCudaBackendPlain(FakeCudaBackend):
+    """The same on a device that runs no kernels: pages are hashed on the host."""
+
+    kernels = False
+
+
+class CudaBackend(DeviceBackend):
+    """A real GPU."""
+
+    device = "cuda"
+
+    def corrupt(self, number: int, rng: random.Random) -> None:
+        segment = self.opened._segments[number % 2]
+        start = segment.address + number // 2 * slot_stride(self.page_bytes) + rng.randrange(self.page_bytes)
+        driver = self.opened._driver
+        stream, event, byte = driver.stream(0), driver.event(), driver.allocate_host(1)
+        for flip in (0, 1 << rng.randrange(8)):
+            byte[0] ^= flip
+            ends = (start, byte.ctypes.data)
+            driver.copy(stream, [ends[bool(flip) - 1]], [ends[-bool(flip)]], [1])
+            driver.record(event, stream)
+            while not driver.ready(event):
+                pass
+        driver.release_host(byte)
+
+
+KINDS = {
+    "cpu": DeviceBackend,
+    "fake": FakeCudaBackend,
+    "fake-plain": FakeCudaBackendPlain,
+    "cuda": CudaBackend,
+}
+
+
+def make(page_bytes: int, kind: str = "cpu") -> Backend:
     """The factory that ``BACKENDS`` names."""
-    pytest.importorskip("torch", reason="the device room needs torch")
-    return DeviceBackend(page_bytes)
+    torch = pytest.importorskip("torch", reason="the device room needs torch")
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return KINDS[kind](page_bytes)

@@ -1,0 +1,363 @@
+"""One direction of a CUDA device: batches in, chunks through a ring of stages, completions out in order.
+
+    submit ─► waiting ─► launch: into a free stage, copies queued, event recorded ─► in flight ─► land: event
+    ready, checksums compared, slots accepted or buffers filled ─► completion
+
+``step`` does what can be done now and never waits; a thread (``pump``) or a test calls it. Nothing here runs on the
+owner's thread but ``submit``. Steps that change slots (PUT, DELETE) share a lane, so they take effect in order.
+
+Where a page's bytes are proved: on the device, by the kernel, while they lie in the slot (where the device can), and
+on the host after they landed there, by the same xxh3-64. A PUT's checksum is that of what lies in the slot.
+A stage is used again only when its event is ready; if the runtime will not even record one, the device is given up.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from hicache.device import engines
+from hicache.device.driver import Driver, DriverError
+from hicache.device.engines import Chooser, Rows, Stage
+from hicache.device.pinned import Pins
+from hicache.device.plan import Extent
+from hicache.device.result import Result
+from hicache.device.segment import DeviceSegment, Sums
+from hicache.types import Op, Outcome, slot_stride
+
+Array = npt.NDArray[np.uint8]
+Done = Callable[[], None]
+
+
+@dataclasses.dataclass(slots=True)
+class Job:
+    """A batch on its way. ``finish`` is called in its turn, when all its pages are settled."""
+
+    op: Op
+    extents: list[Extent[DeviceSegment]]
+    result: Result
+    finish: Done
+    left: collections.deque[Extent[DeviceSegment]] = dataclasses.field(default_factory=collections.deque)
+    flying: int = 0
+
+
+@dataclasses.dataclass(slots=True)
+class Chunk:
+    """Some pages of a job in flight."""
+
+    job: Job
+    extent: Extent[DeviceSegment]
+    stage: Stage
+    hashed: bool  # on the device
+    writes: npt.NDArray[np.uint32]
+    recorded: Sums
+    pages: list[Array] = dataclasses.field(
+        default_factory=list
+    )  # the buffers, kept until the copies are over
+    direct: bool = False  # the copies read or write the buffers themselves
+    problem: str = ""
+
+
+@dataclasses.dataclass
+class Counts:
+    """What a lane has done; bytes by the way they took."""
+
+    direct_bytes: int = 0
+    bounced_bytes: int = 0
+    faults: int = 0
+
+
+class Lane:
+    """A stream with its stages. ``lock`` guards the segments' columns; it is never held during a copy."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        pins: Pins,
+        lock: threading.Lock,
+        *,
+        priority: int,
+        engine: str,
+        stage_bytes: int,
+    ) -> None:
+        self._driver = driver
+        self._pins = pins
+        self._lock = lock
+        self._stream = driver.stream(priority)
+        self._stage_bytes = stage_bytes
+        self._ring: collections.deque[Stage] = collections.deque()
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._launched: collections.deque[Job] = collections.deque()  # of these nothing is left to launch
+        self._flying: collections.deque[Chunk] = collections.deque()
+        self._all: list[Stage] = []
+        self.chooser = Chooser(driver, self._stream, engine)
+        self.counts = Counts()
+        self.dead = ""
+
+    # --- from the owner
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; returns at once."""
+        self._waiting.append(job)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is waiting or in flight."""
+        return not self._waiting and not self._launched
+
+    # --- from the lane's thread
+
+    def step(self) -> bool:
+        """Land and launch what can be. True if anything happened."""
+        landed = self._land()
+        finished = self._finish()
+        return self._launch() or landed or finished
+
+    def close(self) -> None:
+        """Give the stages back; the lane is idle. A device that was lost has taken them with it."""
+        for stage in self._all:
+            with contextlib.suppress(DriverError):
+                self._driver.release_host(stage.host)
+                self._driver.release_host(stage.table.view(np.uint8))
+                for address in (stage.device, stage.device_table, stage.scratch):
+                    self._driver.release(address)
+        self._all.clear()
+        self._ring.clear()
+
+    # --- launching
+
+    def _launch(self) -> bool:
+        happened = False
+        while self._waiting:
+            job = self._waiting[0]
+            if job.op in {Op.PUT, Op.GET}:
+                if job.left and self.dead:
+                    job.result.fault(self.dead)
+                    job.left.clear()
+                if job.left and not self._start(job):
+                    break
+            elif self._flying:
+                break  # in its turn: what it follows must have landed
+            elif job.op is Op.DELETE:
+                self._delete(job)
+            if not job.left or job.op not in {Op.PUT, Op.GET}:
+                self._launched.append(self._waiting.popleft())
+            happened = True
+        return self._finish() or happened
+
+    def _finish(self) -> bool:
+        """Complete the jobs whose pages are all settled, in order."""
+        happened = False
+        while self._launched and not self._launched[0].flying:
+            self._launched.popleft().finish()
+            happened = True
+        return happened
+
+    def _start(self, job: Job) -> bool:
+        """Launch some of the job's pages; False where no stage is free."""
+        row_bytes = job.left[0].segment.page_bytes
+        stage = self._free_stage(row_bytes)
+        if stage is None:
+            return False
+        extent = job.left.popleft()
+        room = min(stage.size_bytes // row_bytes, len(stage.table) // 4)
+        if len(extent.indices) > room:
+            first, *rest = extent.chunks(room)
+            job.left.extendleft(reversed(rest))
+            extent = first
+        chunk = self._begin(job, extent, stage)
+        try:
+            self._queue(chunk)
+        except DriverError as error:
+            self._fail(chunk, error)
+        except (ValueError, BufferError) as error:  # a buffer that was released too early
+            chunk.problem = f"{type(error).__name__}: {error}"
+        self._record(chunk)
+        return True
+
+    def _begin(self, job: Job, extent: Extent[DeviceSegment], stage: Stage) -> Chunk:
+        """Take the slots' state down; a PUT empties them, a GET leaves out those that hold nothing."""
+        segment = extent.segment
+        with self._lock:
+            if job.op is Op.PUT:
+                segment.empty(extent.indices)
+            else:
+                held = segment.held[extent.indices]
+                job.result.settle(extent.positions[~held], Outcome.MISS)
+                extent = extent.taken(held)
+            writes, recorded = segment.writes[extent.indices], segment.checksums[extent.indices]
+        hashed = self._driver.has_kernels and segment.hashable
+        job.flying += 1
+        return Chunk(job, extent, stage, hashed, writes, recorded)
+
+    def _queue(self, chunk: Chunk) -> None:
+        segment, stage, count = chunk.extent.segment, chunk.stage, len(chunk.extent.positions)
+        if not count:
+            return
+        row_bytes, to_host = segment.page_bytes, chunk.job.op is Op.GET
+        buffers = chunk.job.result.batch.buffers
+        chunk.pages = [np.frombuffer(buffers[at], np.uint8) for at in chunk.extent.positions.tolist()]
+        # without a hash on the device, a copy of our own is what is hashed: the buffer may change
+        chunk.direct = (chunk.hashed or to_host) and self._pins.cover(chunk.pages)
+        engine = self.chooser.engine(count, row_bytes, stage, to_host=to_host)
+        slots = segment.address + chunk.extent.indices * slot_stride(row_bytes)
+        if chunk.direct:
+            host = np.array([page.ctypes.data for page in chunk.pages], np.int64)
+            self.counts.direct_bytes += count * row_bytes
+        else:
+            host = stage.host.ctypes.data + np.arange(count, dtype=np.int64) * row_bytes
+            self.counts.bounced_bytes += count * row_bytes
+            if not to_host:
+                for row, page in zip(_rows(stage, count, row_bytes), chunk.pages, strict=True):
+                    np.copyto(row, page)
+        ends = (host, slots) if to_host else (slots, host)
+        rows = Rows(ends[0], ends[1], row_bytes, to_host)
+        engines.copy_rows(engine, self._driver, self._stream, rows, stage)
+        if chunk.hashed:
+            engines.hash_rows(self._driver, self._stream, slots, row_bytes, stage)
+
+    def _record(self, chunk: Chunk) -> None:
+        """Put the chunk in flight. Without an event nobody knows when its memory is free: the device is given up."""
+        try:
+            self._driver.record(chunk.stage.event, self._stream)
+        except DriverError as error:
+            self._fail(chunk, error)
+            self.dead = self.dead or f"the device was given up: {error}"
+        self._flying.append(chunk)
+
+    def _free_stage(self, row_bytes: int) -> Stage | None:
+        if self._ring and self._ring[0].size_bytes >= row_bytes:
+            return self._ring.popleft()
+        if self._flying and (len(self._all) >= STAGES or self._all[0].size_bytes < row_bytes):
+            return None  # larger pages than the stages': they are made anew once all have landed
+        try:
+            if self._all and self._all[0].size_bytes < row_bytes:
+                self.close()
+            while len(self._all) < STAGES:
+                self._ring.append(self._make_stage(max(self._stage_bytes, row_bytes)))
+        except DriverError as error:
+            if not self._ring:
+                self.dead = self.dead or f"no memory for copies: {error}"
+                return None
+        return self._ring.popleft()
+
+    def _make_stage(self, size_bytes: int) -> Stage:
+        rows = max(1, min(size_bytes // LEAST_ROW_BYTES, ROWS_MAX))
+        driver = self._driver
+        table = driver.allocate_host(rows * 4 * 8)
+        stage = Stage(
+            host=driver.allocate_host(size_bytes),
+            device=driver.allocate(size_bytes),
+            table=table.view(np.int64),
+            device_table=driver.allocate(table.nbytes),
+            scratch=driver.allocate(size_bytes // 16 + 64 * rows),
+            event=driver.event(),
+            size_bytes=size_bytes,
+        )
+        self._all.append(stage)
+        return stage
+
+    # --- landing
+
+    def _land(self) -> bool:
+        happened = False
+        while self._flying:
+            chunk = self._flying[0]
+            try:
+                if not self.dead and not self._driver.ready(chunk.stage.event):
+                    return happened
+            except DriverError as error:
+                self._fail(chunk, error)
+            self._flying.popleft()
+            self._settle(chunk)
+            self._ring.append(chunk.stage)
+            chunk.job.flying -= 1
+            happened = True
+        return happened
+
+    def _settle(self, chunk: Chunk) -> None:
+        if chunk.problem or self.dead:
+            chunk.job.result.fault(self.dead or chunk.problem)
+        elif chunk.job.op is Op.PUT:
+            self._accept(chunk)
+        else:
+            self._deliver(chunk)
+
+    def _accept(self, chunk: Chunk) -> None:
+        """The pages lie in their slots: hold those whose bytes are right and whose slots were not taken."""
+        extent, result = chunk.extent, chunk.job.result
+        sums = self._sums(chunk)
+        sound = np.ones(len(sums), np.bool_)
+        if result.batch.checksums:
+            given = [result.batch.checksums[position] for position in extent.positions.tolist()]
+            sound = sums == np.array(given, np.uint64)
+            result.settle(extent.positions[~sound], Outcome.CORRUPT)
+        segment = extent.segment
+        with self._lock:
+            kept = sound & (segment.frees[extent.indices] == extent.frees)
+            # a slot that a later PUT has begun to write is that one's: this page was there, and is gone again
+            ours = kept & (segment.writes[extent.indices] == chunk.writes)
+            segment.accept(extent.indices[ours], sums[ours])
+        if (sound & ~kept).any():
+            result.fault("a slot was freed before its page arrived")
+        result.moved(extent.positions[kept], sums[kept])
+
+    def _deliver(self, chunk: Chunk) -> None:
+        """The pages lie on the host: hand over those whose bytes are the recorded ones."""
+        extent, result, segment = chunk.extent, chunk.job.result, chunk.extent.segment
+        count = len(chunk.pages)
+        landed = chunk.pages if chunk.direct else list(_rows(chunk.stage, count, segment.page_bytes))
+        arrived: Sums = np.array([xxhash.xxh3_64_intdigest(page.data) for page in landed], np.uint64)
+        sound = arrived == chunk.recorded
+        left = engines.hashes(chunk.stage, count) == chunk.recorded if chunk.hashed else sound
+        if not sound.all():
+            with self._lock:  # a page that was overwritten meanwhile is not corrupt, only gone
+                still = segment.writes[extent.indices] == chunk.writes
+                rotten = ~left & ~sound & still
+                segment.empty(extent.indices[rotten])
+            result.settle(extent.positions[~sound & ~still], Outcome.MISS)
+            result.settle(extent.positions[rotten], Outcome.CORRUPT)
+            if (~sound & left & still).any():
+                result.fault("a page left the device whole and did not arrive so")
+        if not chunk.direct:
+            for row in np.flatnonzero(sound).tolist():
+                np.copyto(chunk.pages[row], landed[row])
+        result.moved(extent.positions[sound], arrived[sound])
+
+    def _sums(self, chunk: Chunk) -> Sums:
+        count = len(chunk.pages)
+        if chunk.hashed:
+            return engines.hashes(chunk.stage, count)
+        rows = _rows(chunk.stage, count, chunk.extent.segment.page_bytes)
+        return np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], np.uint64)
+
+    def _delete(self, job: Job) -> None:
+        for extent in job.extents:
+            with self._lock:
+                held = extent.segment.held[extent.indices]
+                extent.segment.empty(extent.indices)
+            job.result.settle(extent.positions[held], Outcome.OK)
+            job.result.settle(extent.positions[~held], Outcome.MISS)
+
+    def _fail(self, chunk: Chunk, error: DriverError) -> None:
+        chunk.problem = chunk.problem or str(error)
+        self.counts.faults += 1
+        if error.fatal:
+            self.dead = self.dead or f"the device was given up: {error}"
+
+
+#: Chunks in flight at a time: one is filled or emptied by the host while one is copied and one waits.
+STAGES = 3
+#: A stage's tables have room for so many rows.
+LEAST_ROW_BYTES, ROWS_MAX = 512, 4096
+
+
+def _rows(stage: Stage, count: int, row_bytes: int) -> Array:
+    return stage.host[: count * row_bytes].reshape(count, row_bytes)

@@ -1,0 +1,119 @@
+"""Host memory that the device reaches: the host tier's segments, registered in the background.
+
+Registering faults in and pins memory, about a second for 10 GiB, so a thread does it; until a segment is registered
+its pages go through a pinned buffer (*bounce*), which costs the host one copy more. Pieces are at most 64 GiB. What
+the runtime refuses stays on the bounce path, and one warning says what to change.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from hicache.device.driver import Driver, DriverError
+
+_log = logging.getLogger(__name__)
+
+PIECE_BYTES = 64 << 30
+ADVICE = (
+    "pages there are copied once more on the host; to change that raise the limit of locked memory"
+    " (`ulimit -l unlimited`, LimitMEMLOCK=infinity, docker --ulimit memlock=-1) or lower the host tier's size"
+)
+
+
+class Pins:
+    """Registered host memory. ``add`` and ``remove`` from the owner, ``cover`` from any thread."""
+
+    def __init__(self, driver: Driver, *, threaded: bool = True, piece_bytes: int = PIECE_BYTES) -> None:
+        self._driver = driver
+        self._piece_bytes = piece_bytes
+        self._pieces: tuple[tuple[int, int], ...] = ()  # (start, end), sorted; replaced whole
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._warned = False
+        self._thread: threading.Thread | None = None
+        if threaded:
+            self._thread = threading.Thread(target=self._run, name="hicache-pin", daemon=True)
+            self._thread.start()
+
+    @property
+    def registered_bytes(self) -> int:
+        """Bytes that copies reach without a bounce."""
+        return sum(end - start for start, end in self._pieces)
+
+    def add(self, address: int, size_bytes: int) -> None:
+        """Register memory in the background."""
+        self._work.put(lambda: self._register(address, size_bytes))
+
+    def remove(self, address: int, size_bytes: int, then: Callable[[], None]) -> None:
+        """Forget memory at once; unregister it in the background, then call ``then``, which may unmap it.
+
+        No batch with pages there may be in flight.
+        """
+        gone = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
+        self._pieces = tuple(piece for piece in self._pieces if piece not in gone)
+        self._work.put(lambda: self._unregister(address, size_bytes, gone, then))
+
+    def cover(self, pages: Sequence[npt.NDArray[np.uint8]]) -> bool:
+        """Whether every page lies in one registered piece."""
+        pieces = self._pieces
+        if not pieces:
+            return False
+        for page in pages:
+            start = page.ctypes.data
+            at = bisect.bisect_right(pieces, (start, 1 << 63)) - 1
+            if at < 0 or start + page.nbytes > pieces[at][1]:
+                return False
+        return True
+
+    def work(self) -> None:
+        """Do what is queued, on this thread; for owners without one."""
+        while not self._work.empty():
+            task = self._work.get()
+            if task is not None:
+                task()
+
+    def close(self) -> None:
+        """Unregister everything. No copies are in flight."""
+        if self._thread is not None:
+            self._work.put(None)
+            self._thread.join()
+        self.work()
+        for start, end in self._pieces:
+            self._unregister(start, end - start, [(start, end)], lambda: None)
+        self._pieces = ()
+
+    def _run(self) -> None:
+        self._driver.bind()
+        while (task := self._work.get()) is not None:
+            task()
+
+    def _register(self, address: int, size_bytes: int) -> None:
+        for start in range(address, address + size_bytes, self._piece_bytes):
+            end = min(start + self._piece_bytes, address + size_bytes)
+            try:
+                self._driver.register(start, end - start)
+            except DriverError as error:
+                if not self._warned:
+                    _log.warning("host memory was not registered with the device (%s): %s", error, ADVICE)
+                self._warned = True
+                return
+            self._pieces = tuple(sorted((*self._pieces, (start, end))))
+
+    def _unregister(
+        self, address: int, size_bytes: int, gone: Sequence[tuple[int, int]], then: Callable[[], None]
+    ) -> None:
+        # what ``add`` had queued may have been registered since ``remove`` looked
+        late = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
+        self._pieces = tuple(piece for piece in self._pieces if piece not in late)
+        for start, _ in {*gone, *late}:
+            try:
+                self._driver.unregister(start)
+            except DriverError as error:
+                _log.warning("host memory was not unregistered: %s", error)
+        then()
