@@ -19,7 +19,7 @@ from typing import Any
 
 from hicache.errors import ExhaustedError, HicacheError
 from hicache.integrations.vllm.circuit import Circuit
-from hicache.integrations.vllm.commits import Commits, CommitTask, Place, Settled
+from hicache.integrations.vllm.commits import Commits, CommitTask, Place, Settled, free_places
 from hicache.integrations.vllm.namespaces import FieldsOf, Namespaces
 from hicache.integrations.vllm.requests import Question
 from hicache.integrations.vllm.rounds import Failures, Rounds, waited
@@ -229,6 +229,9 @@ class Agent:
             await self._client.connect()
             self._greeted.set()
             await self._circuit.probe()
+            await asyncio.to_thread(
+                lambda: free_places(self.stage(1))
+            )  # its first region, before a step needs it
         except HicacheError as error:
             self._failures.complain(error, "the sidecar cannot be used yet; until then all is computed")
         finally:

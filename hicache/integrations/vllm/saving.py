@@ -123,7 +123,10 @@ class Saves:
             if state is None or not state.writes or state.outdated or now_ns < state.quiet_until_ns:
                 continue
             new_tokens = output.num_scheduled_tokens[request_id] - len(drafts.get(request_id, ()))
-            first, end = state.ordered_pages, self._complete(state, before_tokens + new_tokens)
+            first, after_tokens = state.ordered_pages, before_tokens + new_tokens
+            if after_tokens < (first + 1) * self._shape.page_tokens:
+                continue  # the usual step of a request that decodes
+            end = self._complete(state, after_tokens)
             if first < end:
                 self._save(state, first, end, output.kv_connector_block_state, orders)
         return orders
