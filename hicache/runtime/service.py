@@ -36,7 +36,6 @@ from hicache.runtime.regions import RegionRegistry
 from hicache.runtime.reports import CorruptReports
 from hicache.runtime.stats import ServiceStats, service_stats
 from hicache.runtime.storing import StoreCalls
-from hicache.runtime.watchers import Watcher
 from hicache.types import Namespace, TierSpec
 
 _log = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class Service:
     prefetch wait_operation cancel_operation`` (``pages.PageCalls``), ``fetch_many`` (``many.ManyCalls``),
     ``report_corrupt`` (``reports.CorruptReports``), ``pending`` (``pace``),
     ``reserve commit begin_write abort`` (``storing.StoreCalls``), ``pin unpin evict clear``
-    (``operators.OperatorCalls``).
+    (``operators.OperatorCalls``), ``watch unwatch`` (``watchers.Watchers``), ``describe_namespace``.
 
     ``on_draining``: called with the grace in ms when a drain begins, and with 0 when the service fails.
     ``on_tier``: called with a durable tier's name and whether it is well, when it latches and when it comes back.
@@ -150,6 +149,8 @@ class Service:
         ).fetch_many
         self.reserve, self.commit = stores.reserve, stores.commit
         self.begin_write, self.abort = stores.begin_write, stores.abort
+        self.watch, self.unwatch = house.watchers.come, house.watchers.leave
+        self.describe_namespace = house.namespaces.find
         operators = OperatorCalls(house.loop, house.namespaces, door=self._door)
         self.pin, self.unpin, self.evict, self.clear = (
             operators.pin,
@@ -246,22 +247,6 @@ class Service:
         house.namespaces.check(spec)
         self._window.open(spec.page_bytes)
         return house.open_namespace(spec)
-
-    # --- watching
-
-    def watch(self, tenant: str, revision: int = 0) -> Watcher:
-        """A watcher of what can be read, as ``Watchers.come`` makes it; ``unwatch`` it in the end."""
-        self._door.alive()
-        return self._running.watchers.come(tenant, revision)
-
-    def unwatch(self, watcher: Watcher) -> None:
-        """It watches no longer. Idempotent."""
-        if self._house is not None:
-            self._house.watchers.leave(watcher)
-
-    def describe_namespace(self, number: int) -> tuple[Namespace, bytes]:
-        """A namespace that pages were announced of, and its fingerprint. Raises NotFoundError."""
-        return self._running.namespaces.find(number)
 
     # --- reads
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from hicache.engine import events
 from hicache.engine.actions import Announce, SurveyDone
 from hicache.engine.events import Event
-from hicache.errors import ExhaustedError, StaleError
+from hicache.errors import ExhaustedError, StaleError, UnavailableError
 from hicache.runtime.clock import Alarm, Clock
 from hicache.runtime.journal import Entry, Journal, cut
 
@@ -140,6 +140,7 @@ class Watchers:
         self._watchers: set[Watcher] = set()
         self._surveys: dict[int, Watcher] = {}
         self._numbers = itertools.count(1)
+        self._closed = False
         self.announced = 0
         self.compacted = 0
 
@@ -151,8 +152,11 @@ class Watchers:
     def come(self, tenant: str, revision: int = 0) -> Watcher:
         """A new watcher of a tenant's pages (ALL_TENANTS: of all): from a revision on, or (0) with a survey first.
 
-        One that asks for a revision that is not there is told so by its first part. Raises ExhaustedError.
+        One that asks for a revision that is not there is told so by its first part. Raises ExhaustedError or
+        UnavailableError.
         """
+        if self._closed:
+            raise UnavailableError("the service has stopped")
         if len(self._watchers) >= MAX_WATCHERS:
             raise ExhaustedError(f"{len(self._watchers)} watchers are there", retry_after_ms=1_000)
         journal = self._open(tenant)
@@ -171,7 +175,8 @@ class Watchers:
             return
         self._watchers.discard(watcher)
         tenant = watcher.tenant
-        if all(each.tenant != tenant for each in self._watchers) and tenant in self._journals:
+        alone = all(each.tenant != tenant for each in self._watchers)
+        if alone and tenant in self._journals and not self._closed:
             self._lingering[tenant] = self._clock.alarm(LINGER_MS, lambda: self._drop(tenant))
 
     def advance(self, watcher: Watcher) -> None:
@@ -185,7 +190,8 @@ class Watchers:
             watcher.survey = 0
 
     def close(self) -> None:
-        """Every stream ends."""
+        """Every stream ends, and nobody comes any more."""
+        self._closed = True
         for alarm in self._lingering.values():
             alarm.cancel()
         self._lingering.clear()

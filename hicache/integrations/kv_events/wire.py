@@ -1,6 +1,6 @@
 """The messages, as vLLM and SGLang publish them since 2026 (maps), and as they did before (positional arrays).
 
-Field names and orders are those of vLLM's ``vllm/distributed/kv_events.py`` (0.32; arrays: 0.11). A batch is an array
+Field names and orders are those of vLLM's ``vllm/distributed/kv_events.py`` (0.32; arrays: 0.10). A batch is an array
 in both: ``[ts, [event, ...], data_parallel_rank]``.
 """
 
