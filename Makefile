@@ -9,13 +9,15 @@ STAMP := $(VENV)/.stamp
 STAMP_PROTOS := $(VENV_PROTOS)/.stamp
 PIP_PIN := $(shell grep '^pip==' constraints.txt)
 # what `make test` leaves out; `make test PYTEST_ARGS=tests/tree` runs less, `PYTEST_ARGS=` runs all
-PYTEST_ARGS ?= -m "not soak"
+PYTEST_ARGS ?= -m "not soak and not e2e"
 # what `make soak` does: SIGKILLs in all, and the longest that it may take (timeout's notation)
 SOAK_KILLS ?= 500
 SOAK_TIME ?= 60m
+# the longest that all tests of real engines together may take
+E2E_TIME ?= 20m
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test soak lint format protos protos-check wheel-test bench clean
+.PHONY: help venv demo test soak e2e lint format protos protos-check wheel-test bench clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -25,11 +27,15 @@ venv: $(STAMP) ## create or refresh .venv: the package (editable), torch, the de
 demo: $(STAMP) ## start a sidecar with a client beside it and show what it does
 	$(BIN)/hicache demo
 
-test: $(STAMP) ## run the tests (all but the soak tests)
+test: $(STAMP) ## run the tests (all but soak and e2e)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 soak: $(STAMP) ## run the soak tests: 500 x kill -9, power cuts, churn, long walks (SOAK_TIME=60m at most)
 	HICACHE_TEST_KILLS=$(SOAK_KILLS) timeout --foreground $(SOAK_TIME) $(BIN)/python -m pytest -s -m soak --timeout 3600
+
+e2e: $(STAMP) ## make .venv-vllm and its like, run the tests with real engines in them (E2E_TIME=20m at most)
+	tests/engines/venvs/setup
+	timeout --foreground $(E2E_TIME) $(BIN)/python -m pytest -m e2e tests/engines
 
 lint: $(STAMP) protos-check ## check format, style, types, floors and generated code
 	$(BIN)/ruff format --check .
@@ -64,7 +70,7 @@ bench: $(STAMP) ## measure our side (bench/README.md tells how to put peers besi
 	$(BIN)/python bench/replay.py --name replay-ours
 
 clean: ## remove environments, caches and build output
-	rm -rf $(VENV) $(VENV_PROTOS) build dist .coverage htmlcov .hypothesis
+	rm -rf $(VENV) .venv-* build dist .coverage htmlcov .hypothesis
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

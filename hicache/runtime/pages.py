@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
 from hicache.engine import Engine, MatchView, OperationView, events
-from hicache.engine.actions import FetchResult, OperationResult, RenewResult
+from hicache.engine.actions import FetchResult, OperationResult, RenewResult, ReserveResult
 from hicache.errors import NotFoundError
 from hicache.runtime.advice import Window
 from hicache.runtime.clock import Clock
@@ -43,6 +43,7 @@ class PageCalls:
         clock: Clock,
         latencies: Latencies,
         window: Window,
+        on_reserved: Callable[[int, int, ReserveResult], object],
     ) -> None:
         self._engine = engine
         self._loop = loop
@@ -52,6 +53,7 @@ class PageCalls:
         self._clock = clock
         self._latencies = latencies
         self._window = window
+        self._on_reserved = on_reserved
 
     def match(
         self,
@@ -115,6 +117,8 @@ class PageCalls:
         )
         if result.lease and result.operation and wait_ms > 0:
             result = await self._wait_lease(session, result, wait_ms)
+        if result.reserved is not None:
+            self._on_reserved(session, namespace, result.reserved)
         self._latencies.observe("fetch", self._clock.now_ns() - began)
         return result
 

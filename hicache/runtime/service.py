@@ -102,6 +102,14 @@ class Service:
         reader = PageReader(
             house.engine, house.lease_port, namespace=house.namespaces.find, handle=house.loop.handle
         )
+        stores = StoreCalls(
+            house.loop,
+            house.namespaces,
+            self.regions,
+            door=self._door,
+            clock=self._clock,
+            latencies=self.latencies,
+        )
         pages = PageCalls(
             house.engine,
             house.loop,
@@ -111,6 +119,7 @@ class Service:
             clock=self._clock,
             latencies=self.latencies,
             window=self._window,
+            on_reserved=stores.granted,
         )
         self.match, self.fetch, self.renew, self.release = (
             pages.match,
@@ -137,14 +146,6 @@ class Service:
             latencies=self.latencies,
             window=self._window,
         ).fetch_many
-        stores = StoreCalls(
-            house.loop,
-            house.namespaces,
-            self.regions,
-            door=self._door,
-            clock=self._clock,
-            latencies=self.latencies,
-        )
         self.reserve, self.commit = stores.reserve, stores.commit
         self.begin_write, self.abort = stores.begin_write, stores.abort
         operators = OperatorCalls(house.loop, house.namespaces, door=self._door)

@@ -71,12 +71,16 @@ class StoreCalls:
             ),
             session,
         )
+        self.granted(session, namespace, result)
+        self._latencies.observe("reserve", self._clock.now_ns() - began)
+        return result
+
+    def granted(self, session: int, namespace: int, result: ReserveResult) -> None:
+        """A reservation was made: its pages may come as bytes, whose number must be known."""
         if result.reservation:
             self._page_bytes[session, result.reservation] = self._namespaces.find(namespace)[0].page_bytes
             if len(self._page_bytes) > MAX_REMEMBERED:
                 self._page_bytes.popitem(last=False)
-        self._latencies.observe("reserve", self._clock.now_ns() - began)
-        return result
 
     async def commit(
         self,

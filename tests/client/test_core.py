@@ -631,9 +631,10 @@ def test_expired_leases_let_go_of_retired_memory(world: World) -> None:
     os.ftruncate(fd, 2 * PAGE)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     world.attach(b"epoch 2", b"s2", fd_path="/fd")
-    world.core.arena.add(RegionInfo(3, 2 * PAGE, PAGE, PAGE, PAGE, 1), fd)
-    os.close(fd)
+    world.core.arena.add(RegionInfo(3, 2 * PAGE, PAGE, PAGE, PAGE, 1), fd, world.core.session.incarnation)
     mapped = cache_pb2.FetchResponse.FromString(MAPPED.SerializeToString())
+    os.pwrite(fd, mapped.extents.generations[0].to_bytes(8, "little"), 0)
+    os.close(fd)
     mapped.extents.offset[0] = PAGE
     world.always["Fetch"] = mapped
     lease = world.fetch()

@@ -158,7 +158,6 @@ def test_namespaces_that_cannot_be(wire: Wire) -> None:
         {"symbol_kind": "words"},
         {"symbol_kind": "hashes", "symbol_hash_bytes": 3},
         {"codec": "magic"},
-        {"world_size": 8},
         {"model": "x" * 100_000},
     ):
         spec = session_pb2.NamespaceSpec(**(good | bad))

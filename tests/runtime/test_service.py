@@ -357,7 +357,6 @@ def test_a_namespace_has_one_number() -> None:
     ("changes", "error", "words"),
     [
         ({"model": ""}, InvalidArgumentError, "model"),
-        ({"world_size": 2}, UnsupportedError, "world_size"),
         ({"codec": "int4"}, UnsupportedError, "codec"),
         ({"page_bytes": 3 << 20}, ConfigError, "--host-segment-bytes"),
         ({"symbol_kind": SymbolKind.HASHES}, InvalidArgumentError, "symbol_hash_bytes"),

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 #: Figures that wait for ``get_stats``; SGLang asks about once a second.
 MAX_FIGURES = 4096
+Figures = deque[tuple[int, float]]  # pages of a call, and GB/s
 
 
 class HiCacheStorageBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang ships no types
@@ -41,8 +42,8 @@ class HiCacheStorageBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang shi
         self._link = Link(settings, f"sglang {rank.model} {rank.tag(replicated=False)}")
         self._pools = Pools(self._link, rank)
         self._metrics = bool(storage_config.enable_storage_metrics)
-        self._loads: deque[tuple[int, float]] = deque(maxlen=MAX_FIGURES)
-        self._stores: deque[tuple[int, float]] = deque(maxlen=MAX_FIGURES)
+        self._loads: Figures = deque(maxlen=MAX_FIGURES)
+        self._stores: Figures = deque(maxlen=MAX_FIGURES)
 
     # --- pools
 
@@ -112,11 +113,11 @@ class HiCacheStorageBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang shi
 
     def batch_get_v1(self, keys: Sequence[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
         """Fill pages of the KV pool; false for those that are not there, or not sound."""
-        return self._load(self._pools.kv, keys, host_indices)
+        return self._move(self._loads, self._pools.kv, keys, host_indices)
 
     def batch_set_v1(self, keys: Sequence[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
         """Store pages of the KV pool; true also for those that were there."""
-        return self._store(self._pools.kv, keys, host_indices)
+        return self._move(self._stores, self._pools.kv, keys, host_indices)
 
     # --- pages of all pools
 
@@ -130,14 +131,18 @@ class HiCacheStorageBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang shi
     def batch_get_v2(self, transfers: Sequence[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         """Fill pages of several pools."""
         return {
-            each.name: self._load(self._pools.find(str(each.name)), each.keys or [], each.host_indices)
+            each.name: self._move(
+                self._loads, self._pools.find(str(each.name)), each.keys or [], each.host_indices
+            )
             for each in transfers
         }
 
     def batch_set_v2(self, transfers: Sequence[Any], extra_info: Any = None) -> dict[str, list[bool]]:
         """Store pages of several pools."""
         return {
-            each.name: self._store(self._pools.find(str(each.name)), each.keys or [], each.host_indices)
+            each.name: self._move(
+                self._stores, self._pools.find(str(each.name)), each.keys or [], each.host_indices
+            )
             for each in transfers
         }
 
@@ -170,19 +175,16 @@ class HiCacheStorageBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang shi
         """By pool, what became of its pages since the start; and the calls that a failing sidecar spoiled."""
         return {**self._pools.counts(), "failures": self._link.failures}
 
-    def _load(self, pool: PoolPages | None, keys: Sequence[str], host_indices: Any) -> list[bool]:
-        if not _fits(pool, keys, host_indices):
+    def _move(
+        self, figures: Figures, pool: PoolPages | None, keys: Sequence[str], host_indices: Any
+    ) -> list[bool]:
+        """Load or store pages, by which figures they go into."""
+        if pool is None or not _fits(pool, keys, host_indices):
             return [False] * len(keys)
-        assert pool is not None, "it fits"
-        return self._timed(self._loads, pool, lambda: pool.load(keys, host_indices))
+        work = pool.load if figures is self._loads else pool.store
+        return self._timed(figures, pool, lambda: work(keys, host_indices))
 
-    def _store(self, pool: PoolPages | None, keys: Sequence[str], host_indices: Any) -> list[bool]:
-        if not _fits(pool, keys, host_indices):
-            return [False] * len(keys)
-        assert pool is not None, "it fits"
-        return self._timed(self._stores, pool, lambda: pool.store(keys, host_indices))
-
-    def _timed(self, figures: deque[tuple[int, float]], pool: PoolPages, work: Any) -> list[bool]:
+    def _timed(self, figures: Figures, pool: PoolPages, work: Any) -> list[bool]:
         """What ``work`` answers; its figures are kept for ``get_stats``."""
         began_ns = self._link.now_ns()
         done: list[bool] = work()
@@ -192,14 +194,13 @@ class HiCacheStorageBackend(HiCacheStorage):  # type: ignore[misc]  # SGLang shi
         return done
 
 
-def _fits(pool: PoolPages | None, keys: Sequence[str], host_indices: Any) -> bool:
-    """Whether there are as many pages as keys, in a pool that is known."""
-    expected = len(keys) * pool.pool.page_tokens if pool is not None else -1
+def _fits(pool: PoolPages, keys: Sequence[str], host_indices: Any) -> bool:
+    """Whether there are as many pages as keys."""
+    expected = len(keys) * pool.pool.page_tokens
     given = -1 if host_indices is None else len(host_indices)
-    if pool is None or given != expected:
+    if given != expected:
         log.error("%d keys come with %d indices where %d belong", len(keys), given, expected)
-        return False
-    return True
+    return given == expected
 
 
 def _pairs(places: Sequence[Any], sizes: Any) -> list[tuple[Any, Any]]:

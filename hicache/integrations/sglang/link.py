@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 from hicache.errors import HicacheError, UnavailableError
 from hicache.integrations.sglang.settings import SglangSettings
+from hicache.rpc.client import Client, Lease
 from hicache.rpc.client.batching import Batches
-from hicache.rpc.client.client import Client, Lease
 from hicache.rpc.client.many import FetchQuery
 
 log = logging.getLogger(__name__)

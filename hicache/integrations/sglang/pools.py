@@ -102,7 +102,8 @@ class Pools:
 
     def _prefixes(self, transfer: Any, keys: Sequence[str]) -> Iterator[int]:
         """The prefix lengths that one pool can restore."""
-        policy, there = str(transfer.hit_policy), self._exist(str(transfer.name), keys)
+        policy = getattr(transfer.hit_policy, "value", transfer.hit_policy)  # SGLang: an Enum of strings
+        there = self._exist(str(transfer.name), keys)
         if policy == ALL_PAGES:
             yield from range(1, leading(there) + 1)
         elif policy == TRAILING_PAGES:

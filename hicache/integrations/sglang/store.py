@@ -19,10 +19,10 @@ from hicache.errors import CorruptError, InvalidArgumentError, NotFoundError, St
 from hicache.integrations.sglang.identity import symbol
 from hicache.integrations.sglang.link import Deadline, Link
 from hicache.integrations.sglang.pool import HostPool
+from hicache.rpc.client import Lease
 from hicache.rpc.client.batch import StoreAsk
 from hicache.rpc.client.batching import Batches, PageSource
 from hicache.rpc.client.buffers import Bytes
-from hicache.rpc.client.client import Lease
 
 #: Leased or stored at once.
 PART_BYTES = 64 << 20

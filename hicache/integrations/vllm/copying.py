@@ -10,10 +10,27 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from hicache.integrations.vllm.layout import Bytes, LayerBlocks, Move, PartLayout
+
+
+class Blocks(Protocol):
+    """Where the engine's blocks are. ``deferred``: saves are not waited for when a step ends."""
+
+    layout: PartLayout
+    deferred: bool
+
+    def mark(self) -> Any:
+        """What copies are to come behind. From the engine's thread."""
+
+    def load(self, rows: Sequence[Bytes], move: Move, layer: int, after: Any) -> None:
+        """Copy one layer of a move's pages into its blocks. ``rows``: a span's parts, one a row."""
+
+    def save(self, rows: Sequence[Bytes], move: Move, layer: int, after: Any) -> None:
+        """Copy one layer of a move's blocks into its pages."""
 
 
 class HostBlocks:
@@ -21,9 +38,13 @@ class HostBlocks:
 
     def __init__(self, layout: PartLayout) -> None:
         self.layout = layout
+        self.deferred = False
         self._views = [_view(layer) for layer in layout.layers]
 
-    def load(self, rows: Sequence[Bytes], move: Move, layer: int) -> None:
+    def mark(self) -> None:
+        """Nothing: what the engine has computed is there."""
+
+    def load(self, rows: Sequence[Bytes], move: Move, layer: int, after: object = None) -> None:
         """Copy one layer of a move's pages into its blocks. ``rows``: a span's parts, one a row."""
         pages = self._pages(rows, move, layer)
         if move.step:
@@ -31,7 +52,7 @@ class HostBlocks:
         else:
             self._views[layer][move.blocks] = pages
 
-    def save(self, rows: Sequence[Bytes], move: Move, layer: int) -> None:
+    def save(self, rows: Sequence[Bytes], move: Move, layer: int, after: object = None) -> None:
         """Copy one layer of a move's blocks into its pages."""
         blocks = self._slice(move, layer) if move.step else self._views[layer][move.blocks]
         np.copyto(self._pages(rows, move, layer), blocks)

@@ -255,8 +255,6 @@ def _model_limits(model: Any) -> Iterator[str]:
         yield "a model with recurrent state (Mamba, hybrid): its state is not kept for every token"
     if str(getattr(model, "runner_type", "generate")) != "generate":
         yield f"runner {model.runner_type}: only generation is supported"
-    if getattr(model, "enable_prompt_embeds", False):
-        yield "prompt embeddings: token ids do not tell what they are"
 
 
 def _only_group(kv_cache_config: Any) -> Any:

@@ -17,7 +17,7 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Protocol
 
 from hicache.errors import HicacheError, NotFoundError
-from hicache.integrations.vllm.copying import HostBlocks
+from hicache.integrations.vllm.copying import Blocks
 from hicache.integrations.vllm.layout import Bytes, Move, plan
 from hicache.integrations.vllm.messages import LoadOrder
 
@@ -91,7 +91,7 @@ class Tools:
     """What all loads of a worker share."""
 
     source: PageSource
-    blocks: HostBlocks
+    blocks: Blocks
     seat: Seat
     threads: Executor
     now_ns: Callable[[], int]
@@ -116,6 +116,7 @@ class Load:
         self._passed = [0] * len(tools.blocks.layout.layers)  # shares that have copied each layer
         self._bad: set[int] = set()
         self._failure = ""
+        self._after = tools.blocks.mark()
         self._begun_ns = tools.now_ns()
         self._duration_ns = 0
         self.deadline_ns = self._begun_ns + tools.timeout_ms * 1_000_000
@@ -268,7 +269,7 @@ class Load:
             self._go_on()
             self._copying += 1
         try:
-            self._tools.blocks.load(rows, move, layer)
+            self._tools.blocks.load(rows, move, layer, self._after)
         finally:
             with self._change:
                 self._copying -= 1

@@ -1,7 +1,9 @@
-"""A step's saves: blocks into staging memory, layer by layer behind the computation, done when the step ends.
+"""A step's saves: blocks into staging memory, layer by layer behind the computation.
 
-Large ones are copied by a thread while the next layer computes; small ones at the end of the step, where handing them
-over would take longer than copying them. A save that cannot be made is void: a miss later, nothing else.
+In host memory they are done when the step ends: large ones are copied by a thread while the next layer computes, small
+ones at the end of the step, where handing them over would take longer than copying them. Out of a device's memory
+they go on beside the next steps, which wait for them only where they give the blocks to others. A save that cannot
+be made is void: a miss later, nothing else.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from typing import Any
 
 from hicache.errors import HicacheError
-from hicache.integrations.vllm.copying import HostBlocks
+from hicache.integrations.vllm.copying import Blocks
 from hicache.integrations.vllm.layout import Bytes, Move, plan
 from hicache.integrations.vllm.loads import Seat
 from hicache.integrations.vllm.messages import SaveOrder
@@ -28,7 +31,7 @@ THREAD_BYTES = 256 << 10
 class SaveTools:
     """What all saves of a worker share."""
 
-    blocks: HostBlocks
+    blocks: Blocks
     seat: Seat
     maps: StagingMaps
     thread: Executor  # of one thread: layers are copied in order
@@ -57,7 +60,7 @@ class _Job:
 
 
 class StepSaves:
-    """The save orders of one step."""
+    """The save orders of one step. It is sealed when the step has been computed, and done some time after."""
 
     def __init__(self, orders: Sequence[SaveOrder], tools: SaveTools) -> None:
         self._tools = tools
@@ -65,10 +68,12 @@ class StepSaves:
         self._pending: list[Future[None]] = []
         self._begun: set[int] = set()  # layers
         self._duration_ns = 0
+        self._void = False
         for job in self._jobs:
             self._open(job)
-        page_bytes = tools.seat.part_bytes * sum(job.pages for job in self._jobs)
-        self._threaded = page_bytes >= THREAD_BYTES * max(1, len(tools.blocks.layout.layers))
+        layers = len(tools.blocks.layout.layers)
+        step_bytes = tools.seat.part_bytes * sum(job.pages for job in self._jobs)
+        self._threaded = tools.blocks.deferred or step_bytes >= THREAD_BYTES * layers
 
     def _open(self, job: _Job) -> None:
         """Find a job's places."""
@@ -82,21 +87,38 @@ class StepSaves:
         job.rows = rows
 
     def layer(self, number: int) -> None:
-        """A layer's KV of this step is there: begin to copy it, if that is worth a thread."""
-        if self._jobs and self._threaded and number not in self._begun:
+        """A layer's KV of this step has been computed: begin to copy it, if that is worth a thread."""
+        if self._threaded and number not in self._begun:
             self._begun.add(number)
-            self._pending.append(self._tools.thread.submit(self._copy, number))
+            self._pending.append(self._tools.thread.submit(self._copy, number, self._tools.blocks.mark()))
 
-    def finish(self, *, void: bool) -> SaveResult:
-        """Copy what is left and wait for the rest. ``void``: what was computed in this step must not be stored."""
-        if not void:
-            for number in range(len(self._tools.blocks.layout.layers)):
-                if number not in self._begun and self._jobs:
-                    self._begun.add(number)
-                    self._copy(number)
+    def seal(self, *, void: bool) -> None:
+        """The step has been computed: begin what is left. ``void``: it must not be stored."""
+        self._void = void
+        for number in range(len(self._tools.blocks.layout.layers)) if not void else ():
+            self.layer(number)
+            if number not in self._begun:
+                self._begun.add(number)
+                self._copy(number, None)
+
+    def has(self, jobs: Sequence[int]) -> bool:
+        """Whether any of these jobs is among its own."""
+        return any(job.order.job in jobs for job in self._jobs)
+
+    @property
+    def done(self) -> bool:
+        """Whether no block is read and no place is written any more."""
+        return all(pending.done() for pending in self._pending)
+
+    def result(self) -> SaveResult:
+        """Wait until it is done; what became of it."""
+        failed = False
         for pending in self._pending:
-            pending.result()
-        good = [] if void else [job for job in self._jobs if job.rows]
+            error = pending.exception()
+            if error is not None:
+                log.error("saving pages failed", exc_info=error)
+                failed = True
+        good = [] if self._void or failed else [job for job in self._jobs if job.rows]
         copied = {job.order.job for job in good}
         pages = sum(job.pages for job in good)
         return SaveResult(
@@ -107,10 +129,10 @@ class StepSaves:
             duration_ns=self._duration_ns,
         )
 
-    def _copy(self, layer: int) -> None:
+    def _copy(self, layer: int, after: Any) -> None:
         """Copy one layer of all jobs."""
         begun_ns = self._tools.now_ns()
         for job in self._jobs:
-            for move in job.moves:
-                self._tools.blocks.save(job.rows, move, layer)
+            for move in job.moves if not self._void else ():
+                self._tools.blocks.save(job.rows, move, layer, after)
         self._duration_ns += self._tools.now_ns() - begun_ns

@@ -5,7 +5,8 @@ where a load must be there for it), ``layer_ready`` and ``save_layer`` around ea
 came to: ``finished_loads``, then ``failed_blocks``, then ``take_report``.
 
 No call waits for the sidecar. A load that a step needs is waited for up to ``load_timeout_ms``; then its blocks are
-reported as failed, and the engine computes them. Saves are done when the step ends. In a step in which a load failed,
+reported as failed, and the engine computes them. Saves out of host memory are done when the step ends; those out of a
+device's go on, and are reported by a later step. In a step in which a load failed,
 what was computed may stand on wrong blocks, also for other requests that share them: none of its saves are good, and
 neither are those of steps that were scheduled before the failure was known.
 """
@@ -20,16 +21,17 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from hicache.errors import HicacheError, InvalidArgumentError
+from hicache.errors import HicacheError, InvalidArgumentError, UnavailableError
 from hicache.integrations.vllm.copying import HostBlocks
+from hicache.integrations.vllm.device import DeviceBlocks
 from hicache.integrations.vllm.engine import EngineFacts
 from hicache.integrations.vllm.layout import LayerTensor, PartLayout
-from hicache.integrations.vllm.loads import MOST_SHARES, Load, LoadResult, PageSource, Seat, Tools
+from hicache.integrations.vllm.loads import MOST_SHARES, Load, LoadResult, PageReader, PageSource, Seat, Tools
 from hicache.integrations.vllm.messages import LoadOrder, StepOrders, StepReport, WorkerCounts
 from hicache.integrations.vllm.saves import SaveResult, SaveTools, StepSaves
 from hicache.integrations.vllm.settings import VllmSettings, page_tokens
 from hicache.integrations.vllm.staging import StagingMaps
-from hicache.rpc.client import Client
+from hicache.rpc.client import Client, LeaseTicket
 from hicache.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,8 @@ class Worker:
         self._begun = False
         self._needed: list[Load] = []  # by this step
         self._between: dict[str, Load] = {}  # asynchronous loads, by request
-        self._saves: StepSaves | None = None
+        self._saves: StepSaves | None = None  # of the step that is under way
+        self._sealed: list[StepSaves] = []  # of steps before, that are not done
         self._void_steps = 0  # whose saves are still not to be trusted
         self._out = _Outbox()
 
@@ -75,7 +78,7 @@ class Worker:
         layers = [(layer.name, layer.block_bytes) for layer in self._facts.layers]
         layout = PartLayout(tensors, layers, (self._facts.num_blocks, page_blocks))
         seat = Seat(self._rank, self._facts.world, layout.part_bytes)
-        blocks = HostBlocks(layout)
+        blocks = HostBlocks(layout) if layout.device == "cpu" else DeviceBlocks(layout, kv_caches)
         assert self._source is not None
         self._desk = _Desk(
             layout,
@@ -108,6 +111,7 @@ class Worker:
             if request_id in self._between:
                 self._between[request_id].stop("nobody waits for it any more")
         assert self._saves is None and not self._needed, "the step before has ended"
+        self._settle([saves for saves in self._sealed if saves.has(orders.flush)])
         if orders.saves and self._desk is not None:
             self._saves = StepSaves(orders.saves, self._desk.saving)
 
@@ -143,10 +147,19 @@ class Worker:
         self._needed = []
         if any(failed):
             self._void_steps = 1 + self._facts.steps_ahead
-        if self._saves is not None:
-            self._out.save(self._saves.finish(void=self._void_steps > 0))
+        if self._saves is not None and self._desk is not None:
+            self._saves.seal(void=self._void_steps > 0)
+            self._sealed.append(self._saves)
             self._saves = None
         self._void_steps = max(0, self._void_steps - 1)
+        deferred = self._desk is not None and self._desk.saving.blocks.deferred
+        self._settle([saves for saves in self._sealed if saves.done or not deferred])
+
+    def _settle(self, ended: list[StepSaves]) -> None:
+        """Wait for some saves, and put down what became of them."""
+        for saves in ended:
+            self._sealed.remove(saves)
+            self._out.save(saves.result())
 
     def _collect(self, load: Load) -> bool:
         """Put down how a load ended, once it has; answers whether it failed."""
@@ -177,8 +190,8 @@ class Worker:
             load.stop("the engine stops")
         self._needed, self._between = [], {}
         if self._saves is not None:
-            self._saves.finish(void=True)
-            self._saves = None
+            self._saves.seal(void=True)
+        self._saves, self._sealed = None, []
         self._saver.shutdown(wait=True)
         if self._sidecar is not None:
             self._sidecar.close()
@@ -262,6 +275,7 @@ class Sidecar:
         )
         self._pause_s = settings.reconnect_ms / 1000
         self._over = threading.Event()
+        self._epoch = b""  # the run of the sidecar that pages were last read from
         self._thread = threading.Thread(target=self._attach, name="hicache-attach", daemon=True)
 
     def connect(self) -> None:
@@ -276,9 +290,17 @@ class Sidecar:
                 return
             self._over.wait(self._pause_s)
 
-    def reader(self, ticket: Any) -> Any:
-        """The ticket's pages; mapped where they are not yet."""
-        return self._client.reader(ticket)
+    def reader(self, ticket: LeaseTicket) -> PageReader:
+        """The ticket's pages; mapped where they are not yet.
+
+        Waits for the session only where the scheduler's was faster to be had again. The lease that a lost sidecar gave
+        is lost with it: that is known at once. Raises HicacheError.
+        """
+        if ticket.epoch == self._epoch and not self._client.attached:
+            raise UnavailableError("the sidecar that leased these pages is gone")
+        found = self._client.reader(ticket)
+        self._epoch = ticket.epoch
+        return found
 
     def close(self) -> None:
         """End the session."""

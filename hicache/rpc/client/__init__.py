@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hicache.rpc.client.client import Client, Lease, NamespaceHandle, Reservation
+from hicache.rpc.client.client import Client, NamespaceHandle
+from hicache.rpc.client.held import Lease, Reservation
 from hicache.rpc.client.many import FetchQuery
 from hicache.rpc.client.options import ClientOptions, DataPlane, Tls, Verify
 from hicache.rpc.client.results import (

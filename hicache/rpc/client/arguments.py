@@ -125,6 +125,12 @@ def fetch_ask(max_pages: int | None, ttl_ms: int, wait_ms: int, use: Use | None)
     return FetchAsk(pages, count_of("ttl_ms", ttl_ms), count_of("wait_ms", wait_ms), use_of(use))
 
 
+def fetch_and_reserve_ask(ttl_ms: int, reserve_ttl_ms: int, wait_ms: int, use: Use | None) -> FetchAsk:
+    """What a caller asks of Fetch who also wants room for the rest. Raises InvalidArgumentError."""
+    ask = fetch_ask(None, ttl_ms, wait_ms, use)
+    return dataclasses.replace(ask, reserve=True, reserve_ttl_ms=count_of("reserve_ttl_ms", reserve_ttl_ms))
+
+
 def use_of(use: Use | None) -> Use:
     """What a caller says of its request. Raises InvalidArgumentError."""
     return NO_USE if use is None else keys.validate_use(use)

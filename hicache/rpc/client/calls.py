@@ -55,6 +55,8 @@ class FetchAsk:
     ttl_ms: int
     wait_ms: int
     use: Use = NO_USE
+    reserve: bool = False
+    reserve_ttl_ms: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -227,6 +229,8 @@ def fetch(who: Who, prompt: bytes, ask: FetchAsk) -> cache_pb2.FetchRequest:
         request_class=ask.use.cls,
         turn=ask.use.turn,
         cost_per_page=ask.use.cost,
+        reserve_missing=ask.reserve,
+        reserve_ttl_ms=ask.reserve_ttl_ms,
     )
 
 

@@ -12,32 +12,27 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-import numpy as np
-import numpy.typing as npt
-
 from hicache.errors import HicacheError
 from hicache.rpc.client import buffers
 from hicache.rpc.client.admin import Admin
 from hicache.rpc.client.arguments import (
     NamespaceFields,
     OptionFields,
+    fetch_and_reserve_ask,
     fetch_ask,
     make_options,
     match_ask,
-    refuse_torch_views,
     reserve_ask,
 )
-from hicache.rpc.client.calls import CommitAsk
 from hicache.rpc.client.driver import Driver
-from hicache.rpc.client.handles import ClientBase, LeaseBase, NamespaceBase, ReservationBase
+from hicache.rpc.client.handles import ClientBase, NamespaceBase
+from hicache.rpc.client.held import Lease, Reservation
 from hicache.rpc.client.lease import LeaseState
 from hicache.rpc.client.many import FetchQuery
-from hicache.rpc.client.options import ClientOptions, Verify
+from hicache.rpc.client.options import ClientOptions
 from hicache.rpc.client.prompt import Tokens
-from hicache.rpc.client.reservation import ReservationState
 from hicache.rpc.client.results import (
     Capabilities,
-    CommitResult,
     MatchResult,
     OperationResult,
     PrefetchResult,
@@ -49,120 +44,6 @@ from hicache.types import Use
 
 #: How long calls that move pages wait for room, or for pages from lower tiers, unless they say otherwise.
 WAIT_MS = 5_000
-
-
-class Lease(LeaseBase):
-    """Pages lent for reading; given back once, by ``release`` or at the end of a ``with``.
-
-    What its views and arrays show is good only while ``still_valid()``; copies are checked before they are returned.
-    """
-
-    def __init__(self, driver: Driver, state: LeaseState) -> None:
-        super().__init__(driver.core, state)
-        self._driver = driver
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def views(self) -> list[memoryview]:
-        """A read-only view of each granted page, in place where it is mapped.
-
-        Raises NotFoundError or StaleError for a lease that is over, CorruptError where ``verify`` is "always".
-        """
-        return self._driver.run(self._views())
-
-    def numpy(self, dtype: npt.DTypeLike = np.uint8) -> list[npt.NDArray[Any]]:
-        """As ``views``, as read-only one-dimensional arrays."""
-        return buffers.as_arrays(self.views(), dtype)
-
-    def torch(self, dtype: Any = None, *, copy: bool = True) -> Any:
-        """A checked copy of all granted pages: a CPU tensor of shape (pages, elements of a page)."""
-        refuse_torch_views(copy=copy)
-        tensor, rows = buffers.new_tensor(len(self), self.page_bytes, dtype)
-        self.copy_into(rows)
-        return tensor
-
-    def copy_into(
-        self, into: Any, first: int = 0, count: int | None = None, *, verify: Verify | str | None = None
-    ) -> int:
-        """Copy pages from ``first`` on into one big buffer, or one buffer a page. Answers how many.
-
-        Raises NotFoundError (the lease expired meanwhile), StaleError (its session is gone) or CorruptError; the
-        buffers then hold nothing to be used.
-        """
-        return self._driver.run(self._copy(into, first, count, verify))
-
-    def renew(self, ttl_ms: int = 0) -> None:
-        """Keep it for ``ttl_ms`` from now (0: the server's default). Raises NotFoundError if it is lost."""
-        self._driver.run(self._renew(ttl_ms))
-
-    def wait(self, wait_ms: int) -> OperationResult:
-        """Wait for pages that are on their way; more of them may be granted afterwards."""
-        return self._driver.run(self._wait(wait_ms))
-
-    def report_corrupt(self, pages: Iterable[int]) -> int:
-        """Have the sidecar look at pages again whose checksums said no; answers how many were really bad.
-
-        Those leave every tier whose copy is bad, and this lease ends before the first of them. Of the others nothing
-        happens. Raises NotFoundError or StaleError where the lease is gone.
-        """
-        return self._driver.run(self._report_corrupt(pages))
-
-    def release(self) -> None:
-        """Give the pages back. Idempotent; never raises for a server that is gone."""
-        if not self._state.over:
-            self._driver.run(self._release())
-
-
-class Reservation(ReservationBase):
-    """Room for missing pages. A ``with`` aborts what was not committed."""
-
-    def __init__(self, driver: Driver, state: ReservationState) -> None:
-        super().__init__(driver.core, state)
-        self._driver = driver
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.abort()
-
-    def write(self, page: int, data: Any) -> None:
-        """Copy a page's bytes (buffer, array or CPU tensor) into its buffer."""
-        self._driver.run(self._write(page, data))
-
-    def commit(
-        self,
-        pages: Iterable[int] | None = None,
-        *,
-        durable: bool = False,
-        last: bool = True,
-        verify: bool = True,
-        timeout_s: float | None = None,
-    ) -> CommitResult:
-        """Make prepared pages matchable (``durable``: and safe from a crash); None: all that are prepared.
-
-        ``last=False`` keeps the reservation for more. ``verify`` sends checksums, which the server compares with its
-        own copy.
-        """
-        return self._driver.run(self._commit(pages, timeout_s, CommitAsk(durable, last, verify)))
-
-    def store(self, pages: Pages, *, durable: bool = False) -> StoreResult:
-        """Write and commit all missing pages, in parts of bounded size.
-
-        ``pages`` is a sequence with one buffer for every page of the prompt, or a function ``(page, view)`` that
-        fills the view.
-        """
-        ask = CommitAsk(durable=durable, last=True, verify=True)
-        return self._driver.run(self._store(pages, ask))
-
-    def abort(self) -> None:
-        """Give back what was not committed. Idempotent; never raises for a server that is gone."""
-        if not self._state.ended:
-            self._driver.run(self._abort())
 
 
 class NamespaceHandle(NamespaceBase):
@@ -209,6 +90,25 @@ class NamespaceHandle(NamespaceBase):
         """
         ask = fetch_ask(max_pages, ttl_ms, wait_ms, use)
         return Lease(self._driver, self._driver.run(self._fetch(tokens, extra_keys, timeout_s, ask)))
+
+    def fetch_and_reserve(
+        self,
+        tokens: Tokens,
+        *,
+        ttl_ms: int = 0,
+        reserve_ttl_ms: int = 0,
+        wait_ms: int = 0,
+        use: Use | None = None,
+        extra_keys: Sequence[bytes] | None = None,
+        timeout_s: float | None = None,
+    ) -> tuple[Lease, Reservation | None]:
+        """``fetch``, and with the same call room for what does not match: pages from ``present_pages`` on.
+
+        None for the reservation: there is no room at once; ``reserve`` waits for some. Both are to be given back.
+        """
+        ask = fetch_and_reserve_ask(ttl_ms, reserve_ttl_ms, wait_ms, use)
+        lease, room = self._driver.run(self._fetch_and_reserve(tokens, extra_keys, timeout_s, ask))
+        return Lease(self._driver, lease), Reservation(self._driver, room) if room is not None else None
 
     def load(
         self,

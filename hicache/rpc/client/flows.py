@@ -25,6 +25,7 @@ from hicache.rpc.client.core import (
 from hicache.rpc.client.lease import LeaseState, PageSink, Rows
 from hicache.rpc.client.lifeline import exchange
 from hicache.rpc.client.options import DataPlane
+from hicache.rpc.client.reservation import ReservationState
 from hicache.rpc.client.results import (
     CommitResult,
     Grant,
@@ -39,6 +40,7 @@ from hicache.rpc.common import fdproto
 from hicache.rpc.pb import cache_pb2, region_pb2
 
 RELEASE_TIMEOUT_S = 5.0
+ABORT_TIMEOUT_S = 5.0
 #: Time that a stream of pages gets, on top of the call's: at this rate.
 STREAM_BYTES_PER_S = 20 << 20
 
@@ -61,8 +63,20 @@ def fetch(
     core: Core, namespace: NamespaceState, prompt: bytes, ask: calls.FetchAsk, budget: Budget
 ) -> Steps[LeaseState]:
     """Lease what is cached of a prompt."""
+    lease, _ = yield from fetch_and_reserve(core, namespace, prompt, ask, budget)
+    return lease
+
+
+def fetch_and_reserve(
+    core: Core, namespace: NamespaceState, prompt: bytes, ask: calls.FetchAsk, budget: Budget
+) -> Steps[tuple[LeaseState, ReservationState | None]]:
+    """Lease what is cached, and reserve room for the rest where it is asked for and there is room at once."""
     sent_ns = core.now_ns()
     reply = yield from named(core, "Fetch", namespace, lambda who, _: calls.fetch(who, prompt, ask), budget)
+    room = None
+    if reply.message.HasField("reserved"):
+        reserved = calls.parse_reserved(reply.message.reserved)
+        room = ReservationState(reserved, reply.link.incarnation, namespace.spec.page_bytes, core.memory)
     lease = core.new_lease(reply.link, namespace.spec.page_bytes)
     try:
         yield from adopt(core, lease, reply.link, calls.parse_grant(reply.message), sent_ns)
@@ -70,8 +84,10 @@ def fetch(
             yield from renew(core, [lease], ask.ttl_ms, core.budget(None, incarnation=reply.link.incarnation))
     except HicacheError:
         yield from release(core, [lease])
+        if room is not None:
+            yield from abort(core, room)
         raise
-    return lease
+    return lease, room
 
 
 def adopt(core: Core, lease: LeaseState, link: Link, grant: Grant, sent_ns: int) -> Steps[None]:
@@ -165,6 +181,23 @@ def release(core: Core, leases: Sequence[LeaseState]) -> Steps[None]:
             core,
             "ReleaseLeases",
             lambda link: cache_pb2.ReleaseLeasesRequest(session_id=link.session_id, lease_ids=numbers),
+            budget,
+        )
+    except (UnavailableError, StaleError, NotFoundError):
+        return
+
+
+def abort(core: Core, state: ReservationState) -> Steps[None]:
+    """Give the rest of a reservation back. What cannot be told to the server ends with the reservation's time."""
+    if state.ended:
+        return
+    state.end()
+    budget = core.parting(ABORT_TIMEOUT_S, state.incarnation)
+    try:
+        yield from simple(
+            core,
+            "Abort",
+            lambda link: cache_pb2.AbortRequest(session_id=link.session_id, reservation_id=state.reservation),
             budget,
         )
     except (UnavailableError, StaleError, NotFoundError):

@@ -86,6 +86,12 @@ class NamespaceBase:
         prompt, budget = self._pack(tokens, extra_keys), self._core.budget(timeout_s, wait_ms=ask.wait_ms)
         return flows.fetch(self._core, self._state, prompt, ask, budget)
 
+    def _fetch_and_reserve(
+        self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, ask: calls.FetchAsk
+    ) -> Steps[tuple[LeaseState, ReservationState | None]]:
+        prompt, budget = self._pack(tokens, extra_keys), self._core.budget(timeout_s, wait_ms=ask.wait_ms)
+        return flows.fetch_and_reserve(self._core, self._state, prompt, ask, budget)
+
     def _reserve(
         self, tokens: Tokens, extra_keys: Keys, timeout_s: float | None, ask: calls.ReserveAsk
     ) -> Steps[ReservationState]:
@@ -282,7 +288,7 @@ class ReservationBase:
         return StoreResult(self.present_pages, total)
 
     def _abort(self) -> Steps[None]:
-        return storing.abort(self._core, self._state)
+        return flows.abort(self._core, self._state)
 
 
 class ClientBase:

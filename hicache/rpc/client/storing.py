@@ -9,7 +9,7 @@ from typing import Any
 
 from hicache.errors import ExhaustedError, HicacheError, NotFoundError, StaleError, UnavailableError
 from hicache.rpc.client import calls
-from hicache.rpc.client.core import Attempt, Budget, Core, NamespaceState, Reply, invoke, named, simple
+from hicache.rpc.client.core import Attempt, Budget, Core, NamespaceState, Reply, invoke, named
 from hicache.rpc.client.lifeline import exchange
 from hicache.rpc.client.region import Region, Registration
 from hicache.rpc.client.reservation import (
@@ -26,7 +26,7 @@ from hicache.rpc.client.steps import Call, Step, Steps, Upload, Work
 from hicache.rpc.common import fdproto
 from hicache.rpc.pb import cache_pb2, region_pb2
 
-ABORT_TIMEOUT_S = 5.0
+UNREGISTER_TIMEOUT_S = 5.0
 #: ``store`` commits in parts of this size: bounded memory, and pages still in the processor's cache.
 PART_BYTES = 64 << 20
 
@@ -42,23 +42,6 @@ def reserve(
     )
     reserved = calls.parse_reserved(reply.message)
     return ReservationState(reserved, reply.link.incarnation, namespace.spec.page_bytes, core.memory)
-
-
-def abort(core: Core, state: ReservationState) -> Steps[None]:
-    """Give the rest of a reservation back. What cannot be told to the server ends with the reservation's time."""
-    if state.ended:
-        return
-    state.end()
-    budget = core.parting(ABORT_TIMEOUT_S, state.incarnation)
-    try:
-        yield from simple(
-            core,
-            "Abort",
-            lambda link: cache_pb2.AbortRequest(session_id=link.session_id, reservation_id=state.reservation),
-            budget,
-        )
-    except (UnavailableError, StaleError, NotFoundError):
-        return
 
 
 @dataclasses.dataclass(slots=True)
@@ -162,7 +145,7 @@ def _unregister(core: Core, link: Link) -> Steps[None]:
             continue
         request = region_pb2.UnregisterRequest(session_id=link.session_id, region_id=gone.region_id)
         try:
-            yield Call("Unregister", request, ABORT_TIMEOUT_S)
+            yield Call("Unregister", request, UNREGISTER_TIMEOUT_S)
         except HicacheError:
             return  # the session's end does it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import math
 import mmap
@@ -215,6 +216,14 @@ class StorageMetrics:
     backup_bandwidth: list[float] = dataclasses.field(default_factory=list)
 
 
+class HitPolicy(str, enum.Enum):  # noqa: UP042  # as SGLang's: str() of it is not its value
+    """As SGLang's PoolHitPolicy."""
+
+    ALL_PAGES = "all_pages"
+    TRAILING_PAGES = "trailing_pages"
+    BLOCK_GROUPS = "block_groups"
+
+
 @dataclasses.dataclass
 class Transfer:
     """As SGLang's PoolTransfer."""
@@ -222,7 +231,7 @@ class Transfer:
     name: str
     host_indices: torch.Tensor | None = None
     keys: list[str] | None = None
-    hit_policy: str = "all_pages"
+    hit_policy: HitPolicy = HitPolicy.ALL_PAGES
 
 
 def keys_of(*numbers: int) -> list[str]:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from sglang_kit import HostPool, StatePool, Transfer, keys_of
+from sglang_kit import HitPolicy, HostPool, StatePool, Transfer, keys_of
+
+from hicache.errors import InvalidArgumentError
 
 LAYOUTS = ("layer_first", "page_first", "page_first_direct")
 
@@ -138,12 +140,14 @@ def test_side_pools_limit_the_prefix_by_their_own_rule(open_backend: Any) -> Non
         ]
     )
     assert {name: all(flags) for name, flags in results.items()} == dict.fromkeys(results, True)
-    trailing = Transfer("mamba", keys=[keys[5]], hit_policy="trailing_pages")
+    trailing = Transfer("mamba", keys=[keys[5]], hit_policy=HitPolicy.TRAILING_PAGES)
     found = backend.batch_exists_v2(keys, [Transfer("indexer"), trailing])
     assert (found.kv_hit_pages, found.restorable_prefix_pages) == (4, [2, 4])
     assert found.extra_pool_hit_pages == {"kv": 6, "indexer": 5, "mamba": 4}
     assert backend.batch_exists_v2(keys).kv_hit_pages == 6
     assert backend.batch_exists_v2(keys, [Transfer("unknown")]).kv_hit_pages == 0
+    with pytest.raises(InvalidArgumentError, match="block_groups"):
+        backend.batch_exists_v2(keys, [Transfer("indexer", hit_policy=HitPolicy.BLOCK_GROUPS)])
     states.wipe()
     assert backend.batch_get_v2([Transfer("mamba", states.indices(8), [keys[3]])]) == {"mamba": [True]}
     assert states.read(8) == stored[1:]

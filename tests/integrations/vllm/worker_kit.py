@@ -43,8 +43,8 @@ def make_facts(layers: int = 3, block_bytes: int = 4096, blocks: int = 64, **cha
     return dataclasses.replace(facts, **changes)
 
 
-def make_settings(**fields: Any) -> VllmSettings:
-    return VllmSettings(endpoint="unix:///nowhere.sock", **fields)
+def make_settings(endpoint: str = "unix:///nowhere.sock", **fields: Any) -> VllmSettings:
+    return VllmSettings(endpoint=endpoint, **fields)
 
 
 def make_caches(facts: EngineFacts, seed: int) -> dict[str, Any]:
