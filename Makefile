@@ -87,7 +87,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "[env] pip itself"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) $(PIP_PIN)
 	@echo "[env] hicache with torch, transformers and the development tools (the first time takes minutes)"
-	@$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --build-constraint constraints.txt -e '.[torch,transformers]' --group dev
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --build-constraint constraints.txt -e '.[torch,transformers,events]' --group dev
 	@touch $@
 	@echo "[env] $(VENV) is ready"
 
