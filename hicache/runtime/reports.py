@@ -14,6 +14,7 @@ from hicache.engine.actions import FetchResult
 from hicache.errors import InvalidArgumentError
 from hicache.keys import chain_keys
 from hicache.runtime.bounce import page_buffer
+from hicache.runtime.door import Door
 from hicache.runtime.extents import lease_slots
 from hicache.runtime.ports import TierPort
 from hicache.runtime.reader import READ_AHEAD_BYTES, get_pages
@@ -45,12 +46,14 @@ class CorruptReports:
         ports: Sequence[TierPort],
         lease_port: TierPort,
         *,
+        door: Door,
         namespace: Callable[[int], tuple[Namespace, bytes]],
         handle: Callable[[events.Event], None],
     ) -> None:
         self._reads = reads
         self._ports = ports
         self._port = lease_port
+        self._door = door
         self._namespace = namespace
         self._handle = handle
 
@@ -59,8 +62,9 @@ class CorruptReports:
 
         A bad page leaves every tier whose copy is bad; a sound copy elsewhere goes on to serve. Pages that the lease
         does not grant any more are passed over: somebody else has seen it. Raises NotFoundError where the lease is
-        gone, or goes meanwhile; InvalidArgumentError for pages that it never had.
+        gone, or goes meanwhile; InvalidArgumentError for pages that it never had; StaleError, UnavailableError.
         """
+        self._door.require(session)
         view = self._reads.lease_view(session, lease)
         if any(not 0 <= page < view.matched_pages for page in pages):
             raise InvalidArgumentError(f"lease {lease} has {view.matched_pages} pages")
@@ -73,6 +77,7 @@ class CorruptReports:
         keys = chain_keys(fingerprint, prompt[:last], spec.symbol_bytes) if self._port.spec.keyed else []
         before = lease_slots(view)
         bad = await self._bad(wanted, spec.page_bytes, before, keys)
+        self._door.require(session)
         now = self._reads.lease_view(session, lease)  # raises where it ended, and what was read means nothing
         after = lease_slots(now)
         bad = [page for page in bad if page < now.granted_pages and before[page] == after[page]]

@@ -133,6 +133,7 @@ class Service:
             house.engine,
             house.ports,
             house.lease_port,
+            door=self._door,
             namespace=house.namespaces.find,
             handle=house.loop.handle,
         ).report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ from hicache.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from hicache.rpc.client import calls, flows, lifeline, storing
+from hicache.rpc.client import LeaseTicket, TicketRun, calls, flows, lifeline, storing, ticket
 from hicache.rpc.client.arguments import make_namespace
 from hicache.rpc.client.core import Core
 from hicache.rpc.client.options import ClientOptions, DataPlane
@@ -648,3 +649,39 @@ def test_expired_leases_let_go_of_retired_memory(world: World) -> None:
     assert lease.over
     with pytest.raises(StaleError, match="given back"):
         lease.check()
+
+
+def test_a_ticket_is_held_against_the_run_that_welcomed_us() -> None:
+    """Not against the one whose capabilities were read before: the sidecar may have restarted in between."""
+    world = World()
+    welcome = Welcome(b"s1", b"epoch 2", "default", False, 5000)
+    world.core.attached(welcome, capabilities(b"epoch 1"), "/fd")
+    one_page = {"checksums": bytes(8), "generations": bytes(8), "runs": (TicketRun(3, 0, 1),)}
+    old = LeaseTicket(epoch=b"epoch 1", lease_id=1, page_bytes=PAGE, deadline_ns=1 << 62, **one_page)
+    with pytest.raises(StaleError, match="another run"):
+        world.run(ticket.reader(world.core, old))
+    world.always["ListRegions"] = region_pb2.ListRegionsResponse()
+    with pytest.raises(NotFoundError, match="gone"):
+        world.run(ticket.reader(world.core, dataclasses.replace(old, epoch=b"epoch 2")))
+
+
+def test_a_region_of_a_session_that_ended_is_not_mapped_into_the_next() -> None:
+    import fcntl
+    import os
+
+    world = World()
+    world.attach(b"epoch 1", b"s1", fd_path="/fd")
+    fd = os.memfd_create("arena", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 2 * PAGE)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    info, before = RegionInfo(3, 2 * PAGE, PAGE, PAGE, PAGE, 1), world.core.session.incarnation
+    seen: list[int] = []
+    begin = world.core.arena.begin
+    world.core.arena.begin = lambda incarnation: (seen.append(len(world.core.arena)), begin(incarnation))  # type: ignore[assignment]
+    world.core.arena.add(info, fd, before)
+    world.attach(b"epoch 2", b"s2", fd_path="/fd")
+    assert (seen, len(world.core.arena)) == ([1], 0)
+    with pytest.raises(StaleError):
+        world.core.arena.add(info, fd, before)
+    os.close(fd)
+    assert len(world.core.arena) == 0

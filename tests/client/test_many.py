@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import hicache
+import hicache.aio
 from hicache.errors import InvalidArgumentError, NotFoundError, StaleError, UnsupportedError
 from hicache.rpc.client import FetchQuery, Lease
 from hicache.rpc.client.many import refused
@@ -157,6 +158,39 @@ def test_a_refusal_becomes_the_error_that_it_was() -> None:
     assert (known.code.name, known.message, known.hint, known.retry_after_ms) == ("EXHAUSTED", "m", "h", 7)
     strange = refused(cache_pb2.Refusal(reason="OF_TOMORROW"))
     assert strange.code.name == "INTERNAL"
+
+
+def test_a_cancelled_caller_holds_no_lease(sidecar: Any) -> None:
+    """The server goes on for the sake of a retry; what it then grants is given back at once, not after its time."""
+
+    async def scenario() -> None:
+        async with hicache.aio.Client(sidecar.target) as client:
+            cache = client.namespace(model="m", page_bytes=PAGE)
+            await cache.store(tokens(0), data(0))
+            go, call = asyncio.Event(), client._driver._call
+
+            async def slow(step: Any) -> Any:
+                answer = await call(step)
+                if step.method == "FetchMany":
+                    await go.wait()
+                return answer
+
+            client._driver._call = slow  # type: ignore[method-assign]
+            asking = asyncio.create_task(client.fetch_many([FetchQuery(cache, tokens(0))] * 4))
+            async with asyncio.timeout(10):
+                while (await client.admin.stats()).leases < 4:
+                    await asyncio.sleep(0.01)
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+                go.set()
+                while (await client.admin.stats()).leases:
+                    await asyncio.sleep(0.01)
+                asking = asyncio.create_task(client.fetch_many([FetchQuery(cache, tokens(0))] * 4))
+                await asyncio.sleep(0)
+                asking.cancel()
+
+    asyncio.run(scenario())
 
 
 def test_fetch_and_reserve(make_client: Any, sidecar: Any) -> None:

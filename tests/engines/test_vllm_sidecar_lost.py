@@ -7,10 +7,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
-from engines_kit import Host, Round, SidecarBox, hicache_connector, wait_until
+from engines_kit import Engine, Host, Round, SidecarBox, hicache_connector, wait_until
 from engines_models import Models, prompt
 
 TOKENS, NEW_TOKENS = 1000, 12
@@ -60,9 +59,7 @@ def test_killed_in_the_middle_of_a_load(
             assert engine.reset()
             box.restart()
         connected(box)
-        last = engine.run(PROMPTS, new_tokens=NEW_TOKENS)
-    assert last.tokens == truth
-    assert last.external == HIT
+        finds_all_again(engine, box, truth)
     print(f"external tokens by the moment of the kill: {external} of {HIT}")
     box.wait_idle()
 
@@ -89,10 +86,19 @@ def test_killed_in_the_middle_of_a_save(
         engine.run(PROMPTS, new_tokens=NEW_TOKENS)
     box.wait_idle()
     with vllm_host.running(model, connector=connector) as engine:
+        finds_all_again(engine, box, truth)
+
+
+def finds_all_again(engine: Engine, box: SidecarBox, truth: list[list[int]]) -> None:
+    """By itself, after a few rounds at most: what has to come up from disk may not come in time at first."""
+    external = []
+    while HIT not in external:
+        assert len(external) < 6, f"external tokens round by round: {external} of {HIT}"
+        assert engine.reset()
         got = engine.run(PROMPTS, new_tokens=NEW_TOKENS)
-    assert got.tokens == truth
-    assert got.external == HIT
-    box.wait_idle()
+        assert got.tokens == truth
+        external.append(got.external)
+        box.wait_idle()
 
 
 def test_a_sidecar_that_hangs_costs_one_deadline(
@@ -122,7 +128,7 @@ def test_a_sidecar_that_hangs_costs_one_deadline(
     box.wait_idle()
 
 
-def asks_again(engine: Any, box: SidecarBox) -> bool:
+def asks_again(engine: Engine, box: SidecarBox) -> bool:
     """Whether a request is offered what the sidecar has."""
     engine.reset()
     return bool(engine.run(PROMPTS[:1], new_tokens=1).external)
@@ -150,7 +156,7 @@ def test_absent_at_the_start_and_there_later(
     box.wait_idle()
 
 
-def stored(engine: Any, box: SidecarBox) -> int:
+def stored(engine: Engine, box: SidecarBox) -> int:
     engine.run([prompt(99, 8)], new_tokens=1)  # steps, for what is told in them
     return box.stats().tree_pages
 
@@ -209,9 +215,5 @@ def test_kills_all_the_time(vllm_host: Host, models: Models, sidecar: Callable[.
             killer.join(60)
         connected(box, 2)
         for engine in (one, two):
-            engine.run(PROMPTS, new_tokens=NEW_TOKENS)
-            box.wait_idle()
-            assert engine.reset()
-            last = engine.run(PROMPTS, new_tokens=NEW_TOKENS)
-            assert (last.tokens, last.external) == (truth, HIT)
+            finds_all_again(engine, box, truth)
     box.wait_idle()

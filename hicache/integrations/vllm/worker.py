@@ -71,7 +71,8 @@ class Worker:
         self._out = _Outbox()
 
     def register(self, kv_caches: Mapping[str, Any]) -> None:
-        """The engine's KV tensors. Raises UnsupportedError where they are not what the facts say."""
+        """The engine's KV tensors, from now on. Raises UnsupportedError where they are not what the facts say."""
+        self._let_go("the engine has other KV tensors now")
         page_blocks = page_tokens(self._settings, self._facts.block_size) // self._facts.block_size
         tensors = {name: LayerTensor.of(name, tensor) for name, tensor in kv_caches.items()}
         self._facts.check_tensors(tensors)
@@ -82,6 +83,7 @@ class Worker:
         assert self._source is not None
         self._desk = _Desk(
             layout,
+            tuple(kv_caches.values()),
             Tools(self._source, blocks, seat, self._loaders, self._now_ns, self._settings.load_timeout_ms),
             SaveTools(blocks, seat, self._maps, self._saver, self._now_ns),
         )
@@ -195,9 +197,7 @@ class Worker:
 
     def close(self) -> None:
         """End all loads, let go of all memory, leave the sidecar. Idempotent."""
-        for load in [*self._needed, *self._between.values()]:
-            load.stop("the engine stops")
-        self._needed, self._between = [], {}
+        self._let_go("the engine stops")
         if self._saves is not None:
             self._saves.seal(void=True)
         self._saves, self._sealed = None, []
@@ -208,12 +208,20 @@ class Worker:
         self._maps.close()
         self._desk = None
 
+    def _let_go(self, why: str) -> None:
+        """Stop all loads; they are reported as any that failed."""
+        for load in [*self._needed, *self._between.values()]:
+            load.stop(why)
+
 
 class _Desk:
     """What there is once the tensors are known."""
 
-    def __init__(self, layout: PartLayout, loading: Tools, saving: SaveTools) -> None:
+    def __init__(
+        self, layout: PartLayout, tensors: tuple[Any, ...], loading: Tools, saving: SaveTools
+    ) -> None:
         self.layout = layout
+        self.tensors = tensors  # threads write to their memory: it must stay
         self.loading = loading
         self.saving = saving
 

@@ -235,10 +235,12 @@ class Client(ClientBase):
         """Many look-ups with one call: for each a lease as ``fetch`` answers, or the error of that query alone.
 
         ``release`` and ``renew`` go along, and are done first; a renewed lease that is lost is no longer valid.
-        ``wait_ms`` is for all queries together, ``ttl_ms`` for leases granted and renewed.
+        ``wait_ms`` is for all queries together, ``ttl_ms`` for leases granted and renewed. A caller that is cancelled
+        holds none of the leases.
         """
         asked = (ttl_ms, wait_ms, timeout_s)
-        found = await self._driver.run(self._fetch_many(queries, asked, release, renew))
+        steps = self._fetch_many(queries, asked, release, renew)
+        found = await self._driver.run_or_undo(steps, self._release_all)
         return [Lease(self._driver, each) if isinstance(each, LeaseState) else each for each in found]
 
     async def reader(self, ticket: LeaseTicket) -> TicketReader:

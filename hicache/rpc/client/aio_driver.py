@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -123,6 +124,7 @@ class Driver:
         self._methods: dict[str, Any] = {}
         self._task: asyncio.Task[None] | None = None
         self._stream: _Stream | None = None
+        self._undoing: set[asyncio.Task[None]] = set()
         self._process = os.getpid()
 
     # --- steps
@@ -132,6 +134,23 @@ class Driver:
         self.core.check_process()
         self._start()
         return await self._drive(steps)
+
+    async def run_or_undo(self, steps: Steps[T], undo: Callable[[T], Steps[None]]) -> T:
+        """As ``run``. A caller that is cancelled leaves it to end by itself, and then to be undone."""
+        task = asyncio.create_task(self.run(steps))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            undoing = asyncio.create_task(self._undo(task, undo))
+            self._undoing.add(undoing)
+            undoing.add_done_callback(self._undoing.discard)
+            raise
+
+    async def _undo(self, task: asyncio.Task[T], undo: Callable[[T], Steps[None]]) -> None:
+        try:
+            await self.run(undo(await task))
+        except HicacheError as error:  # nothing was done, or it ends with the session
+            log.debug("a call that was cancelled, of %s: %s", self.core.target, error)
 
     async def _drive(self, steps: Steps[T]) -> T:
         answer: Any = None
@@ -279,6 +298,8 @@ class Driver:
             self._task.cancel()
             await asyncio.wait([self._task])
             await self._channel.close()
+        if self._undoing:
+            await asyncio.wait(self._undoing)
         self.core.memory.close()
         self.core.arena.clear()
 

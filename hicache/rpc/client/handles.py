@@ -362,6 +362,10 @@ class ClientBase:
         budget = self._core.budget(timeout_s)
         return many.fetch_many(self._core, [_packed(query) for query in queries], ask, chores, budget)
 
+    def _release_all(self, found: Iterable[many.Outcome]) -> Steps[None]:
+        """What nobody waits for any more."""
+        return flows.release(self._core, [each for each in found if isinstance(each, LeaseState)])
+
     def _wait_operation(self, operation: int, wait_ms: int) -> Steps[OperationResult]:
         wait_ms = count_of("wait_ms", wait_ms)
         return flows.wait_operation(self._core, operation, wait_ms, self._core.budget(None, wait_ms=wait_ms))

@@ -82,8 +82,8 @@ def test_blocks_that_the_engine_has_already_are_left_alone(
     before = part_of(caches, range(64))
     ids = [20, 21, 22, 23]  # page 1 without its first 2 blocks, and page 2
     order = load_order(pages, ids, first_page=1, pages=2, skip_blocks=2, asynchronous=asynchronous)
-    step(worker, StepOrders(3, loads=(order,)), NAMES)
-    _until_finished(worker, {"r"} if asynchronous else set())
+    out = step(worker, StepOrders(3, loads=(order,)), NAMES)
+    _until_finished(worker, ({"r"} if asynchronous else set()) - out.finished)
     after = {name: [block_of(caches[name], block) for block in range(64)] for name in NAMES}
     each = FACTS.layers[0].block_bytes
     for number, name in enumerate(NAMES):
@@ -225,9 +225,9 @@ def test_an_asynchronous_load_that_takes_too_long_is_reported_as_failed(caches: 
     worker = make_worker(FACTS, caches, load_timeout_ms=50)
     pages = Pages(2, PART, 7)
     pages.gate = threading.Event()
-    step(worker, StepOrders(1, loads=(load_order(pages, [1, 2], asynchronous=True),)), NAMES)
-    _until_finished(worker, {"r"})
-    assert worker.failed_blocks() == {1, 2}
+    out = step(worker, StepOrders(1, loads=(load_order(pages, [1, 2], asynchronous=True),)), NAMES)
+    _until_finished(worker, {"r"} - out.finished)
+    assert out.failed_blocks | worker.failed_blocks() == {1, 2}
     before = part_of(caches, [1, 2])
     pages.gate.set()
     time.sleep(0.05)
@@ -247,6 +247,31 @@ def test_a_cancelled_load_stops_writing_before_the_step_begins(
     pages.gate.set()
     time.sleep(0.05)
     assert part_of(caches, range(4)) == before
+
+
+def test_a_copy_that_is_under_way_is_waited_for_before_its_blocks_are_given_away(worker: Worker) -> None:
+    pages = Pages(4, PART, 8)
+    copying, go_on = threading.Event(), threading.Event()
+    blocks = worker._desk.loading.blocks  # type: ignore[union-attr]
+    real, calls = blocks.load, []
+
+    def slow(*args: Any) -> None:
+        calls.append("begins")
+        copying.set()
+        go_on.wait(20)
+        real(*args)
+        calls.append("ends")
+
+    blocks.load = slow  # type: ignore[method-assign]
+    step(worker, StepOrders(1, loads=(load_order(pages, range(4), asynchronous=True),)), NAMES)
+    assert copying.wait(20)
+    threading.Timer(0.05, go_on.set).start()
+    worker.preempted(StepOrders(1, cancelled=("r",)))
+    assert calls == ["begins", "ends"], "of three layers one had begun: it has ended, and no other begins"
+    time.sleep(0.02)
+    assert calls == ["begins", "ends"]
+    worker.end_step()
+    assert worker.finished_loads() == {"r"}
 
 
 def test_several_loads_of_one_step(worker: Worker, caches: dict[str, Any]) -> None:
@@ -294,6 +319,21 @@ def test_tensors_that_the_facts_do_not_describe_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="strides"):
         worker.register(make_caches(FACTS, 1))
     worker.close()
+
+
+def test_other_tensors_end_the_loads_into_the_old_ones(worker: Worker, caches: dict[str, Any]) -> None:
+    pages = Pages(2, PART, 7)
+    pages.gate = threading.Event()
+    step(worker, StepOrders(1, loads=(load_order(pages, [1, 2], asynchronous=True),)), NAMES)
+    fresh, before = make_caches(FACTS, 5), part_of(caches, [1, 2])
+    worker.register(fresh)
+    pages.gate.set()
+    out = step(worker, StepOrders(1), NAMES)
+    assert (out.finished, out.failed_blocks) == ({"r"}, {1, 2})
+    good = Pages(2, PART, 8)
+    step(worker, StepOrders(1, loads=(load_order(good, [1, 2]),)), NAMES)
+    assert part_of(fresh, [2]) == good.data[1].tobytes()
+    assert part_of(caches, [1, 2]) == before
 
 
 def test_a_worker_whose_sidecar_is_absent_computes_everything(caches: dict[str, Any]) -> None:
