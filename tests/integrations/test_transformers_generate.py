@@ -145,6 +145,17 @@ def test_rows_of_a_batch_are_what_they_are_alone(family: Any, sidecar: Any, name
         check_same(alone, plain(model, *ids_of([row])))
 
 
+def test_chunks_of_a_padded_batch_take_over_more_and_more(family: Any, sidecar: Any) -> None:
+    """Columns of later chunks begin within pages, and not in the same place of each row."""
+    model = family["llama"]
+    ids, mask = ids_of([tokens(30, 1), tokens(17, 2), tokens(23, 3)])
+    wanted = plain(model, ids, mask)
+    through(store_of(sidecar, model), ids, mask)
+    found, loaded = through(store_of(sidecar, model), ids, mask, prefill_chunk_size=9)
+    assert loaded[0] > 15
+    check_same(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_equal_splits_give_equal_bits(
