@@ -37,7 +37,7 @@ def flip(sidecar: Sidecar, needle: bytes) -> int:
     return flipped
 
 
-def eventually(ask: Callable[[], bool], timeout_s: float = 20) -> bool:
+def eventually(ask: Callable[[], bool], timeout_s: float = 40) -> bool:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         if ask():
@@ -146,7 +146,7 @@ def test_a_killed_sidecar_is_picked_up_again_after_its_restart(
     assert eventually(lambda: backend.batch_exists(keys) == 8)
     stop.set()
     worker.join(20)
-    assert slowest_s[0] < 2 * 1.0 + 2.0  # two calls of a deadline each, and a busy machine
+    assert slowest_s[0] < 2 * 1.0 + 8.0  # two calls of a deadline each, and a busy machine
     assert backend.batch_get_v1(keys, pool.indices(*range(8, 16))) == [True] * 8
     assert pool.read(*range(8, 16)) == stored
 
