@@ -177,9 +177,9 @@ class Rounds:
         answer = Answer()
         if lease is not None and lease.granted_pages:
             slow_pages = min(lease.granted_pages, lease.tier_pages.get(SLOW_TIER, 0))
-            answer = Answer(lease, lease.granted_pages, lease.matched_pages, slow_pages)
+            answer = Answer(lease, lease.granted_pages, _held_pages(lease), slow_pages)
         elif lease is not None:
-            answer = Answer(matched_pages=lease.matched_pages)
+            answer = Answer(matched_pages=_held_pages(lease))
         taken = question.settle(answer)
         if lease is not None and not (taken and answer.lease is lease):
             self._give_back(lease)
@@ -212,3 +212,12 @@ async def waited(event: asyncio.Event, most_s: float) -> None:
     except TimeoutError:
         pass
     event.clear()
+
+
+def _held_pages(lease: Lease) -> int:
+    """How many pages the sidecar still holds, as far as it has told.
+
+    Those that were matched and did not come, although nothing is on its way any more, turned out to be unreadable:
+    the request that computes them is to store them again.
+    """
+    return lease.matched_pages if lease.operation else lease.granted_pages
