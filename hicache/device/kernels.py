@@ -166,7 +166,12 @@ def hash_rows(rows: Tensor, row_bytes: int, out: Tensor) -> None:
     constants, table = _constants(rows.device), _addresses(rows, rows.device)
     scratch = rows.new_empty(launch.scratch_bytes(len(rows), row_bytes))
     launch.hash_rows(
-        constants.data_ptr(), table.data_ptr(), len(rows), row_bytes, scratch.data_ptr(), out.data_ptr()
+        constants.data_ptr(),
+        table.data_ptr(),
+        len(rows),
+        row_bytes,
+        scratch=scratch.data_ptr(),
+        out=out.data_ptr(),
     )
 
 
