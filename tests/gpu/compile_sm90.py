@@ -35,8 +35,8 @@ def compile_it(name, kernel, constants, *, sixteen=(), **options):
     found = {
         "kernel": name,
         "bytes": len(made.asm["cubin"]),
-        "wide_loads": len(re.findall(r"ld\.global[^;]*v2\.b64", ptx)),
-        "wide_stores": len(re.findall(r"st\.global[^;]*v2\.b64", ptx)),
+        "wide_loads": len(re.findall(r"ld\.global[^;]*(?:v2\.b64|v4\.b32)", ptx)),
+        "wide_stores": len(re.findall(r"st\.global[^;]*(?:v2\.b64|v4\.b32)", ptx)),
         "fused": len(re.findall(r"fma\.rn\.f32", ptx)),
         "spills": len(re.findall(r"\.local", ptx)),
     }
@@ -60,11 +60,29 @@ def main():
     compile_it("move_rows", paged_triton._move_rows, rows, sixteen=["words"])
     compile_it("sums", xxh3_triton._sum_blocks, {"BLOCKS": 16})
     compile_it("chain", xxh3_triton._chain_rows, {"ROWS": 4, "AHEAD": 8}, num_warps=1)
-    unit = {"UNIT": 16384, "H": 1, "D": 16384, "S_T": 0, "S_H": 0, "S_D": 1, "HALF": False, "GROUPS": 32}
+    unit = {
+        "UNIT": 16384,
+        "H": 1,
+        "D": 16384,
+        "S_T": 0,
+        "S_H": 0,
+        "S_D": 1,
+        "HALF": False,
+        "GROUPS": 32,
+        "ALIGNED": True,
+    }
     for name, codec in quant_triton._NAMES.items():
         constants = {**unit, "CODEC": codec}
-        compile_it(f"{name} in", quant_triton._encode, {**constants, "LEAST": -124}, enable_fp_fusion=False)
-        compile_it(f"{name} out", quant_triton._decode, constants, enable_fp_fusion=False)
+        compile_it(
+            f"{name} in",
+            quant_triton._encode,
+            {**constants, "LEAST": -124},
+            sixteen=["group_count"],
+            enable_fp_fusion=False,
+        )
+        compile_it(
+            f"{name} out", quant_triton._decode, constants, sixteen=["group_count"], enable_fp_fusion=False
+        )
 
 
 if __name__ == "__main__":

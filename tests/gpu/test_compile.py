@@ -38,3 +38,4 @@ def test_kernels_compile_for_hopper(tmp_path):
     for name, line in found.items():
         if "g64" in name or "e4m3" in name:
             assert not line["fused"], line
+            assert line["wide_loads" if name.endswith(" in") else "wide_stores"], line
