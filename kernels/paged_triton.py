@@ -74,17 +74,15 @@ def _move_units(
         at_row = (
             first_word + (plane * unit_count + unit % unit_count).to(tl.int64) * UNIT
         )  # the unit's first word in its row
-        engine = _typed(tl.load(table_planes + plane), WORD)
-        row = _typed(tl.load(table_rows + unit // unit_count), WORD)
-        if ALIGNED:
+        engine = _typed(tl.load(table_planes + plane), WORD) + start
+        row = _typed(tl.load(table_rows + unit // unit_count), WORD) + at_row
+        if ALIGNED:  # said of the pointers, since the compiler may fold what they are made of
             engine = tl.multiple_of(engine, 16)
             row = tl.multiple_of(row, 16)
-            start = tl.multiple_of(start, 2)
-            at_row = tl.multiple_of(at_row, 2)
         if PACK:
-            tl.store(row + at_row + word, tl.load(engine + start + inside, mask=moves), mask=moves)
+            tl.store(row + word, tl.load(engine + inside, mask=moves), mask=moves)
         else:
-            tl.store(engine + start + inside, tl.load(row + at_row + word, mask=moves), mask=moves)
+            tl.store(engine + inside, tl.load(row + word, mask=moves), mask=moves)
 
 
 @triton.jit

@@ -42,8 +42,8 @@ def _power(exponent):
 
 
 @triton.jit
-def _load(address, at, inside, HALF: tl.constexpr):
-    raw = tl.load(_ptr16(address) + at, mask=inside, other=0)
+def _load(engine, at, inside, HALF: tl.constexpr):
+    raw = tl.load(engine + at, mask=inside, other=0)
     if HALF:
         found = raw.to(tl.float16, bitcast=True).to(tl.float32)
     else:
@@ -134,8 +134,8 @@ def _fp8_value(code, k):
 @triton.jit
 def _write_fp8(row, group_count, at, low, high, size, here, LEAST: tl.constexpr):
     k = _fp8_exponent(size, LEAST)
-    tl.store(_ptr8(row) + at, (k + 128).to(tl.uint8), mask=here)
-    code = _ptr8(row) + group_count + at[:, None] * 64 + tl.arange(0, 32)[None, :]
+    tl.store(row + at, (k + 128).to(tl.uint8), mask=here)
+    code = row + group_count + at[:, None] * 64 + tl.arange(0, 32)[None, :]
     tl.store(code, _fp8_code(low, k).to(tl.uint8), mask=here[:, None])
     tl.store(code + 32, _fp8_code(high, k).to(tl.uint8), mask=here[:, None])
 
@@ -144,9 +144,9 @@ def _write_fp8(row, group_count, at, low, high, size, here, LEAST: tl.constexpr)
 def _write_int8(row, group_count, at, low, high, size, here, GROUPS: tl.constexpr):
     peak = size.to(tl.float32, bitcast=True)
     scale = _bfloat(tl.div_rn(peak, tl.full([GROUPS], 127.0, tl.float32)), UP=True)
-    tl.store(_ptr16(row) + at, scale.to(tl.int16), mask=here)
+    tl.store(row.to(tl.pointer_type(tl.int16)) + at, scale.to(tl.int16), mask=here)
     divisor = tl.broadcast_to(_whole(_wide(scale))[:, None], [GROUPS, 32])
-    code = _ptr8(row) + group_count * 2 + at[:, None] * 64 + tl.arange(0, 32)[None, :]
+    code = row + group_count * 2 + at[:, None] * 64 + tl.arange(0, 32)[None, :]
     tl.store(code, _round(tl.div_rn(low, divisor)).to(tl.int32).to(tl.uint8), mask=here[:, None])
     tl.store(code + 32, _round(tl.div_rn(high, divisor)).to(tl.int32).to(tl.uint8), mask=here[:, None])
 
@@ -156,14 +156,14 @@ def _write_int4(row, group_count, at, low, high, least, most, here, GROUPS: tl.c
     bottom = _bfloat(least + 0.0, UP=False)
     floor = _wide(bottom)
     scale = _bfloat(tl.div_rn(most - floor + 0.0, tl.full([GROUPS], 15.0, tl.float32)), UP=True)
-    tl.store(_ptr16(row) + at, bottom.to(tl.int16), mask=here)
-    tl.store(_ptr16(row) + group_count + at, scale.to(tl.int16), mask=here)
+    tl.store(row.to(tl.pointer_type(tl.int16)) + at, bottom.to(tl.int16), mask=here)
+    tl.store(row.to(tl.pointer_type(tl.int16)) + group_count + at, scale.to(tl.int16), mask=here)
     divisor = tl.broadcast_to(_whole(_wide(scale))[:, None], [GROUPS, 32])
     first = _round(tl.div_rn(low - floor[:, None], divisor))
     second = _round(tl.div_rn(high - floor[:, None], divisor))
     first = tl.minimum(tl.maximum(first, 0.0), 15.0).to(tl.int32)
     second = tl.minimum(tl.maximum(second, 0.0), 15.0).to(tl.int32)
-    code = _ptr8(row) + group_count * 4 + at[:, None] * 32 + tl.arange(0, 32)[None, :]
+    code = row + group_count * 4 + at[:, None] * 32 + tl.arange(0, 32)[None, :]
     tl.store(code, (first | (second << 4)).to(tl.uint8), mask=here[:, None])
 
 
@@ -173,6 +173,7 @@ def _encode(
     first_group, group_count,
     UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, S_T: tl.constexpr, S_H: tl.constexpr,
     S_D: tl.constexpr, CODEC: tl.constexpr, HALF: tl.constexpr, LEAST: tl.constexpr, GROUPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     words = tl.pointer_type(tl.int64)
     for step in range(tl.program_id(0), steps, tl.num_programs(0)):
@@ -185,13 +186,17 @@ def _encode(
         inside = here[:, None]
         number = group[:, None] * 64 + tl.arange(0, 32)[None, :]
         start = (place // block) * block_stride + (place % block) * token_stride
-        base = tl.load(planes.to(words) + plane)
-        low = _load(base, start + _inside(number, H, D, S_T, S_H, S_D), inside, HALF)
-        high = _load(base, start + _inside(number + 32, H, D, S_T, S_H, S_D), inside, HALF)
+        engine = _ptr16(tl.load(planes.to(words) + plane)) + start
+        if ALIGNED:
+            engine = tl.multiple_of(engine, 16)
+        low = _load(engine, _inside(number, H, D, S_T, S_H, S_D), inside, HALF)
+        high = _load(engine, _inside(number + 32, H, D, S_T, S_H, S_D), inside, HALF)
         least, most, size, bad = _extremes(low, high)
         row_number = unit // unit_count
         tl.store(refused.to(tl.pointer_type(tl.int32)) + row_number + group * 0, 1, mask=bad & here)
-        row = tl.load(rows.to(words) + row_number)
+        row = _ptr8(tl.load(rows.to(words) + row_number))
+        if ALIGNED:
+            row = tl.multiple_of(row, 16)
         at = first_group + (plane * unit_count + unit % unit_count) * (UNIT // 64) + group
         at = at.to(tl.int64)
         if CODEC == 0:
@@ -208,6 +213,7 @@ def _decode(
     first_group, group_count,
     UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, S_T: tl.constexpr, S_H: tl.constexpr,
     S_D: tl.constexpr, CODEC: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     words = tl.pointer_type(tl.int64)
     for step in range(tl.program_id(0), steps, tl.num_programs(0)):
@@ -218,54 +224,74 @@ def _decode(
         group = chunk * GROUPS + tl.arange(0, GROUPS)
         here = group < tl.where(place >= 0, UNIT // 64, 0)
         inside = here[:, None]
-        row = tl.load(rows.to(words) + unit // unit_count)
+        row = _ptr8(tl.load(rows.to(words) + unit // unit_count))
+        if ALIGNED:
+            row = tl.multiple_of(row, 16)
         at = first_group + (plane * unit_count + unit % unit_count) * (UNIT // 64) + group
         at = at.to(tl.int64)
         column = tl.arange(0, 32)[None, :]
         if CODEC == 0:
-            k = tl.load(_ptr8(row) + at, mask=here, other=0).to(tl.int32) - 128
-            code = _ptr8(row) + group_count + at[:, None] * 64 + column
+            k = tl.load(row + at, mask=here, other=0).to(tl.int32) - 128
+            code = row + group_count + at[:, None] * 64 + column
             low = _fp8_value(tl.load(code, mask=inside, other=0).to(tl.int32), k)
             high = _fp8_value(tl.load(code + 32, mask=inside, other=0).to(tl.int32), k)
         elif CODEC == 1:
-            scale = _wide(tl.load(_ptr16(row) + at, mask=here, other=0).to(tl.int32))[:, None]
-            code = _ptr8(row) + group_count * 2 + at[:, None] * 64 + column
+            scale = _wide(tl.load(row.to(tl.pointer_type(tl.int16)) + at, mask=here, other=0).to(tl.int32))[
+                :, None
+            ]
+            code = row + group_count * 2 + at[:, None] * 64 + column
             low = tl.load(code, mask=inside, other=0).to(tl.int8, bitcast=True).to(tl.float32) * scale
             high = tl.load(code + 32, mask=inside, other=0).to(tl.int8, bitcast=True).to(tl.float32) * scale
         else:
-            floor = _wide(tl.load(_ptr16(row) + at, mask=here, other=0).to(tl.int32))[:, None]
-            scale = _wide(tl.load(_ptr16(row) + group_count + at, mask=here, other=0).to(tl.int32))[:, None]
-            code = _ptr8(row) + group_count * 4 + at[:, None] * 32 + column
+            floor = _wide(tl.load(row.to(tl.pointer_type(tl.int16)) + at, mask=here, other=0).to(tl.int32))[
+                :, None
+            ]
+            scale = _wide(
+                tl.load(row.to(tl.pointer_type(tl.int16)) + group_count + at, mask=here, other=0).to(tl.int32)
+            )[:, None]
+            code = row + group_count * 4 + at[:, None] * 32 + column
             pair = tl.load(code, mask=inside, other=0).to(tl.int32)
             low = (pair & 15).to(tl.float32) * scale + floor
             high = (pair >> 4).to(tl.float32) * scale + floor
         number = group[:, None] * 64 + column
         start = (place // block) * block_stride + (place % block) * token_stride
         engine = _ptr16(tl.load(planes.to(words) + plane)) + start
+        if ALIGNED:
+            engine = tl.multiple_of(engine, 16)
         tl.store(engine + _inside(number, H, D, S_T, S_H, S_D), _narrow(low, HALF), mask=inside)
         tl.store(engine + _inside(number + 32, H, D, S_T, S_H, S_D), _narrow(high, HALF), mask=inside)
 
 
-def encode(geometry, tables, codec, *, page_planes, half, least, run, programs=PROGRAMS):
+def encode(geometry, tables, codec, *, page_planes, half, least, run, aligned, programs=PROGRAMS):
     """Engine to quantised rows.
 
     geometry, run: as ``paged_triton.move_units`` (words of 2 bytes). tables: addresses of (planes, places, rows,
-    refused) and the number of planes. page_planes: planes of a whole page. least: ``quant.FP8_LEAST``.
+    refused) and the number of planes. page_planes: planes of a whole page. aligned: whether all
+    addresses and steps are multiples of 16 bytes. least: ``quant.FP8_LEAST``.
     """
     planes, places, rows, refused, plane_count = tables
     sizes = _sizes(geometry, plane_count, page_planes, run)
     if sizes[0]:
         _encode[(min(sizes[0], programs),)](
-            planes, places, rows, refused, *sizes, **_constants(run, codec, half), LEAST=least
+            planes,
+            places,
+            rows,
+            refused,
+            *sizes,
+            **_constants(run, codec, half),
+            ALIGNED=aligned,
+            LEAST=least,
         )
 
 
-def decode(geometry, tables, codec, *, page_planes, half, run, programs=PROGRAMS):
+def decode(geometry, tables, codec, *, page_planes, half, run, aligned, programs=PROGRAMS):
     """Quantised rows to the engine; tables: addresses of (planes, places, rows) and the number of planes."""
     planes, places, rows, plane_count = tables
     sizes = _sizes(geometry, plane_count, page_planes, run)
     if sizes[0]:
-        _decode[(min(sizes[0], programs),)](planes, places, rows, *sizes, **_constants(run, codec, half))
+        _decode[(min(sizes[0], programs),)](
+            planes, places, rows, *sizes, **_constants(run, codec, half), ALIGNED=aligned
+        )
 
 
 def _sizes(geometry, plane_count, page_planes, run):

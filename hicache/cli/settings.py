@@ -116,7 +116,9 @@ class ServeConfig:
     )
     log_level: str = setting("server", Kind.TEXT, "info", "least severe log lines shown", LOG_LEVELS)
 
-    device: str = setting("tiers", Kind.TEXT, "", "device tier: 'cpu' (through torch), or empty for none")
+    device: str = setting(
+        "tiers", Kind.TEXT, "", "device tier: 'cpu' (through torch), 'cuda:<n>', or empty for none"
+    )
     device_bytes: int = setting("tiers", Kind.SIZE, 0, "capacity of the device tier")
     host_bytes: int = setting(
         "tiers", Kind.SIZE, 1 << 30, "capacity of the host tier (shared memory); 0: no host tier"
@@ -209,6 +211,13 @@ class ServeConfig:
         Kind.SIZE,
         8 << 20,
         "how much of the disk tier is verified a second, in the background; 0: none",
+    )
+    copy_engine: str = setting(
+        "tuning",
+        Kind.TEXT,
+        "auto",
+        "how a CUDA device copies; auto: the fastest as measured at the first copy of each shape",
+        ("auto", "kernel", "staged", "batch", "dma"),
     )
     device_segment_bytes: int = setting(
         "tuning", Kind.SIZE, 0, "grain in which the device tier gives room to page sizes; 0: a sixteenth"

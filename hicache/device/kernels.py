@@ -111,7 +111,7 @@ def quantise_units(
         paged.pack(planes, places, raw, page_tokens)
         quant.encode(raw.view(planes[0].dtype), codec, rows, refused)
         return
-    (at_planes, at_places, at_rows, number), tables, _ = _tables(planes, places, rows)
+    (at_planes, at_places, at_rows, number), tables, aligned_to = _tables(planes, places, rows)
     launch = _load("quant_triton")
     launch.encode(
         geometry,
@@ -121,6 +121,7 @@ def quantise_units(
         half=quant.is_half(planes[0].dtype),
         least=quant.FP8_LEAST[planes[0].dtype],
         run=_load("paged_triton").Run.of(geometry, 2, widest=2),
+        aligned=_load("paged_triton").Run.of(geometry, aligned_to).aligned,
     )
     del tables
 
@@ -138,7 +139,7 @@ def dequantise_units(
         given = raw[:, geometry.first_byte : geometry.first_byte + len(planes) * geometry.plane_bytes]
         paged.unpack(planes, places, given, page_tokens)
         return
-    where, tables, _ = _tables(planes, places, rows)
+    where, tables, aligned_to = _tables(planes, places, rows)
     _load("quant_triton").decode(
         geometry,
         where,
@@ -146,6 +147,7 @@ def dequantise_units(
         page_planes=count,
         half=quant.is_half(planes[0].dtype),
         run=_load("paged_triton").Run.of(geometry, 2, widest=2),
+        aligned=_load("paged_triton").Run.of(geometry, aligned_to).aligned,
     )
     del tables
 
@@ -166,7 +168,12 @@ def hash_rows(rows: Tensor, row_bytes: int, out: Tensor) -> None:
     constants, table = _constants(rows.device), _addresses(rows, rows.device)
     scratch = rows.new_empty(launch.scratch_bytes(len(rows), row_bytes))
     launch.hash_rows(
-        constants.data_ptr(), table.data_ptr(), len(rows), row_bytes, scratch.data_ptr(), out.data_ptr()
+        constants.data_ptr(),
+        table.data_ptr(),
+        len(rows),
+        row_bytes,
+        scratch=scratch.data_ptr(),
+        out=out.data_ptr(),
     )
 
 

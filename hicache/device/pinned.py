@@ -36,6 +36,7 @@ class Pins:
         self._pieces: tuple[tuple[int, int], ...] = ()  # (start, end), sorted; replaced whole
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._warned = False
+        self._closed = False
         self._thread: threading.Thread | None = None
         if threaded:
             self._thread = threading.Thread(target=self._run, name="hicache-pin", daemon=True)
@@ -55,6 +56,9 @@ class Pins:
 
         No batch with pages there may be in flight.
         """
+        if self._closed:
+            then()
+            return
         gone = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
         self._pieces = tuple(piece for piece in self._pieces if piece not in gone)
         self._work.put(lambda: self._unregister(address, size_bytes, gone, then))
@@ -80,6 +84,7 @@ class Pins:
 
     def close(self) -> None:
         """Unregister everything. No copies are in flight."""
+        self._closed = True
         if self._thread is not None:
             self._work.put(None)
             self._thread.join()

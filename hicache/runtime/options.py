@@ -21,7 +21,8 @@ MIN_PROMOTION_COPIES = 4
 class ServiceOptions:
     """What a sidecar keeps pages in, and how.
 
-    A tier is left out by leaving its size 0; one must be there. ``device``: "" or "cpu". Segment sizes of 0 are
+    A tier is left out by leaving its size 0; one must be there. ``device``: "", "cpu" or "cuda:<n>", which copies
+    by ``copy_engine`` ("auto": the fastest as measured). Segment sizes of 0 are
     derived from the tier's capacity (``segment_bytes_for``). ``workers``: threads that copy clients' pages in.
     ``bounce_bytes``: buffers for copies between tiers of which neither can be addressed. ``copy_chunk_bytes``: how
     much of a copy one worker does at a time. ``disk_sync``: fsync each commit, for power cuts. ``disk_codec``: how
@@ -36,6 +37,7 @@ class ServiceOptions:
     device: str = ""
     device_bytes: int = 0
     device_segment_bytes: int = 0
+    copy_engine: str = "auto"
     host_bytes: int = 0
     host_segment_bytes: int = 0
     disk_path: str = ""

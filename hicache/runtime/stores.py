@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hicache.errors import ConfigError
@@ -47,6 +47,7 @@ def open_stores(options: ServiceOptions, notify: Notify, wall_ms: Callable[[], i
             opener = _open_device if spec.kind is TierKind.DEVICE else _open_host
             ports.append(opener(index, spec, options, notify))
             opened.callback(ports[-1].store.close)
+        _pin(ports)
         opened.pop_all()
     return Stores(tuple(ports), disk)
 
@@ -76,9 +77,21 @@ def _open_disk(options: ServiceOptions, notify: Notify, wall_ms: Callable[[], in
 
 
 def _open_device(index: int, spec: TierSpec, options: ServiceOptions, notify: Notify) -> TierPort:
-    from hicache.device import open_device
+    from hicache.device import DeviceOptions, open_device
 
-    return TierPort(index, spec, open_device(options.device, spec, notify))
+    return TierPort(
+        index,
+        spec,
+        open_device(options.device, spec, notify, DeviceOptions(copy_engine=options.copy_engine)),
+    )
+
+
+def _pin(ports: Sequence[TierPort]) -> None:
+    """Let a device that copies out of host memory by itself know the host tier's."""
+    pins = next((port.store.pins for port in ports if hasattr(port.store, "pins")), None)
+    for port in ports:
+        if pins is not None and hasattr(port.store, "on_memory"):
+            port.store.on_memory(pins.add, pins.remove)
 
 
 def _open_host(index: int, spec: TierSpec, options: ServiceOptions, notify: Notify) -> TierPort:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -65,6 +65,22 @@ class HostStore:
         for thread in self._threads:
             thread.start()
         self._closed = False
+        self._opened: Callable[[int, int], None] = lambda _address, _size_bytes: None
+        self._closing: Callable[[int, int, Callable[[], None]], None] = lambda _address, _size_bytes, then: (
+            then()
+        )
+
+    def on_memory(
+        self,
+        opened: Callable[[int, int], None],
+        closing: Callable[[int, int, Callable[[], None]], None],
+    ) -> None:
+        """Tell of every segment's memory, (address, bytes), when it is taken and before it is given back.
+
+        ``closing`` also gets what gives it back, to call when that may be, from any thread. For devices that
+        register host memory; set before the first segment is opened.
+        """
+        self._opened, self._closing = opened, closing
 
     # -- segments: owner thread only
 
@@ -76,13 +92,16 @@ class HostStore:
         if segment in self._segments:
             raise InvalidArgumentError(f"segment {segment} is open already")
         layout = plan_layout(self._spec, segment, domain, page_bytes, slots)
-        self._segments[segment] = Segment(self._spares.take(), layout)
+        memory = self._spares.take()
+        self._segments[segment] = Segment(memory, layout)
+        self._opened(memory.bytes.ctypes.data, memory.size_bytes)
 
     def close_segment(self, segment: int) -> None:
         """Give the segment's memory back (when the last client unmaps it, too). Its batches must be over."""
         found = self._segment(segment)
         del self._segments[segment]
-        self._spares.give_back(found.memory)
+        memory = found.memory
+        self._closing(memory.bytes.ctypes.data, memory.size_bytes, lambda: self._spares.give_back(memory))
 
     def layout(self, segment: int) -> SegmentLayout:
         """Where the slots lie, for clients that map the segment."""
@@ -186,7 +205,8 @@ class HostStore:
         for thread in self._threads:
             thread.join()
         for segment in self._segments.values():
-            segment.memory.close()
+            memory = segment.memory
+            self._closing(memory.bytes.ctypes.data, memory.size_bytes, memory.close)
         self._segments.clear()
         self._spares.close()
 

@@ -169,6 +169,41 @@ def test_pinned_buffers_are_copied_directly_and_others_are_not(rig):
     assert not rig.driver.registered
 
 
+def test_the_host_tiers_segments_are_registered_while_they_are_open(rig):
+    pytest.importorskip("lmdb", reason="the tier room's package")
+    from hicache.tier.host import HostStore
+
+    spec = TierSpec("host", TierKind.HOST, 2 << 20, 1 << 20, header_bytes_per_slot=8)
+    host = HostStore(spec, lambda: None, prefault=False)
+    host.on_memory(rig.store.pins.add, rig.store.pins.remove)
+    host.open_segment(0, "tenant", PAGE, 8)
+    rig.store.step()
+    assert list(rig.driver.registered.values()) == [1 << 20]
+    views = host.views(range(8))
+    for view, page in zip(views, pages(8), strict=True):
+        view[:] = page
+    rig.put(range(8), views)
+    for view in views:
+        view[:] = bytes(PAGE)
+    rig.submit(Op.GET, range(8), views)
+    rig.finish()
+    assert list(map(bytes, views)) == pages(8)
+    assert rig.store.stats.direct_bytes == 16 * PAGE
+    memory = host._segments[0].memory
+    host.close_segment(0)
+    assert memory.fd >= 0, "memory was given back while it was registered"
+    rig.store.step()
+    assert memory.fd < 0
+    assert not rig.driver.registered
+    host.open_segment(1, "tenant", PAGE, 8)
+    rig.store.step()
+    rig.store.close()
+    assert not rig.driver.registered
+    memory = host._segments[1].memory
+    host.close()
+    assert memory.fd < 0
+
+
 def test_memory_that_cannot_be_registered_is_bounced_and_one_warning_says_why(caplog):
     driver = FakeDriver(piece=0)
     pins = Pins(driver, threaded=False)

@@ -1,0 +1,72 @@
+"""The CUDA store on a real GPU: every engine, the host tier's registered memory, what a copy leaves alone."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the device room needs torch")
+
+from hicache.device import DeviceOptions, engines, open_device  # noqa: E402
+from hicache.types import Batch, Op, Outcome, TierKind, TierSpec  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+SLOTS = 32
+
+
+class Rig:
+    def __init__(self, page_bytes, **options):
+        self.page_bytes, self.told, self.next_id = page_bytes, threading.Event(), 0
+        size = SLOTS * max(page_bytes, 4096) * 2
+        spec = TierSpec("device", TierKind.DEVICE, size, size)
+        self.store = open_device("cuda", spec, self.told.set, DeviceOptions(**options))
+        self.store.open_segment(0, "tenant", page_bytes, SLOTS)
+
+    def move(self, op, slots, rows):
+        self.next_id += 1
+        buffers = [memoryview(row) for row in rows]
+        self.store.submit(Batch(self.next_id, op, page_bytes=self.page_bytes, slots=slots, buffers=buffers))
+        assert self.told.wait(60), "no completion"
+        self.told.clear()
+        [done] = self.store.poll()
+        assert set(done.outcomes) == {Outcome.OK}, done.error
+
+
+@pytest.mark.parametrize("engine", ["auto", *engines.ENGINES])
+@pytest.mark.parametrize("page_bytes", [248, 65536, 2 << 20])
+def test_pages_come_back_by_every_engine(engine, page_bytes):
+    rig = Rig(page_bytes, copy_engine=engine, cuda_staging_bytes=5 * page_bytes)
+    rows = np.random.default_rng(1).integers(0, 256, (SLOTS, page_bytes), np.uint8)
+    order = np.random.default_rng(2).permutation(SLOTS)
+    rig.move(Op.PUT, order.tolist(), list(rows))
+    back = np.zeros_like(rows)
+    rig.move(Op.GET, order.tolist(), list(back))
+    assert np.array_equal(rows, back)
+    if engine == "auto":
+        print(rig.store.stats)
+    rig.store.close()
+
+
+@pytest.mark.parametrize("engine", engines.ENGINES)
+def test_registered_memfd_memory_is_copied_directly(engine):
+    page_bytes = 1 << 20
+    size = 2 * SLOTS * page_bytes
+    fd = os.memfd_create("hicache-test")
+    os.ftruncate(fd, size)
+    arena = np.frombuffer(mmap.mmap(fd, size), np.uint8).reshape(2 * SLOTS, page_bytes)
+    rig = Rig(page_bytes, copy_engine=engine)
+    rig.store.pins.add(arena.ctypes.data, size)
+    rig.store.pins.remove(0, 0, (registered := threading.Event()).set)
+    assert registered.wait(60)
+    assert rig.store.stats.registered_bytes == size
+    arena[:SLOTS] = np.random.default_rng(3).integers(0, 256, (SLOTS, page_bytes), np.uint8)
+    rig.move(Op.PUT, range(SLOTS), list(arena[:SLOTS]))
+    rig.move(Op.GET, range(SLOTS), list(arena[SLOTS:]))
+    assert np.array_equal(arena[:SLOTS], arena[SLOTS:])
+    assert rig.store.stats.bounced_bytes == 0
+    rig.store.close()
+    os.close(fd)
