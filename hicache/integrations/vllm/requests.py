@@ -27,7 +27,7 @@ EXTRA_KEY_BYTES = 16
 #: How often a request's lease may get lost before it is computed without one.
 ASKS_MOST = 3
 #: How often pages of one request may turn out to be gone again before it stops to store.
-SETBACKS_MOST = 3
+SETBACKS_MOST = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
