@@ -13,7 +13,7 @@ TOKENS, NEW_TOKENS, HIT = 1000, 12, 992
 PROMPTS = [prompt(seed, TOKENS) for seed in range(3)]
 
 
-@pytest.mark.timeout(400)  # each of these processes imports vLLM for itself
+@pytest.mark.timeout(600)  # each of these processes imports vLLM for itself
 def test_core_and_ranks_in_processes_of_their_own(
     vllm_host: Host, models: Models, sidecar: Callable[..., SidecarBox]
 ) -> None:
