@@ -1,6 +1,6 @@
 """What the connector costs vLLM where nothing is ever reused: throughput with it beside throughput without it.
 
-    python bench/vllm_overhead.py [--rounds 9] [--prompts 6] [--threads 1 2]
+    python bench/vllm_overhead.py [--rounds 21] [--prompts 3] [--threads 1 2]
 
 Two vLLM engines (on the CPU, ``.venv-vllm``) live side by side; one has the connector and a sidecar. Each round gives
 both, in turn, the same prompts, which nobody has seen before: every page is stored, none is found. Who begins changes
@@ -96,8 +96,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=9, help="samples of each engine (at least 7)")
-    parser.add_argument("--prompts", type=int, default=6, help="prompts of a round, all at once")
+    parser.add_argument("--rounds", type=int, default=21, help="samples of each engine (at least 7)")
+    parser.add_argument("--prompts", type=int, default=3, help="prompts of a round, all at once")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of vLLM's computation")
     parser.add_argument("--name", default="vllm_overhead")
     args = parser.parse_args()

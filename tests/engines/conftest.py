@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
+TEST_S = 300
 sys.path.insert(0, str(HERE))
 
 from engines_kit import Host, SidecarBox, environment  # noqa: E402
@@ -28,6 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.e2e)
+            if (
+                item.get_closest_marker("timeout") is None
+            ):  # engines take seconds to start, and minutes where others work
+                item.add_marker(pytest.mark.timeout(TEST_S))
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 IMPORT_S = 120.0
 ANSWER_S = 90.0
-START_S = 180.0
+START_S = 240.0
 
 #: What vLLM on a CPU needs to start fast, offline and on one thread. torch.compile would want a C++ compiler.
 VLLM_ENVIRONMENT = {

@@ -87,7 +87,7 @@ def test_another_process_answers_from_what_one_stored(
 def test_the_figures_of_the_specification(
     vllm_host: Host, models: Models, oracle: Oracle, sidecar: Callable[..., SidecarBox]
 ) -> None:
-    """Of 1000 tokens 992 from hicache and 8 computed, counted by vLLM; in a process that was not forked."""
+    """Of 1000 tokens 992 from hicache and 8 computed, counted by vLLM."""
     model = models("llama")
     box = sidecar()
     connector = hicache_connector(box.target)

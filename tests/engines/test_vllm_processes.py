@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from engines_kit import Host, SidecarBox, hicache_connector
+from engines_kit import Host, SidecarBox, hicache_connector, wait_until
 from engines_models import Models, prompt
 
 TOKENS, NEW_TOKENS, HIT = 1000, 12, 992
 PROMPTS = [prompt(seed, TOKENS) for seed in range(3)]
 
 
-@pytest.mark.timeout(400)  # each of these processes imports vLLM for itself
+@pytest.mark.timeout(600)  # each of these processes imports vLLM for itself
 def test_core_and_ranks_in_processes_of_their_own(
     vllm_host: Host, models: Models, sidecar: Callable[..., SidecarBox]
 ) -> None:
@@ -30,6 +30,8 @@ def test_core_and_ranks_in_processes_of_their_own(
         with vllm_host.running(model, environ=environ, **how) as engine:
             got = engine.run(PROMPTS, new_tokens=NEW_TOKENS)
             assert (got.external, got.tokens) == (external, truth)
+            # vLLM kills a core that is not gone five seconds after it was asked to go
+            wait_until("stored", lambda: box.stats().tree_pages >= len(PROMPTS) * (HIT // 32))
         box.wait_idle()
     with vllm_host.running(model, connector=how["connector"]) as engine:
         assert engine.run(PROMPTS, new_tokens=NEW_TOKENS).external == 0
