@@ -63,7 +63,7 @@ class VllmSettings:
     model_identity: str = ""
     allow_other_versions: bool = False
     rpc_timeout_ms: int = 5_000
-    flush_ms: int = 5_000
+    flush_ms: int = 3_000
     reconnect_ms: int = 500
     report_stats: bool = True
 
