@@ -18,6 +18,7 @@ def test_triton_kernels_equal_their_twins() -> None:
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "-m", "not soak"]
     ran = subprocess.run(
         command,
+        check=False,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
