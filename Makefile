@@ -14,7 +14,7 @@ PYTEST_ARGS ?= -m "not soak and not e2e"
 SOAK_KILLS ?= 500
 SOAK_TIME ?= 60m
 # the longest that all tests of real engines together may take
-E2E_TIME ?= 20m
+E2E_TIME ?= 25m
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test soak e2e lint format protos protos-check wheel-test bench gpu clean
@@ -33,7 +33,7 @@ test: $(STAMP) ## run the tests (all but soak and e2e)
 soak: $(STAMP) ## run the soak tests: 500 x kill -9, power cuts, churn, long walks (SOAK_TIME=60m at most)
 	HICACHE_TEST_KILLS=$(SOAK_KILLS) timeout --foreground $(SOAK_TIME) $(BIN)/python -m pytest -s -m soak --timeout 3600
 
-e2e: $(STAMP) ## make .venv-vllm and its like, run the tests with real engines in them (E2E_TIME=20m at most)
+e2e: $(STAMP) ## make .venv-vllm and its like, run the tests with real engines in them (E2E_TIME=25m at most)
 	tests/engines/venvs/setup
 	timeout --foreground $(E2E_TIME) $(BIN)/python -m pytest -m e2e tests/engines
 
