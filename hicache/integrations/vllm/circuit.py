@@ -13,6 +13,9 @@ from hicache.rpc.client import aio
 
 log = logging.getLogger(__name__)
 
+#: How often ``tell`` looks whether there is something to say.
+LOOK_S = 0.5
+
 
 class Circuit:
     """``suspect`` opens it, from any thread; a probe closes it. ``call`` has the agent's loop do something."""
@@ -23,16 +26,19 @@ class Circuit:
         namespaces: Namespaces,
         call: Callable[[Callable[[], object]], object],
         *,
+        target: str,
         timeout_s: float,
         pause_s: float,
     ) -> None:
         self._client = client
+        self._target = target
         self._namespaces = namespaces
         self._call = call
         self._timeout_s = timeout_s
         self._pause_s = pause_s
         self._suspect = False
         self._doubt = asyncio.Event()
+        self._told = False
 
     @property
     def closed(self) -> bool:
@@ -54,9 +60,42 @@ class Circuit:
                 try:
                     await self.probe()
                     self._suspect = False
-                    log.info("hicache: the sidecar answers again")
                 except HicacheError:
                     await asyncio.sleep(self._pause_s)
+
+    async def tell(self) -> None:
+        """One line whenever the sidecar was found or lost. What lasts shorter than two looks is not worth one."""
+        before = False
+        while True:
+            closed = self.closed
+            if closed is before is not self._told:
+                self._told = closed
+                if closed:
+                    await self._found()
+                else:
+                    log.warning(
+                        "hicache: the sidecar at %s is lost, or stops; requests are computed until one is back",
+                        self._target,
+                    )
+            before = closed
+            await asyncio.sleep(LOOK_S)
+
+    async def _found(self) -> None:
+        try:
+            await self.probe()  # the namespace has its fingerprint from its first use on
+            offered = await self._client.connect()
+            handle = await self._namespaces.get(Identity())
+        except HicacheError:
+            self._told = False  # lost again already
+            return
+        log.info(
+            "hicache: uses the sidecar at %s (%s), pages of %d tokens and %d bytes, namespace %s",
+            self._target,
+            ", ".join(f"{tier.name} {tier.capacity_bytes / 2**30:.2f} GiB" for tier in offered.tiers),
+            handle.page_tokens,
+            handle.spec.page_bytes,
+            handle.fingerprint.hex()[:16],
+        )
 
     async def probe(self) -> None:
         """The smallest question there is, about a page that nobody stored. Raises HicacheError."""
