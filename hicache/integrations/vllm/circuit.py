@@ -86,7 +86,7 @@ class Circuit:
             offered = await self._client.connect()
             handle = await self._namespaces.get(Identity())
         except HicacheError:
-            self._told = False  # lost again already
+            self._told = self.closed  # lost again; or not usable, and whoever asks is told why
             return
         log.info(
             "hicache: uses the sidecar at %s (%s), pages of %d tokens and %d bytes, namespace %s",
