@@ -230,7 +230,7 @@ class Agent:
         try:
             await self._client.connect()
             self._greeted.set()
-            await self._circuit.probe()
+            await self._circuit.introduce()
             await asyncio.to_thread(
                 lambda: free_places(self.stage(1))
             )  # its first region, before a step needs it

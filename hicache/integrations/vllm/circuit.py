@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -69,10 +70,11 @@ class Circuit:
         while True:
             closed = self.closed
             if closed is before is not self._told:
-                self._told = closed
                 if closed:
-                    await self._found()
+                    with contextlib.suppress(HicacheError):  # whoever asks is told why
+                        await self.introduce()
                 else:
+                    self._told = False
                     log.warning(
                         "hicache: the sidecar at %s is lost, or stops; requests are computed until one is back",
                         self._target,
@@ -80,14 +82,16 @@ class Circuit:
             before = closed
             await asyncio.sleep(LOOK_S)
 
-    async def _found(self) -> None:
+    async def introduce(self) -> None:
+        """Probe, and say what is used. Raises HicacheError."""
+        self._told = True
         try:
             await self.probe()  # the namespace has its fingerprint from its first use on
             offered = await self._client.connect()
             handle = await self._namespaces.get(Identity())
         except HicacheError:
-            self._told = self.closed  # lost again; or not usable, and whoever asks is told why
-            return
+            self._told = self.closed  # attached, and of no use: not asked again and again
+            raise
         log.info(
             "hicache: uses the sidecar at %s (%s), pages of %d tokens and %d bytes, namespace %s",
             self._target,
