@@ -76,8 +76,13 @@ def ask(words: list[str], model: str, target: str) -> dict[str, object]:
     command = [sys.executable, __file__, "--process", "--model", model, "--target", target, *words]
     environment = ON_CPU | dict(os.environ)  # noqa: TID251 - and its environment
     done = subprocess.run(  # noqa: S603 - this very program
-        command, stdout=subprocess.PIPE, text=True, check=True, env=environment
+        command, stdout=subprocess.PIPE, text=True, check=False, env=environment
     )
+    sys.stderr.writelines(
+        line + "\n" for line in done.stdout.splitlines() if done.returncode or "hicache:" in line
+    )
+    if done.returncode:
+        sys.exit(f"vLLM ended with exit code {done.returncode}; its log is above")
     found: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from hicache.cli import units
+from hicache.cli import config, units
 from hicache.cli.engine_probes import EngineFacts, ModelFacts, read_model
 from hicache.cli.verdicts import Check, Verdict
 from hicache.errors import ConfigError, HicacheError
@@ -146,15 +146,18 @@ def _vllm_settings(request: Request, block: int) -> Settings:
         advice = 'requests whose pages are lost while they load end with an error; "recompute" computes them'
         checks.append(Check("settings", Verdict.ADVICE, f"{flag}: kv_load_failure_policy is fail", advice))
     extra = given.get("kv_connector_extra_config")
-    if not isinstance(extra, Mapping):
-        raise ConfigError(
-            f"{flag}: kv_connector_extra_config is missing", hint="it says where the sidecar is"
-        )
-    settings = vllm.parse(extra)
-    page_tokens = vllm.page_tokens(settings, block)
-    found = (
-        f"pages of {page_tokens} tokens, {page_tokens // block} blocks of {block}; save {settings.save.value}"
-    )
+    try:
+        if not isinstance(extra, Mapping):
+            raise ConfigError(
+                f"{flag}: kv_connector_extra_config is missing", hint="it says where the sidecar is"
+            )
+        settings = vllm.parse(extra)
+        page_tokens = vllm.page_tokens(settings, block)
+    except ConfigError as error:
+        return Settings(request.endpoint, block, [*checks, Check("settings", Verdict.CHANGE, str(error))])
+    blocks = page_tokens // block
+    count = "1 block" if blocks == 1 else f"{blocks} blocks"
+    found = f"pages of {page_tokens} tokens, {count} of {block}; save {settings.save.value}"
     return Settings(settings.endpoint, page_tokens, [*checks, Check("settings", Verdict.FINE, found)])
 
 
@@ -186,7 +189,10 @@ def _sglang_settings(request: Request, block: int) -> Settings:
         if given.get(key) != wanted[key]:
             advice = f'set "{key}": {json.dumps(wanted[key])}: without it each page is copied once more'
             checks.append(Check("settings", Verdict.ADVICE, f"{flag}: {key} is {given.get(key)!r}", advice))
-    settings = sglang.read_settings(given)
+    try:
+        settings = sglang.read_settings(given)
+    except ConfigError as error:
+        return Settings(request.endpoint, block, [*checks, Check("settings", Verdict.CHANGE, str(error))])
     found = f"pages of {block} tokens (SGLang's --page-size)"
     return Settings(settings.endpoint, block, [*checks, Check("settings", Verdict.FINE, found)])
 
@@ -296,11 +302,16 @@ def command(request: Request, endpoint: str, model: str) -> str:
     name = shlex.quote(model or "MODEL")
     if request.engine == "vllm":
         value = request.settings if request.settings else json.dumps(vllm_config(endpoint))
-        return f"vllm serve {name} --kv-transfer-config {shlex.quote(value)}"
+        words = f"vllm serve {name}"
+        words += f" --block-size {request.block_tokens}" if request.block_tokens else ""
+        words += f" --tensor-parallel-size {request.ranks}" if request.ranks > 1 else ""
+        return f"{words} --kv-transfer-config {shlex.quote(value)}"
     if request.engine == "sglang":
         value = request.settings if request.settings else json.dumps(sglang_config(endpoint))
         words = f"python -m sglang.launch_server --model-path {name} --page-size {request.block_tokens or 64}"
-        words += " --enable-hierarchical-cache --hicache-storage-backend dynamic"
+        words += f" --tp-size {request.ranks}" if request.ranks > 1 else ""
+        words += " --enable-hierarchical-cache --hicache-mem-layout page_first --hicache-write-policy write_through"
+        words += " --hicache-storage-backend dynamic"
         return f"{words} --hicache-storage-backend-extra-config {shlex.quote(value)}"
     return f"prefixes = PrefixStore(hicache.Client({endpoint!r}), model)  # then prefixes.generate(...)"
 
@@ -331,9 +342,22 @@ def examine(request: Request, facts: EngineFacts, connect: Connect, model: str, 
             checks += judge_sidecar(client, page_bytes)
             tiers = {tier.name: tier.capacity_bytes for tier in client.connect().tiers}
         except HicacheError as error:
-            checks.append(Check("sidecar", Verdict.CHANGE, str(error), "start it: hicache serve"))
+            checks.append(Check("sidecar", Verdict.CHANGE, str(error), _start_it(settings.endpoint)))
         except ImportError as error:
             checks.append(Check("sidecar", Verdict.CHANGE, f"hicache's client does not load: {error}"))
     if figures is not None:
         checks += judge_sizes(figures, tiers, settings.page_tokens, request)
-    return Report(checks, command(request, settings.endpoint, model))
+    if any(check.verdict is Verdict.CHANGE for check in settings.checks):
+        request = dataclasses.replace(request, settings="")  # the line to paste is a right one
+    return Report(checks, command(request, _local(settings.endpoint), model))
+
+
+def _start_it(endpoint: str) -> str:
+    """What starts the sidecar that is meant."""
+    path = _local(endpoint).removeprefix("unix:").removeprefix("//")
+    return f"start it: hicache serve --socket-path {shlex.quote(path)}"
+
+
+def _local(endpoint: str) -> str:
+    """The endpoint, or, of one that is no unix socket, the usual one."""
+    return endpoint if endpoint.startswith(("unix:", "/")) else f"unix://{config.default_socket_path()}"

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 examples:
-  hicache publish --bind tcp://*:5557                        for Dynamo, and whoever reads vLLM's events
-  hicache publish --bind tcp://*:5557,replay=tcp://*:5558    with replay for those who missed something
+  hicache publish --bind 'tcp://*:5557'                      for Dynamo, and whoever reads vLLM's events
+  hicache publish --bind 'tcp://*:5557,replay=tcp://*:5558'  with replay for those who missed something
   hicache publish --bind 'tcp://*:5557,topic=kv@{pod}@{model}' --pod 10.0.0.7
   hicache publish --bind 'tcp://*:5557;tcp://*:5559,format=array,block_size=16'
-  hicache serve --kv-events tcp://*:5557                     the same, started and ended with the sidecar
+  hicache serve --kv-events 'tcp://*:5557'                   the same, started and ended with the sidecar
 
 An endpoint is its address and, after commas, what differs from the defaults:
   replay=ADDRESS        where missed messages can be asked for again; default nowhere

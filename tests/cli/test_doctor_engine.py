@@ -140,6 +140,22 @@ def test_vllm_settings_are_checked_key_by_key(text: str, verdict: Verdict, says:
     assert any(says in check.found + check.advice for check in checks)
 
 
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    checks = doctor_engine.judge_settings(Request("vllm", SOCKET, vllm({"endpont": ""}, kv_role="x"))).checks
+    wrong = [check.found for check in checks if check.verdict is Verdict.CHANGE]
+    assert [("kv_role" in text, "endpont" in text) for text in wrong] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize("endpoint", [SOCKET, "localhost:1"])
+def test_a_wrong_setting_is_not_offered_to_paste(endpoint: str) -> None:
+    request = Request("vllm", endpoint, vllm({"endpont": ""}))
+    report = doctor_engine.examine(request, FACTS, lambda _: Silent(), "", "")  # type: ignore[arg-type,return-value]
+    words = shlex.split(report.command)
+    assert worst(doctor_engine.judge_settings(Request("vllm", "", words[-1])).checks) is Verdict.FINE
+    advice = found(report.checks)["sidecar"].advice
+    assert advice.startswith("start it: hicache serve --socket-path /")
+
+
 def sglang(**change: Any) -> str:
     return json.dumps(doctor_engine.sglang_config(SOCKET) | change)
 

@@ -69,6 +69,7 @@ class Agent:
             self._client,
             self._namespaces,
             self._call,
+            target=settings.endpoint,
             timeout_s=self._timeout_s,
             pause_s=settings.reconnect_ms / 1000,
         )
@@ -196,6 +197,7 @@ class Agent:
     async def _main(self) -> None:
         self._spawn(self._circuit.watch())
         self._spawn(self._greet())
+        self._spawn(self._circuit.tell())
         try:
             while not self._ending:
                 await waited(self._wake, TICK_S)
@@ -228,7 +230,7 @@ class Agent:
         try:
             await self._client.connect()
             self._greeted.set()
-            await self._circuit.probe()
+            await self._circuit.introduce()
             await asyncio.to_thread(
                 lambda: free_places(self.stage(1))
             )  # its first region, before a step needs it

@@ -8,6 +8,7 @@ One class plays both roles, as vLLM has it: in the scheduler's process (``schedu
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -272,6 +273,7 @@ class HiCacheConnector(_SchedulerHooks, _WorkerHooks, KVConnectorBase_V1):  # ty
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _share_log()
         self._now_ns = Clock().now_ns
         settings = configuration.parse(self._kv_transfer_config.kv_connector_extra_config)
         facts = engine_facts(vllm_config, kv_cache_config, allow_other_versions=settings.allow_other_versions)
@@ -339,6 +341,14 @@ class HiCacheConnector(_SchedulerHooks, _WorkerHooks, KVConnectorBase_V1):  # ty
             return None
         numbers = self.scheduler.take_numbers()
         return HiCacheStats(data=numbers) if numbers else None
+
+
+def _share_log() -> None:
+    """Write to vLLM's log: it sets up its own logger only, and what others say below a warning would go nowhere."""
+    ours, theirs = logging.getLogger("hicache"), logging.getLogger("vllm")
+    if not ours.hasHandlers():  # else somebody has decided otherwise
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
 
 
 def _event(stored: StoredBlocks, block_size: int) -> BlockStored:

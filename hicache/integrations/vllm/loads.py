@@ -162,10 +162,10 @@ class Load:
         assert self.done
         order, pages = self.order, self.order.pages
         if self._failure:
-            log.warning("loading %d pages for %s failed: %s", pages, order.request_id, self._failure)
+            log.warning("hicache: loading %d pages for %s failed: %s", pages, order.request_id, self._failure)
             return LoadResult(order.block_ids, duration_ns=self._duration_ns)
         if self._bad:
-            log.warning("%d of %d pages for %s are corrupt", len(self._bad), pages, order.request_id)
+            log.warning("hicache: %d of %d pages for %s are corrupt", len(self._bad), pages, order.request_id)
         good = pages - len(self._bad)
         return LoadResult(
             failed_blocks=tuple(block for page in sorted(self._bad) for block in self._blocks_of(page)),
@@ -196,7 +196,7 @@ class Load:
         except HicacheError as error:
             failure = str(error)
         except Exception as error:
-            log.exception("loading pages for %s", self.order.request_id)
+            log.exception("hicache: loading pages for %s", self.order.request_id)
             failure = f"{type(error).__name__}: {error}"
         with self._change:
             self._failure = self._failure or failure

@@ -81,7 +81,7 @@ class StepSaves:
         try:
             rows = [tools.seat.parts(tools.maps.rows(run, page_bytes)) for run in job.order.runs]
         except HicacheError as error:
-            log.warning("pages of %s are not saved: %s", job.order.request_id, error)
+            log.warning("hicache: pages of %s are not saved: %s", job.order.request_id, error)
             return
         job.moves = plan(job.order.block_ids, [len(part) for part in rows], tools.blocks.layout.page_blocks)
         job.rows = rows
@@ -116,7 +116,7 @@ class StepSaves:
         for pending in self._pending:
             error = pending.exception()
             if error is not None:
-                log.error("saving pages failed", exc_info=error)
+                log.error("hicache: saving pages failed", exc_info=error)
                 failed = True
         good = [] if self._void or failed else [job for job in self._jobs if job.rows]
         copied = {job.order.job for job in good}

@@ -157,6 +157,28 @@ def test_a_lost_sidecar_costs_no_waiting_and_is_used_again_when_it_is_back(
     rig.settle()
 
 
+def test_the_log_tells_once_which_sidecar_is_used_and_when_it_is_lost(
+    own: Sidecar, rigs: Callable[..., Rig], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="hicache.integrations.vllm")
+
+    def said() -> list[str]:
+        return [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
+
+    rigs(own, reconnect_ms=50)
+    wait_until(lambda: len(said()) == 1)
+    own.kill()
+    wait_until(lambda: len(said()) == 2)
+    own.start()
+    wait_until(lambda: len(said()) == 3)
+    found, lost, again = said()
+    assert found == again
+    assert found.startswith(
+        f"INFO hicache: uses the sidecar at {own.target} (host 0.06 GiB), pages of {PAGE} "
+    )
+    assert lost.startswith(f"WARNING hicache: the sidecar at {own.target} is lost")
+
+
 def test_a_silent_sidecar_is_waited_for_once(own: Sidecar, rigs: Callable[..., Rig]) -> None:
     rig = rigs(own, lookup_timeout_ms=300, load_wait_ms=100, rpc_timeout_ms=500, reconnect_ms=50)
     rig.run(rig.request(prompt(64)))
