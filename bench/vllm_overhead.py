@@ -46,9 +46,13 @@ def sample(engine: Engine, prompts: list[list[int]]) -> dict[str, float]:
     return {"tokens_per_s": tokens / got.seconds, "wall_s": got.seconds, "cpu_s": got.cpu_s}
 
 
-def measure(host: Host, model: Path, rounds: int, prompts: int) -> dict[str, Any]:
+def measure(host: Host, model: Path, threads: int, rounds: int, prompts: int) -> dict[str, Any]:
     """Both engines in turn."""
-    options = {"max_model_len": 2048, "num_gpu_blocks_override": 512}
+    options = {
+        "max_model_len": 2048,
+        "num_gpu_blocks_override": 512,
+        "environ": {"OMP_NUM_THREADS": str(threads)},
+    }
     with (
         tempfile.TemporaryDirectory(prefix="hc-") as folder,
         SidecarBox(Path(folder), (), host="1GiB", disk="", start=True) as box,
@@ -107,12 +111,12 @@ def main() -> None:
     versions: dict[str, str] = {}
     for threads in args.threads:
         with (
-            Host(environment("vllm"), {"OMP_NUM_THREADS": str(threads)}) as host,
+            Host(environment("vllm")) as host,
             tempfile.TemporaryDirectory(prefix="hicache-models-") as folder,
         ):
             versions = host.versions
             model = Models(host, Path(folder))("large")
-            row = found[f"threads_{threads}"] = measure(host, model, args.rounds, args.prompts)
+            row = found[f"threads_{threads}"] = measure(host, model, threads, args.rounds, args.prompts)
         print(
             f"{threads} threads: {row['throughput_ratio']:.3f}x of vLLM without ({row['throughput_ratio_min']:.3f}"
             f"..{row['throughput_ratio_max']:.3f}), CPU {row['cpu_ratio']:.3f}x, prefill of 1000 tokens "

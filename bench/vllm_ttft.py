@@ -112,9 +112,13 @@ def trace(engines: dict[str, Engine], box: SidecarBox) -> dict[str, Any]:
 
 def measure(threads: int, rounds: int, tokens: int) -> dict[str, Any]:
     """One set of engines."""
-    options = {"max_model_len": 4096, "num_gpu_blocks_override": 512}
+    options = {
+        "max_model_len": 4096,
+        "num_gpu_blocks_override": 512,
+        "environ": {"OMP_NUM_THREADS": str(threads)},
+    }
     with (
-        Host(environment("vllm"), {"OMP_NUM_THREADS": str(threads)}) as host,
+        Host(environment("vllm")) as host,
         tempfile.TemporaryDirectory(prefix="hicache-models-") as models,
         tempfile.TemporaryDirectory(prefix="hc-") as folder,
         SidecarBox(Path(folder), (), host="2GiB", disk="", start=True) as box,

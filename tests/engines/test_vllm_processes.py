@@ -21,7 +21,9 @@ def test_core_and_ranks_in_processes_of_their_own(
     model, box = models("llama"), sidecar()
     truth = models.greedy(model, PROMPTS, NEW_TOKENS)
     how: dict[str, Any] = {
-        "connector": hicache_connector(box.target),
+        "connector": hicache_connector(
+            box.target, lookup_timeout_ms=10_000, load_wait_ms=5_000
+        ),  # four busy processes, two cores
         "tensor_parallel_size": 2,
         "distributed_executor_backend": "mp",
     }

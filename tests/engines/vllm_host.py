@@ -65,6 +65,9 @@ def child(connection: socket.socket, driver: object) -> None:
             if message["do"] == "hello":
                 _redirect(Path(message["log"]))
                 os.environ.update(message.get("env", {}))
+                import torch
+
+                torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the pool was sized at the import
                 answer: dict[str, object] = {"ok": {"pid": os.getpid()}}
             else:
                 answer = _answer(job, message)
