@@ -34,7 +34,7 @@ RELEASE_DELAY_S = 0.02
 #: How often leases are looked at for renewal.
 TICK_S = 0.5
 #: Time to reach the sidecar at the start, before an engine's first request finds it absent.
-GREETING_S = 1.0
+GREETING_S = 3.0
 #: Time to say goodbye. With flush_ms it stays below the 5 s after which vLLM kills its core.
 CLOSE_S = 1.0
 
