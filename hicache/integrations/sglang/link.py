@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from hicache.errors import HicacheError, UnavailableError
@@ -23,6 +25,8 @@ log = logging.getLogger(__name__)
 NS_PER_MS = 1_000_000
 #: What is left to a call for its answer, after all waiting that it asked for.
 MARGIN_MS = 50
+#: Threads that copy and verify pages of one load together, the caller's among them.
+COPY_LANES = min(4, os.cpu_count() or 1)
 
 
 class Absent(Exception):  # no error: the answer is a miss
@@ -64,6 +68,7 @@ class Link:
             verify="always",
         )
         self.now_ns = self.client.core.now_ns
+        self.copiers = ThreadPoolExecutor(max(1, COPY_LANES - 1), thread_name_prefix="hicache-copy")
         self._paused_until_ns = 0
         self._told = False
         self.failures = 0  # calls that a failing sidecar spoiled
@@ -73,6 +78,7 @@ class Link:
 
     def close(self) -> None:
         """End the session. Idempotent."""
+        self.copiers.shutdown()
         self.client.close()
 
     @contextmanager

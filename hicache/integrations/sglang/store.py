@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from typing import Any
 
 import numpy as np
 
 from hicache.errors import CorruptError, InvalidArgumentError, NotFoundError, StaleError
 from hicache.integrations.sglang.identity import symbol
-from hicache.integrations.sglang.link import Deadline, Link
+from hicache.integrations.sglang.link import COPY_LANES, Deadline, Link
 from hicache.integrations.sglang.pool import HostPool
 from hicache.rpc.client import Lease
 from hicache.rpc.client.batch import StoreAsk
@@ -26,8 +27,11 @@ from hicache.rpc.client.buffers import Bytes
 
 #: Leased or stored at once.
 PART_BYTES = 64 << 20
+#: So much is worth a thread of its own.
+LANE_BYTES = 2 << 20
 
 Pieces = Sequence[Bytes]
+Leased = tuple[int, Lease]
 
 
 @dataclasses.dataclass(slots=True)
@@ -116,12 +120,33 @@ class PoolPages:
         leases = self._link.fetch(self._pages, [self._prompt(keys[page]) for page in backwards], deadline)
         held = [lease for lease in leases if isinstance(lease, Lease)]
         try:
-            for page, lease in zip(part, leases[::-1], strict=True):
-                deadline.left_ms()
-                if isinstance(lease, Lease) and len(lease) == self.pool.parts:
-                    done[page] = self._copy(lease, targets[page])
+            there = [
+                (page, lease)
+                for page, lease in zip(part, leases[::-1], strict=True)
+                if isinstance(lease, Lease) and len(lease) == self.pool.parts
+            ]
+            self._copy_together(there, targets, done, deadline)
         finally:
             self._link.client.release(held)
+
+    def _copy_together(
+        self, there: Sequence[Leased], targets: Sequence[Pieces], done: list[bool], deadline: Deadline
+    ) -> None:
+        """Copy pages on a few threads; returns only when none of them writes to a target any more."""
+
+        def copy(lane: Sequence[Leased]) -> None:
+            for page, lease in lane:
+                deadline.left_ms()
+                done[page] = self._copy(lease, targets[page])
+
+        lanes = min(COPY_LANES, len(there) * self.pool.page_bytes // LANE_BYTES) or 1
+        others = [self._link.copiers.submit(copy, there[lane::lanes]) for lane in range(1, lanes)]
+        try:
+            copy(there[::lanes])
+        finally:
+            wait(others)
+        for other in others:
+            other.result()  # raises what ended its lane
 
     def _copy(self, lease: Lease, pieces: Pieces) -> bool:
         """One page out of the cache; False where it is not what was stored."""
