@@ -201,7 +201,13 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "hicache", "demo", "--device", "none", "--turns", "2000"]
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     demo = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509 - no other thread runs here
     )
     assert demo.stdout is not None
     line = demo.stdout.readline()
@@ -214,6 +220,11 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path) -> None:
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
     assert gone(int(line.rpartition("pid ")[2].strip(" )\n")))
+
+
+def heed_interrupts() -> None:
+    """What a shell starts in the background ignores them, and so would all that the tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow
