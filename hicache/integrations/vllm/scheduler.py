@@ -223,7 +223,11 @@ class Scheduler:
     # --- all of it
 
     def reset(self) -> bool:
-        """Forget and drop all pages of this model. False: the sidecar still holds them (this engine uses none)."""
+        """Forget and drop all pages of this model.
+
+        True also where the sidecar is absent or does not let us, and still holds them: this engine meets none of them
+        any more, which is what was asked for. Anything else would make vLLM's pause and sleep fail, which call this.
+        """
         for state in self._states.values():
             self._lookups.let_go(state)
             state.asks = 0
@@ -237,7 +241,7 @@ class Scheduler:
             "hicache: after reset_cache this engine keeps its pages apart from those of others, "
             "since the model's weights may have been changed"
         )
-        return not problem
+        return True
 
     def take_numbers(self) -> Numbers:
         """What was counted since this was last asked; nothing where that would not tell anything."""

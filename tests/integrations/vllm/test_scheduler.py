@@ -310,6 +310,15 @@ def test_reset_drops_everything_and_old_blocks_are_not_stored() -> None:
     rig.check_returned()
 
 
+def test_a_reset_without_a_sidecar_succeeds() -> None:
+    """vLLM's pause_generation and sleep raise where the connector's reset does not succeed."""
+    rig = Rig()
+    rig.run(rig.request(prompt(40)))
+    rig.agent.die()
+    assert rig.scheduler.reset()
+    assert rig.agent.cleared == 1, "its namespaces were left all the same"
+
+
 def test_requests_that_must_not_read_or_write_do_not() -> None:
     rig = Rig()
     rig.run(rig.request(prompt(40)))
