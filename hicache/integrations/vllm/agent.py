@@ -204,7 +204,7 @@ class Agent:
 
     async def _main(self) -> None:
         self._spawn(self._circuit.watch())
-        self._spawn(self._know_model())
+        self._spawn(_know_model(self._namespaces, self._failures))
         self._spawn(self._greet())
         try:
             while not self._ending:
@@ -232,13 +232,6 @@ class Agent:
             except TimeoutError:
                 log.warning("hicache: not all pages could be stored within flush_ms of the engine's end")
         await self._commits.stop()
-
-    async def _know_model(self) -> None:
-        """Look at the weights' files now, also without a sidecar: later they may not be those that were loaded."""
-        try:
-            await self._namespaces.get(Identity())
-        except HicacheError as error:
-            self._failures.complain(error, "what model this is cannot be told, so nothing is cached")
 
     async def _greet(self) -> None:
         """Reach the sidecar and work out the model's identity before anybody asks."""
@@ -271,19 +264,23 @@ class Agent:
 
     async def _clear(self, cleared: Future[str]) -> None:
         """Leave the namespaces, then empty them."""
-        problem = "the connector was shut down"
-        try:
-            problem = await self._leave_and_clear()
-        finally:
-            cleared.set_result(problem)
-
-    async def _leave_and_clear(self) -> str:
         handles = self._namespaces.all()
         self._commits.drop_all()
         self._namespaces.leave(secrets.token_hex(8))
+        problem = "the connector was shut down"
         try:
             for handle in handles:
                 await self._client.admin.clear(handle)
+            problem = ""
         except HicacheError as error:
-            return str(error)
-        return ""
+            problem = str(error)
+        finally:
+            cleared.set_result(problem)
+
+
+async def _know_model(namespaces: Namespaces, failures: Failures) -> None:
+    """Look at the weights' files now, also without a sidecar: later they may not be those that were loaded."""
+    try:
+        await namespaces.get(Identity())
+    except HicacheError as error:
+        failures.complain(error, "what model this is cannot be told, so nothing is cached")

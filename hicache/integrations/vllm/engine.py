@@ -263,8 +263,8 @@ def _model_limits(model: Any) -> Iterator[str]:
 def _image_limits(vllm_config: Any) -> Iterator[str]:
     """Why images and the like have no identity.
 
-    vLLM hashes them only for caches of its own (vllm/renderers/base.py, _process_mm_uuids); else it counts them, and the
-    next process counts from the beginning again.
+    vLLM hashes them only for caches of its own (vllm/renderers/base.py, _process_mm_uuids); else it counts them, and
+    the next process counts from the beginning again.
     """
     multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
     if multimodal is None or getattr(vllm_config.cache_config, "enable_prefix_caching", True):
