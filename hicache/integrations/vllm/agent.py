@@ -15,15 +15,16 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import Future
 from typing import Any
 
-from hicache.errors import ExhaustedError, HicacheError
+from hicache.errors import ConfigError, ExhaustedError, HicacheError
 from hicache.integrations.vllm.circuit import Circuit
 from hicache.integrations.vllm.commits import Commits, CommitTask, Place, Settled, free_places
 from hicache.integrations.vllm.namespaces import FieldsOf, Namespaces
-from hicache.integrations.vllm.requests import Question
+from hicache.integrations.vllm.requests import Identity, Question
 from hicache.integrations.vllm.rounds import Failures, Rounds, waited
-from hicache.integrations.vllm.settings import AckAt, VllmSettings
+from hicache.integrations.vllm.settings import WHERE, AckAt, Save, VllmSettings
 from hicache.rpc.client import ClientOptions, DataPlane, aio
 from hicache.rpc.client.aio_held import Lease
 
@@ -46,6 +47,11 @@ class Agent:
     """
 
     def __init__(self, settings: VllmSettings, fields_of: FieldsOf, page_bytes: int) -> None:
+        if page_bytes > settings.staging_bytes and settings.save is not Save.OFF:
+            raise ConfigError(
+                f"{WHERE}: staging_bytes {settings.staging_bytes} is less than one page of {page_bytes} bytes",
+                hint='raise it, or set save to "off"',
+            )
         self.settings = settings
         self.news = threading.Event()
         self._page_bytes = page_bytes
@@ -136,7 +142,9 @@ class Agent:
             while len(places) < pages:
                 staging = self._client.staging(self._page_bytes, pages - len(places))
                 places += (Place(staging, index) for index in range(staging.pages))
-        except ExhaustedError:
+        except HicacheError as error:
+            if not isinstance(error, ExhaustedError):
+                self._failures.complain(error, "pages cannot be staged, so they are not stored")
             return places
         return places
 
@@ -161,11 +169,12 @@ class Agent:
 
         Waits for the sidecar. Answers why it could not drop them, or nothing.
         """
-        done = asyncio.run_coroutine_threadsafe(self._clear(), self._loop)
+        cleared: Future[str] = Future()
+        if not self._call(lambda: self._spawn(self._clear(cleared))):
+            return "the connector was shut down"
         try:
-            return done.result(self._timeout_s + 1)
+            return cleared.result(self._timeout_s + 1)
         except TimeoutError:
-            done.cancel()
             return "the sidecar did not answer in time"
 
     def close(self) -> None:
@@ -196,6 +205,7 @@ class Agent:
 
     async def _main(self) -> None:
         self._spawn(self._circuit.watch())
+        self._spawn(_know_model(self._namespaces, self._failures))
         self._spawn(self._greet())
         self._spawn(self._circuit.tell())
         try:
@@ -254,14 +264,25 @@ class Agent:
         self._settled.append(settled)
         self.news.set()
 
-    async def _clear(self) -> str:
+    async def _clear(self, cleared: Future[str]) -> None:
         """Leave the namespaces, then empty them."""
         handles = self._namespaces.all()
         self._commits.drop_all()
         self._namespaces.leave(secrets.token_hex(8))
+        problem = "the connector was shut down"
         try:
             for handle in handles:
                 await self._client.admin.clear(handle)
+            problem = ""
         except HicacheError as error:
-            return str(error)
-        return ""
+            problem = str(error)
+        finally:
+            cleared.set_result(problem)
+
+
+async def _know_model(namespaces: Namespaces, failures: Failures) -> None:
+    """Look at the weights' files now, also without a sidecar: later they may not be those that were loaded."""
+    try:
+        await namespaces.get(Identity())
+    except HicacheError as error:
+        failures.complain(error, "what model this is cannot be told, so nothing is cached")

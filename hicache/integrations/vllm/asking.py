@@ -9,6 +9,7 @@ import collections
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from hicache.errors import HicacheError
 from hicache.integrations.vllm.requests import ASKS_MOST, Answer, Question, RequestState, Shape
 from hicache.integrations.vllm.settings import VllmSettings
 from hicache.integrations.vllm.stats import Tally
@@ -118,6 +119,19 @@ class Lookups:
         self._tally.add("lookup_ns", now_ns - question.asked_ns)
         state.known(answer.matched_pages)
 
+    def ticket(self, state: RequestState) -> bool:
+        """Make the ticket for an offer, before vLLM hears of it: an offer that was taken cannot be withdrawn.
+
+        False: the lease was lost since it was last looked at; the next call looks the prompt up again.
+        """
+        assert state.answer is not None and state.answer.lease is not None, "an offer has a lease"
+        try:
+            state.ticket = state.answer.lease.ticket()
+        except HicacheError:
+            self.let_go(state)
+            return False
+        return True
+
     def take_lease(self, state: RequestState) -> Lease:
         """The lease of an offer that was taken; from now on the caller's."""
         assert state.answer is not None and state.answer.lease is not None, "an offer has a lease"
@@ -134,5 +148,6 @@ class Lookups:
             self._agent.release(answer.lease)
         state.question, state.answer = None, None
         state.parked, state.offered_tokens, state.wait_since_ns = False, 0, 0
+        state.ticket = None
         self._parked.pop(state.request_id, None)
         self._waiting.discard(state.request_id)

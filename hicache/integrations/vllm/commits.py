@@ -141,13 +141,17 @@ class Commits:
 
     async def _work_off(self, name: Hashable) -> None:
         line = self._lines[name]
-        while line:
-            async with self._turns:
-                await self._open.wait()
-                run = _next_run(line)
-                if run:
-                    await self._store(run)
-        del self._lines[name]
+        try:
+            while line:
+                async with self._turns:
+                    await self._open.wait()
+                    run = _next_run(line)
+                    if run:
+                        await self._store(run)
+        finally:  # however it ends: nobody would work off what is still put in this line
+            del self._lines[name]
+            while line:
+                self.drop(line.popleft())
 
     async def _store(self, run: Sequence[CommitTask]) -> None:
         """Commit a run of jobs that follow each other."""

@@ -185,7 +185,7 @@ class _SchedulerHooks:
         return self.scheduler.owed
 
     def reset_cache(self) -> bool:
-        """Drop this model's pages in the sidecar. False: it does not let us, or is absent."""
+        """This engine meets none of its model's pages any more; drop them in the sidecar, if it is there."""
         return self.scheduler.reset()
 
     def take_events(self) -> Iterable[BlockStored]:

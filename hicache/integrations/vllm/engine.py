@@ -197,6 +197,7 @@ def engine_facts(
         )
     _refuse(_engine_limits(vllm_config))
     _refuse(_model_limits(vllm_config.model_config))
+    _refuse(_image_limits(vllm_config))
     group = _only_group(kv_cache_config)
     _refuse(_cache_limits(vllm_config.cache_config, group))
     specs = _specs(group)
@@ -257,6 +258,22 @@ def _model_limits(model: Any) -> Iterator[str]:
         yield "a model with recurrent state (Mamba, hybrid): its state is not kept for every token"
     if str(getattr(model, "runner_type", "generate")) != "generate":
         yield f"runner {model.runner_type}: only generation is supported"
+
+
+def _image_limits(vllm_config: Any) -> Iterator[str]:
+    """Why images and the like have no identity.
+
+    vLLM hashes them only for caches of its own (vllm/renderers/base.py, _process_mm_uuids); else it counts them, and
+    the next process counts from the beginning again.
+    """
+    multimodal = getattr(vllm_config.model_config, "multimodal_config", None)
+    if multimodal is None or getattr(vllm_config.cache_config, "enable_prefix_caching", True):
+        return
+    if not getattr(multimodal, "mm_processor_cache_gb", 1):
+        yield (
+            "images are told apart by numbers, not by content, without prefix caching and with mm_processor_cache_gb "
+            "0; set one of them"
+        )
 
 
 def _only_group(kv_cache_config: Any) -> Any:

@@ -40,6 +40,24 @@ NOT_IDENTITY = frozenset({
 })  # fmt: skip
 
 
+#: Load formats whose weights are the files in the model's folder (vllm/model_executor/model_loader).
+FOLDER_FORMATS = frozenset({
+    "auto",
+    "bitsandbytes",
+    "fastsafetensors",
+    "gguf",
+    "hf",
+    "instanttensor",
+    "mistral",
+    "npcache",
+    "pt",
+    "runai_streamer",
+    "runai_streamer_sharded",
+    "safetensors",
+    "sharded_state",
+})  # fmt: skip
+
+
 def namespace_fields(
     engine: EngineFacts, settings: VllmSettings, *, adapter: str = "", salt: str = ""
 ) -> NamespaceFields:
@@ -86,8 +104,12 @@ def weights_identity(model: ModelFacts, settings: VllmSettings) -> str:
     """What stands for the weights. Raises UnsupportedError where nothing can."""
     if settings.model_identity:
         return f"named:{settings.model_identity}"
-    if model.load_format == "dummy":
-        return "dummy"  # weights made up from a fixed seed: they follow from the configuration
+    if model.load_format not in FOLDER_FORMATS:
+        raise UnsupportedError(
+            f"load format {model.load_format}: the weights need not be those in the model's folder (made-up ones are "
+            "often replaced by a trainer's), so they cannot be told",
+            hint="set model_identity to a name that changes with them",
+        )
     if not model.path:
         raise UnsupportedError(
             f"the files of the model {model.name} are not found on this host, so its weights cannot be told",

@@ -43,9 +43,7 @@ class Namespaces:
         """From now on other namespaces, of this process alone: what its pages are computed with may have changed."""
         self._private = nonce
         self._handles.clear()
-        for task in self._making.values():
-            task.cancel()
-        self._making.clear()
+        self._making.clear()  # who waits for one of them gets what it asked for; nobody else does
 
     def ready(self, identity: Identity) -> aio.NamespaceHandle | None:
         """The namespace where it is known; None where it must be made first.

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hicache.rpc.client import LeaseTicket
     from hicache.rpc.client.aio_held import Lease
 
 TOKEN_BYTES = 4
@@ -134,6 +135,7 @@ class RequestState:
     wait_since_ns: int = 0  # when the scheduler was first told to ask later; 0: it was not
     offered_tokens: int = 0  # end of what the last offer covers
     offered_from: int = 0
+    ticket: LeaseTicket | None = None  # for what is offered
     ordered_pages: int = 0
     lost_pages: int = 0  # complete, but there was no staging memory for them
     jobs: int = 0  # saves that are not settled

@@ -78,7 +78,7 @@ class Scheduler:
         if answer is None:
             return None, False
         more = state.offerable_tokens(request.num_tokens) - computed_tokens
-        if more <= 0:
+        if more <= 0 or not self._lookups.ticket(state):
             return 0, False
         state.offered_from, state.offered_tokens = computed_tokens, computed_tokens + more
         return more, self._settings.load_async
@@ -175,10 +175,11 @@ class Scheduler:
         assert external_tokens == end - begin, "vLLM takes what was offered, or nothing"
         first_page, skipped_tokens = divmod(begin, shape.page_tokens)
         slow_pages = state.answer.slow_pages if state.answer is not None else 0
-        lease = self._lookups.take_lease(state)
+        ticket, lease = state.ticket, self._lookups.take_lease(state)
+        assert ticket is not None, "an offer has a ticket"
         order = LoadOrder(
             request_id=state.request_id,
-            ticket=lease.ticket(),
+            ticket=ticket,
             first_page=first_page,
             pages=end // shape.page_tokens - first_page,
             skip_blocks=skipped_tokens // shape.block_size,
@@ -222,7 +223,11 @@ class Scheduler:
     # --- all of it
 
     def reset(self) -> bool:
-        """Forget and drop all pages of this model. False: the sidecar still holds them (this engine uses none)."""
+        """Forget and drop all pages of this model.
+
+        True also where the sidecar is absent or does not let us, and still holds them: this engine meets none of them
+        any more, which is what was asked for. Anything else would make vLLM's pause and sleep fail, which call this.
+        """
         for state in self._states.values():
             self._lookups.let_go(state)
             state.asks = 0
@@ -236,7 +241,7 @@ class Scheduler:
             "hicache: after reset_cache this engine keeps its pages apart from those of others, "
             "since the model's weights may have been changed"
         )
-        return not problem
+        return True
 
     def take_numbers(self) -> Numbers:
         """What was counted since this was last asked; nothing where that would not tell anything."""

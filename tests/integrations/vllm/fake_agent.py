@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hicache.errors import StaleError
 from hicache.integrations.vllm.commits import CommitTask, Outcome, Place, Settled
 from hicache.integrations.vllm.requests import Answer, Identity, Question
 
@@ -54,6 +55,8 @@ class FakeLease:
         return not self.lost
 
     def ticket(self) -> FakeLease:
+        if self.lost:
+            raise StaleError("the lease was lost with its session")
         return self
 
     def unsound(self) -> set[int]:

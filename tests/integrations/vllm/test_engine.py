@@ -155,6 +155,10 @@ REFUSED_ENGINES: dict[str, dict[str, Any]] = {
     "recurrent state": {"model_config__is_hybrid": True},
     "runner pooling": {"model_config__runner_type": "pooling"},
     "calculate_kv_scales": {"cache_config__calculate_kv_scales": True},
+    "images are told apart by numbers": {
+        "model_config__multimodal_config": SimpleNamespace(mm_processor_cache_gb=0),
+        "cache_config__enable_prefix_caching": False,
+    },
     "kv_cache_dtype_skip_layers": {"cache_config__kv_cache_dtype_skip_layers": ["0"]},
 }
 
@@ -186,6 +190,14 @@ REFUSED_CACHES: dict[str, Callable[[], Any]] = {
 def test_caches_that_pages_cannot_be_made_of_are_refused(why: str) -> None:
     with pytest.raises(UnsupportedError, match=why):
         facts(cache=REFUSED_CACHES[why]())
+
+
+@pytest.mark.parametrize(("cache_gb", "own"), [(4, False), (0, True), (4, True)])
+def test_images_that_are_hashed_are_served(cache_gb: int, own: bool) -> None:
+    images = SimpleNamespace(mm_processor_cache_gb=cache_gb)
+    assert facts(
+        vllm_config(model_config__multimodal_config=images, cache_config__enable_prefix_caching=own)
+    ).layers
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])

@@ -195,8 +195,16 @@ def test_the_weights_tell_models_apart_and_their_place_does_not(tmp_path: Path) 
         return fingerprint(make_facts(model=model), make_settings())
 
     assert at("one", 1) == at("copy", 1) != at("two", 2)
-    dummy = dataclasses.replace(MODEL, load_format="dummy")
-    assert fingerprint(make_facts(model=dummy), make_settings())
+
+
+@pytest.mark.parametrize("load_format", ["dummy", "tensorizer", "ipc_cache", "modelexpress", "someones_own"])
+def test_weights_that_need_not_be_those_in_the_folder_need_a_name(tmp_path: Path, load_format: str) -> None:
+    """A trainer starts engines with made-up weights and gives them its own: two runs have the same configuration."""
+    write_safetensors(tmp_path / "model.safetensors", {"a": random_bytes(100, 1)})
+    model = dataclasses.replace(MODEL, path=str(tmp_path), load_format=load_format)
+    with pytest.raises(UnsupportedError, match=load_format):
+        namespace_fields(make_facts(model=model), make_settings())
+    assert fingerprint(make_facts(model=model), make_settings(model_identity="run 7, step 100"))
 
 
 def test_an_adapter_is_its_configuration_and_its_weights(tmp_path: Path) -> None:

@@ -310,6 +310,15 @@ def test_reset_drops_everything_and_old_blocks_are_not_stored() -> None:
     rig.check_returned()
 
 
+def test_a_reset_without_a_sidecar_succeeds() -> None:
+    """vLLM's pause_generation and sleep raise where the connector's reset does not succeed."""
+    rig = Rig()
+    rig.run(rig.request(prompt(40)))
+    rig.agent.die()
+    assert rig.scheduler.reset()
+    assert rig.agent.cleared == 1, "its namespaces were left all the same"
+
+
 def test_requests_that_must_not_read_or_write_do_not() -> None:
     rig = Rig()
     rig.run(rig.request(prompt(40)))
@@ -494,3 +503,30 @@ Life.TestCase.settings = hypothesis_settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestLife = Life.TestCase
+
+
+def test_a_lease_that_is_lost_between_the_offer_and_the_blocks_does_not_stop_the_engine() -> None:
+    """vLLM has no way to take an offer back: the ticket is made before it is told, the load then fails as any."""
+    rig = Rig()
+    rig.run(rig.request(prompt(40)))
+    rig.engine.cached.clear()
+    request = rig.request(prompt(40))
+    rig.agent.work()
+    more, _ = rig.scheduler.matched_tokens(request, 0)
+    assert more == 32
+    rig.agent.die()  # its leases refuse to give tickets from now on
+    rig.scheduler.allocated(request, range(8), more)
+    assert len(rig.scheduler._load_orders) == 1
+
+
+def test_a_lease_that_is_lost_while_it_is_looked_at_is_no_offer() -> None:
+    rig = Rig()
+    rig.run(rig.request(prompt(40)))
+    rig.engine.cached.clear()
+    request = rig.request(prompt(40))
+    rig.agent.work()
+    (lease,) = rig.agent.held
+    lease.still_valid = lambda: True  # the session ends right behind this question
+    lease.lost = True
+    assert rig.scheduler.matched_tokens(request, 0) == (0, False)
+    rig.check_returned()
