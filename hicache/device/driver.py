@@ -9,6 +9,7 @@ has then happened in part or not at all, and will not happen later.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -28,12 +29,50 @@ class DriverError(Exception):
         self.fatal = fatal
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnitMove:
+    """One launch of the kernel of ``kernels/paged_triton.py``; addresses are device addresses of int64 tables.
+
+    ``planes``: addresses of ``plane_count`` planes. ``places``: ``pages * units``. ``rows``: addresses of ``pages``
+    rows, in device memory or in pinned host memory, each of which begins with the first of these planes: unit u of
+    plane p lies ``(p * units + u) * unit_bytes`` behind it. ``strides``: of a plane, in elements.
+    ``aligned_to``: what all addresses and the rows are multiples of, up to 16.
+    """
+
+    planes: int
+    plane_count: int
+    places: int
+    rows: int
+    pages: int
+    units: int
+    unit_tokens: int
+    block_tokens: int
+    heads: int
+    head_size: int
+    element_bytes: int
+    strides: tuple[int, int, int, int]
+    aligned_to: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Strips:
+    """``count`` strips of ``width_bytes``: from ``source + i * source_pitch`` to ``target + i * target_pitch``."""
+
+    target: int
+    target_pitch: int
+    source: int
+    source_pitch: int
+    width_bytes: int
+    count: int
+
+
 class Driver(Protocol):
     """One device. Calls are safe from several threads, each of which calls ``bind`` first."""
 
     name: str  # of the device, for people
     has_kernels: bool  # move_rows and hash_rows work
     has_batch: bool  # copy_batch works
+    uuid: bytes  # 16 bytes
 
     def bind(self) -> None:
         """Make the device the calling thread's, and run the thread near it where that can be told."""
@@ -87,6 +126,32 @@ class Driver(Protocol):
 
         That is, to ``table + 8 * rows``. scratch: ``hash_scratch_bytes`` of device memory.
         """
+
+    def move_units(self, stream: int, move: UnitMove, *, pack: bool) -> None:
+        """Queue a kernel between an engine's planes and rows: ``pack`` reads planes, else it writes them."""
+
+    def copy_strips(self, stream: int, strips: Strips) -> None:
+        """Queue one copy of equally long, equally spaced strips, host to device or back (cudaMemcpy2DAsync)."""
+
+    def fill(self, stream: int, address: int, value: int, size_bytes: int) -> None:
+        """Queue cudaMemsetAsync of device memory."""
+
+    # --- memory of other processes
+
+    def share(self, address: int) -> bytes:
+        """The IPC handle (64 bytes) of ``allocate``'s memory. Raises DriverError where it has none."""
+
+    def open_shared(self, handle: bytes) -> int:
+        """Map another process's allocation; its address. Raises DriverError, also for a handle of this process."""
+
+    def close_shared(self, address: int) -> None:
+        """Unmap it. May wait for the device: not for the owner thread's path."""
+
+    def open_exported(self, fd: int, size_bytes: int) -> int:
+        """Map memory that another process exported by descriptor, which stays open (cuMemImportFromShareableHandle)."""
+
+    def close_exported(self, address: int) -> None:
+        """Unmap it."""
 
     def close(self) -> None:
         """Destroy streams and events. All memory was given back before."""

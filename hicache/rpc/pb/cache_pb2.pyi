@@ -36,7 +36,7 @@ class MatchResponse(_message.Message):
     def __init__(self, matched_pages: _Optional[int] = ..., run_pages: _Optional[_Iterable[int]] = ..., run_tier: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("session_id", "request_id", "namespace_id", "prompt", "max_pages", "ttl_ms", "wait_ms", "request_class", "turn", "cost_per_page", "reserve_missing", "reserve_ttl_ms")
+    __slots__ = ("session_id", "request_id", "namespace_id", "prompt", "max_pages", "ttl_ms", "wait_ms", "request_class", "turn", "cost_per_page", "reserve_missing", "reserve_ttl_ms", "device")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class FetchRequest(_message.Message):
     COST_PER_PAGE_FIELD_NUMBER: _ClassVar[int]
     RESERVE_MISSING_FIELD_NUMBER: _ClassVar[int]
     RESERVE_TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     request_id: bytes
     namespace_id: int
@@ -61,7 +62,8 @@ class FetchRequest(_message.Message):
     cost_per_page: float
     reserve_missing: bool
     reserve_ttl_ms: int
-    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., max_pages: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ..., reserve_missing: bool = ..., reserve_ttl_ms: _Optional[int] = ...) -> None: ...
+    device: bool
+    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., max_pages: _Optional[int] = ..., ttl_ms: _Optional[int] = ..., wait_ms: _Optional[int] = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ..., reserve_missing: bool = ..., reserve_ttl_ms: _Optional[int] = ..., device: bool = ...) -> None: ...
 
 class FetchResponse(_message.Message):
     __slots__ = ("lease_id", "matched_pages", "granted_pages", "expires_in_ms", "extents", "operation_id", "tier_pages", "pending_pages", "pending_ms", "reserved")
@@ -88,20 +90,22 @@ class FetchResponse(_message.Message):
     def __init__(self, lease_id: _Optional[int] = ..., matched_pages: _Optional[int] = ..., granted_pages: _Optional[int] = ..., expires_in_ms: _Optional[int] = ..., extents: _Optional[_Union[Extents, _Mapping]] = ..., operation_id: _Optional[int] = ..., tier_pages: _Optional[_Iterable[int]] = ..., pending_pages: _Optional[int] = ..., pending_ms: _Optional[int] = ..., reserved: _Optional[_Union[ReserveResponse, _Mapping]] = ...) -> None: ...
 
 class FetchQuery(_message.Message):
-    __slots__ = ("namespace_id", "prompt", "max_pages", "request_class", "turn", "cost_per_page")
+    __slots__ = ("namespace_id", "prompt", "max_pages", "request_class", "turn", "cost_per_page", "device")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_PAGES_FIELD_NUMBER: _ClassVar[int]
     REQUEST_CLASS_FIELD_NUMBER: _ClassVar[int]
     TURN_FIELD_NUMBER: _ClassVar[int]
     COST_PER_PAGE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     namespace_id: int
     prompt: bytes
     max_pages: int
     request_class: str
     turn: int
     cost_per_page: float
-    def __init__(self, namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., max_pages: _Optional[int] = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ...) -> None: ...
+    device: bool
+    def __init__(self, namespace_id: _Optional[int] = ..., prompt: _Optional[bytes] = ..., max_pages: _Optional[int] = ..., request_class: _Optional[str] = ..., turn: _Optional[int] = ..., cost_per_page: _Optional[float] = ..., device: bool = ...) -> None: ...
 
 class FetchManyRequest(_message.Message):
     __slots__ = ("session_id", "request_id", "queries", "ttl_ms", "wait_ms", "release_lease_ids", "renew_lease_ids")
@@ -167,6 +171,48 @@ class Extents(_message.Message):
     generations: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, pages: _Optional[_Iterable[int]] = ..., region_id: _Optional[_Iterable[int]] = ..., offset: _Optional[_Iterable[int]] = ..., first_slot: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class LoadRequest(_message.Message):
+    __slots__ = ("session_id", "request_id", "lease_id", "region_id", "first_page", "page_units", "places", "first_layer", "layers", "timeline_id", "counter", "unverified")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    REGION_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_UNITS_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_ID_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_FIELD_NUMBER: _ClassVar[int]
+    UNVERIFIED_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    request_id: bytes
+    lease_id: int
+    region_id: int
+    first_page: int
+    page_units: int
+    places: bytes
+    first_layer: int
+    layers: int
+    timeline_id: int
+    counter: int
+    unverified: bool
+    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., lease_id: _Optional[int] = ..., region_id: _Optional[int] = ..., first_page: _Optional[int] = ..., page_units: _Optional[int] = ..., places: _Optional[bytes] = ..., first_layer: _Optional[int] = ..., layers: _Optional[int] = ..., timeline_id: _Optional[int] = ..., counter: _Optional[int] = ..., unverified: bool = ...) -> None: ...
+
+class LoadResponse(_message.Message):
+    __slots__ = ("loaded_pages", "missing_pages", "corrupt_pages", "reason", "moved_bytes")
+    LOADED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    MISSING_PAGES_FIELD_NUMBER: _ClassVar[int]
+    CORRUPT_PAGES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MOVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    loaded_pages: int
+    missing_pages: _containers.RepeatedScalarFieldContainer[int]
+    corrupt_pages: _containers.RepeatedScalarFieldContainer[int]
+    reason: str
+    moved_bytes: int
+    def __init__(self, loaded_pages: _Optional[int] = ..., missing_pages: _Optional[_Iterable[int]] = ..., corrupt_pages: _Optional[_Iterable[int]] = ..., reason: _Optional[str] = ..., moved_bytes: _Optional[int] = ...) -> None: ...
+
 class ReserveRequest(_message.Message):
     __slots__ = ("session_id", "request_id", "namespace_id", "prompt", "ttl_ms", "wait_ms", "drop_pressure", "request_class", "turn", "cost_per_page")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -204,7 +250,7 @@ class ReserveResponse(_message.Message):
     def __init__(self, reservation_id: _Optional[int] = ..., present_pages: _Optional[int] = ..., missing_pages: _Optional[int] = ..., expires_in_ms: _Optional[int] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("session_id", "request_id", "reservation_id", "first_page", "pages", "region_id", "offset", "checksums", "durable", "last")
+    __slots__ = ("session_id", "request_id", "reservation_id", "first_page", "pages", "region_id", "offset", "checksums", "durable", "last", "page_units", "places", "timeline_id", "counter", "layers_wait_ms")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +261,11 @@ class CommitRequest(_message.Message):
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    PAGE_UNITS_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_ID_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
     session_id: bytes
     request_id: bytes
     reservation_id: int
@@ -225,7 +276,12 @@ class CommitRequest(_message.Message):
     checksums: _containers.RepeatedScalarFieldContainer[int]
     durable: bool
     last: bool
-    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., reservation_id: _Optional[int] = ..., first_page: _Optional[_Iterable[int]] = ..., pages: _Optional[_Iterable[int]] = ..., region_id: _Optional[_Iterable[int]] = ..., offset: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., durable: bool = ..., last: bool = ...) -> None: ...
+    page_units: int
+    places: bytes
+    timeline_id: int
+    counter: int
+    layers_wait_ms: int
+    def __init__(self, session_id: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., reservation_id: _Optional[int] = ..., first_page: _Optional[_Iterable[int]] = ..., pages: _Optional[_Iterable[int]] = ..., region_id: _Optional[_Iterable[int]] = ..., offset: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., durable: bool = ..., last: bool = ..., page_units: _Optional[int] = ..., places: _Optional[bytes] = ..., timeline_id: _Optional[int] = ..., counter: _Optional[int] = ..., layers_wait_ms: _Optional[int] = ...) -> None: ...
 
 class CommitResponse(_message.Message):
     __slots__ = ("stored_pages", "already_present_pages", "durable_pages")

@@ -49,6 +49,11 @@ class CacheServiceStub(object):
                 request_serializer=hicache_dot_v1_dot_cache__pb2.FetchManyRequest.SerializeToString,
                 response_deserializer=hicache_dot_v1_dot_cache__pb2.FetchManyResponse.FromString,
                 _registered_method=True)
+        self.Load = channel.unary_unary(
+                '/hicache.v1.CacheService/Load',
+                request_serializer=hicache_dot_v1_dot_cache__pb2.LoadRequest.SerializeToString,
+                response_deserializer=hicache_dot_v1_dot_cache__pb2.LoadResponse.FromString,
+                _registered_method=True)
         self.ReportCorrupt = channel.unary_unary(
                 '/hicache.v1.CacheService/ReportCorrupt',
                 request_serializer=hicache_dot_v1_dot_cache__pb2.ReportCorruptRequest.SerializeToString,
@@ -128,6 +133,15 @@ class CacheServiceServicer(object):
         to be released and renewed goes along, and is done first. Retried with the same request id it answers the same.
         All promotions are waited for at once, for wait_ms in all. Refused as a whole: too many queries, prompts that are
         together longer than one Fetch may have (GetCapabilities says both), a session that is not there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Load(self, request, context):
+        """Copies leased pages into the session's paged KV, on the server's own streams: layer after layer, so that layers can be
+        used, with a timeline, while later ones are on their way. Answers when everything has arrived or failed: what was
+        computed with pages that the answer names is void. The client leaves the blocks alone until then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -226,6 +240,11 @@ def add_CacheServiceServicer_to_server(servicer, server):
                     servicer.FetchMany,
                     request_deserializer=hicache_dot_v1_dot_cache__pb2.FetchManyRequest.FromString,
                     response_serializer=hicache_dot_v1_dot_cache__pb2.FetchManyResponse.SerializeToString,
+            ),
+            'Load': grpc.unary_unary_rpc_method_handler(
+                    servicer.Load,
+                    request_deserializer=hicache_dot_v1_dot_cache__pb2.LoadRequest.FromString,
+                    response_serializer=hicache_dot_v1_dot_cache__pb2.LoadResponse.SerializeToString,
             ),
             'ReportCorrupt': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportCorrupt,
@@ -364,6 +383,33 @@ class CacheService(object):
             '/hicache.v1.CacheService/FetchMany',
             hicache_dot_v1_dot_cache__pb2.FetchManyRequest.SerializeToString,
             hicache_dot_v1_dot_cache__pb2.FetchManyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Load(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hicache.v1.CacheService/Load',
+            hicache_dot_v1_dot_cache__pb2.LoadRequest.SerializeToString,
+            hicache_dot_v1_dot_cache__pb2.LoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hicache/v1/region.proto\x12\nhicache.v1\"(\n\x12ListRegionsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\":\n\x13ListRegionsResponse\x12#\n\x07regions\x18\x01 \x03(\x0b\x32\x12.hicache.v1.Region\"\xde\x01\n\x06Region\x12\x11\n\tregion_id\x18\x01 \x01(\x04\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.hicache.v1.Region.Kind\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x12\n\npage_bytes\x18\x04 \x01(\x04\x12\x19\n\x11\x66irst_slot_offset\x18\x05 \x01(\x04\x12\x13\n\x0bslot_stride\x18\x06 \x01(\x04\x12\r\n\x05slots\x18\x07 \x01(\r\"3\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05\x41RENA\x10\x01\x12\n\n\x06\x43LIENT\x10\x02\"K\n\x0fRegisterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x10\n\x08\x66\x64_token\x18\x03 \x01(\x0c\"9\n\x10RegisterResponse\x12\x11\n\tregion_id\x18\x01 \x01(\x04\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\":\n\x11UnregisterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x11\n\tregion_id\x18\x02 \x01(\x04\"\x14\n\x12UnregisterResponse2\xf3\x01\n\rRegionService\x12N\n\x0bListRegions\x12\x1e.hicache.v1.ListRegionsRequest\x1a\x1f.hicache.v1.ListRegionsResponse\x12\x45\n\x08Register\x12\x1b.hicache.v1.RegisterRequest\x1a\x1c.hicache.v1.RegisterResponse\x12K\n\nUnregister\x12\x1d.hicache.v1.UnregisterRequest\x1a\x1e.hicache.v1.UnregisterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hicache/v1/region.proto\x12\nhicache.v1\"(\n\x12ListRegionsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\":\n\x13ListRegionsResponse\x12#\n\x07regions\x18\x01 \x03(\x0b\x32\x12.hicache.v1.Region\"\xa2\x02\n\x06Region\x12\x11\n\tregion_id\x18\x01 \x01(\x04\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.hicache.v1.Region.Kind\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x12\n\npage_bytes\x18\x04 \x01(\x04\x12\x19\n\x11\x66irst_slot_offset\x18\x05 \x01(\x04\x12\x13\n\x0bslot_stride\x18\x06 \x01(\x04\x12\r\n\x05slots\x18\x07 \x01(\r\x12\"\n\x06memory\x18\x08 \x01(\x0b\x32\x12.hicache.v1.Memory\"S\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\t\n\x05\x41RENA\x10\x01\x12\n\n\x06\x43LIENT\x10\x02\x12\x06\n\x02KV\x10\x03\x12\x0c\n\x08TIMELINE\x10\x04\x12\x08\n\x04POOL\x10\x05\"|\n\x06Memory\x12\x12\n\nsize_bytes\x18\x01 \x01(\x04\x12\x12\n\x08\x66\x64_token\x18\x02 \x01(\x0cH\x00\x12\x12\n\x08\x63uda_ipc\x18\x03 \x01(\x0cH\x00\x12\x17\n\rcuda_fd_token\x18\x04 \x01(\x0cH\x00\x12\x13\n\x0b\x64\x65vice_uuid\x18\x05 \x01(\x0c\x42\x08\n\x06handle\"\xfa\x01\n\x07PagedKv\x12$\n\x08memories\x18\x01 \x03(\x0b\x32\x12.hicache.v1.Memory\x12\x14\n\x0cplane_memory\x18\x02 \x03(\r\x12\x14\n\x0cplane_offset\x18\x03 \x03(\x04\x12\x18\n\x10planes_per_layer\x18\x04 \x01(\r\x12\x0e\n\x06\x62locks\x18\x05 \x01(\x04\x12\x14\n\x0c\x62lock_tokens\x18\x06 \x01(\r\x12\r\n\x05heads\x18\x07 \x01(\r\x12\x11\n\thead_size\x18\x08 \x01(\r\x12\x15\n\relement_bytes\x18\t \x01(\r\x12\x0f\n\x07strides\x18\n \x03(\x03\x12\x13\n\x0bpage_offset\x18\x0b \x01(\x04\"\x1c\n\x08Timeline\x12\x10\n\x08\x63ounters\x18\x01 \x01(\r\"\xa4\x01\n\x0fRegisterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x12\n\x08\x66\x64_token\x18\x03 \x01(\x0cH\x00\x12!\n\x02kv\x18\x04 \x01(\x0b\x32\x13.hicache.v1.PagedKvH\x00\x12(\n\x08timeline\x18\x05 \x01(\x0b\x32\x14.hicache.v1.TimelineH\x00\x42\x08\n\x06source\"9\n\x10RegisterResponse\x12\x11\n\tregion_id\x18\x01 \x01(\x04\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\":\n\x11UnregisterRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x11\n\tregion_id\x18\x02 \x01(\x04\"\x14\n\x12UnregisterResponse2\xf3\x01\n\rRegionService\x12N\n\x0bListRegions\x12\x1e.hicache.v1.ListRegionsRequest\x1a\x1f.hicache.v1.ListRegionsResponse\x12\x45\n\x08Register\x12\x1b.hicache.v1.RegisterRequest\x1a\x1c.hicache.v1.RegisterResponse\x12K\n\nUnregister\x12\x1d.hicache.v1.UnregisterRequest\x1a\x1e.hicache.v1.UnregisterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,17 +36,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTREGIONSRESPONSE']._serialized_start=81
   _globals['_LISTREGIONSRESPONSE']._serialized_end=139
   _globals['_REGION']._serialized_start=142
-  _globals['_REGION']._serialized_end=364
-  _globals['_REGION_KIND']._serialized_start=313
-  _globals['_REGION_KIND']._serialized_end=364
-  _globals['_REGISTERREQUEST']._serialized_start=366
-  _globals['_REGISTERREQUEST']._serialized_end=441
-  _globals['_REGISTERRESPONSE']._serialized_start=443
-  _globals['_REGISTERRESPONSE']._serialized_end=500
-  _globals['_UNREGISTERREQUEST']._serialized_start=502
-  _globals['_UNREGISTERREQUEST']._serialized_end=560
-  _globals['_UNREGISTERRESPONSE']._serialized_start=562
-  _globals['_UNREGISTERRESPONSE']._serialized_end=582
-  _globals['_REGIONSERVICE']._serialized_start=585
-  _globals['_REGIONSERVICE']._serialized_end=828
+  _globals['_REGION']._serialized_end=432
+  _globals['_REGION_KIND']._serialized_start=349
+  _globals['_REGION_KIND']._serialized_end=432
+  _globals['_MEMORY']._serialized_start=434
+  _globals['_MEMORY']._serialized_end=558
+  _globals['_PAGEDKV']._serialized_start=561
+  _globals['_PAGEDKV']._serialized_end=811
+  _globals['_TIMELINE']._serialized_start=813
+  _globals['_TIMELINE']._serialized_end=841
+  _globals['_REGISTERREQUEST']._serialized_start=844
+  _globals['_REGISTERREQUEST']._serialized_end=1008
+  _globals['_REGISTERRESPONSE']._serialized_start=1010
+  _globals['_REGISTERRESPONSE']._serialized_end=1067
+  _globals['_UNREGISTERREQUEST']._serialized_start=1069
+  _globals['_UNREGISTERREQUEST']._serialized_end=1127
+  _globals['_UNREGISTERRESPONSE']._serialized_start=1129
+  _globals['_UNREGISTERRESPONSE']._serialized_end=1149
+  _globals['_REGIONSERVICE']._serialized_start=1152
+  _globals['_REGIONSERVICE']._serialized_end=1395
 # @@protoc_insertion_point(module_scope)

@@ -62,14 +62,15 @@ class RegionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Register(self, request, context):
-        """Register a client region whose descriptor was sent over the fd socket.
+        """Register memory of the client's: a region of pages, or an engine's paged KV. Or have a timeline made.
+        UNIMPLEMENTED (unsupported): memory that this server cannot map; the message says why and what to do.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Unregister(self, request, context):
-        """Forget it. Copies under way finish first.
+        """Forget it; answers when no copy uses it any more, and its mappings are closed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18hicache/v1/session.proto\x12\nhicache.v1\"\x18\n\x16GetCapabilitiesRequest\"\xfd\x02\n\x17GetCapabilitiesResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x14\n\x0cserver_epoch\x18\x02 \x01(\x0c\x12#\n\x05tiers\x18\x03 \x03(\x0b\x32\x14.hicache.v1.TierInfo\x12\x11\n\tfd_socket\x18\x04 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\x12 \n\x18max_inflight_per_session\x18\x06 \x01(\r\x12\x18\n\x10max_lease_ttl_ms\x18\x07 \x01(\x04\x12\x1b\n\x13idempotency_entries\x18\x08 \x01(\r\x12\x1a\n\x12idempotency_ttl_ms\x18\t \x01(\x04\x12\x1a\n\x12stream_chunk_bytes\x18\n \x01(\x04\x12\x18\n\x10max_prompt_bytes\x18\x0b \x01(\x04\x12\x18\n\x10max_prompt_pages\x18\x0c \x01(\x04\x12\x1c\n\x14max_queries_per_call\x18\r \x01(\r\"h\n\x08TierInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x64urable\x18\x04 \x01(\x08\x12\x17\n\x0f\x63lient_readable\x18\x05 \x01(\x08\"\xc8\x01\n\rAttachRequest\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.hicache.v1.HelloH\x00\x12+\n\nkeep_alive\x18\x02 \x01(\x0b\x32\x15.hicache.v1.KeepAliveH\x00\x12\x35\n\x0fregion_released\x18\x03 \x01(\x0b\x32\x1a.hicache.v1.RegionReleasedH\x00\x12&\n\x07goodbye\x18\x04 \x01(\x0b\x32\x13.hicache.v1.GoodbyeH\x00\x42\x07\n\x05\x65vent\"F\n\x05Hello\x12\x13\n\x0b\x63lient_name\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x19\n\x11resume_session_id\x18\x03 \x01(\x0c\"\x0b\n\tKeepAlive\"#\n\x0eRegionReleased\x12\x11\n\tregion_id\x18\x01 \x01(\x04\"\t\n\x07Goodbye\"\xcd\x01\n\x0e\x41ttachResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.hicache.v1.WelcomeH\x00\x12+\n\nkeep_alive\x18\x02 \x01(\x0b\x32\x15.hicache.v1.KeepAliveH\x00\x12(\n\x08\x64raining\x18\x03 \x01(\x0b\x32\x14.hicache.v1.DrainingH\x00\x12\x33\n\x0eregion_retired\x18\x04 \x01(\x0b\x32\x19.hicache.v1.RegionRetiredH\x00\x42\x07\n\x05\x65vent\"\x85\x01\n\x07Welcome\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x14\n\x0cserver_epoch\x18\x02 \x01(\x0c\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0f\n\x07resumed\x18\x04 \x01(\x08\x12\x15\n\rkeep_alive_ms\x18\x05 \x01(\x04\x12\x18\n\x10resume_window_ms\x18\x06 \x01(\x04\"\x1c\n\x08\x44raining\x12\x10\n\x08grace_ms\x18\x01 \x01(\x04\"\"\n\rRegionRetired\x12\x11\n\tregion_id\x18\x01 \x01(\x04\"\xd3\x02\n\rNamespaceSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x0c\n\x04salt\x18\x04 \x01(\t\x12\x10\n\x08kv_dtype\x18\x05 \x01(\t\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\r\n\x05\x63odec\x18\x07 \x01(\t\x12\x0e\n\x06layers\x18\x08 \x01(\r\x12\x10\n\x08kv_heads\x18\t \x01(\r\x12\x11\n\thead_size\x18\n \x01(\r\x12\x13\n\x0bpage_tokens\x18\x0b \x01(\r\x12\x12\n\nworld_size\x18\x0c \x01(\r\x12\x16\n\x0e\x65ngine_version\x18\r \x01(\t\x12\x12\n\npage_bytes\x18\x0e \x01(\x04\x12\x13\n\x0bsymbol_kind\x18\x0f \x01(\t\x12\x19\n\x11symbol_hash_bytes\x18\x10 \x01(\r\x12\x17\n\x0f\x65xtra_key_bytes\x18\x11 \x01(\r\"X\n\x14OpenNamespaceRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12,\n\tnamespace\x18\x02 \x01(\x0b\x32\x19.hicache.v1.NamespaceSpec\"X\n\x15OpenNamespaceResponse\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x14\n\x0csymbol_bytes\x18\x03 \x01(\r2\x87\x02\n\x0eSessionService\x12Z\n\x0fGetCapabilities\x12\".hicache.v1.GetCapabilitiesRequest\x1a#.hicache.v1.GetCapabilitiesResponse\x12\x43\n\x06\x41ttach\x12\x19.hicache.v1.AttachRequest\x1a\x1a.hicache.v1.AttachResponse(\x01\x30\x01\x12T\n\rOpenNamespace\x12 .hicache.v1.OpenNamespaceRequest\x1a!.hicache.v1.OpenNamespaceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18hicache/v1/session.proto\x12\nhicache.v1\"\x18\n\x16GetCapabilitiesRequest\"\xbb\x03\n\x17GetCapabilitiesResponse\x12\x16\n\x0eserver_version\x18\x01 \x01(\t\x12\x14\n\x0cserver_epoch\x18\x02 \x01(\x0c\x12#\n\x05tiers\x18\x03 \x03(\x0b\x32\x14.hicache.v1.TierInfo\x12\x11\n\tfd_socket\x18\x04 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x04\x12 \n\x18max_inflight_per_session\x18\x06 \x01(\r\x12\x18\n\x10max_lease_ttl_ms\x18\x07 \x01(\x04\x12\x1b\n\x13idempotency_entries\x18\x08 \x01(\r\x12\x1a\n\x12idempotency_ttl_ms\x18\t \x01(\x04\x12\x1a\n\x12stream_chunk_bytes\x18\n \x01(\x04\x12\x18\n\x10max_prompt_bytes\x18\x0b \x01(\x04\x12\x18\n\x10max_prompt_pages\x18\x0c \x01(\x04\x12\x1c\n\x14max_queries_per_call\x18\r \x01(\r\x12\x11\n\tkv_memory\x18\x0e \x03(\t\x12\x14\n\x0c\x64\x65vice_uuids\x18\x0f \x03(\x0c\x12\x13\n\x0bpool_shared\x18\x10 \x01(\x08\"h\n\x08TierInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x64urable\x18\x04 \x01(\x08\x12\x17\n\x0f\x63lient_readable\x18\x05 \x01(\x08\"\xc8\x01\n\rAttachRequest\x12\"\n\x05hello\x18\x01 \x01(\x0b\x32\x11.hicache.v1.HelloH\x00\x12+\n\nkeep_alive\x18\x02 \x01(\x0b\x32\x15.hicache.v1.KeepAliveH\x00\x12\x35\n\x0fregion_released\x18\x03 \x01(\x0b\x32\x1a.hicache.v1.RegionReleasedH\x00\x12&\n\x07goodbye\x18\x04 \x01(\x0b\x32\x13.hicache.v1.GoodbyeH\x00\x42\x07\n\x05\x65vent\"F\n\x05Hello\x12\x13\n\x0b\x63lient_name\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x19\n\x11resume_session_id\x18\x03 \x01(\x0c\"\x0b\n\tKeepAlive\"#\n\x0eRegionReleased\x12\x11\n\tregion_id\x18\x01 \x01(\x04\"\t\n\x07Goodbye\"\xcd\x01\n\x0e\x41ttachResponse\x12&\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.hicache.v1.WelcomeH\x00\x12+\n\nkeep_alive\x18\x02 \x01(\x0b\x32\x15.hicache.v1.KeepAliveH\x00\x12(\n\x08\x64raining\x18\x03 \x01(\x0b\x32\x14.hicache.v1.DrainingH\x00\x12\x33\n\x0eregion_retired\x18\x04 \x01(\x0b\x32\x19.hicache.v1.RegionRetiredH\x00\x42\x07\n\x05\x65vent\"\x85\x01\n\x07Welcome\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x14\n\x0cserver_epoch\x18\x02 \x01(\x0c\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x0f\n\x07resumed\x18\x04 \x01(\x08\x12\x15\n\rkeep_alive_ms\x18\x05 \x01(\x04\x12\x18\n\x10resume_window_ms\x18\x06 \x01(\x04\"\x1c\n\x08\x44raining\x12\x10\n\x08grace_ms\x18\x01 \x01(\x04\"\"\n\rRegionRetired\x12\x11\n\tregion_id\x18\x01 \x01(\x04\"\xd3\x02\n\rNamespaceSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x0c\n\x04salt\x18\x04 \x01(\t\x12\x10\n\x08kv_dtype\x18\x05 \x01(\t\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12\r\n\x05\x63odec\x18\x07 \x01(\t\x12\x0e\n\x06layers\x18\x08 \x01(\r\x12\x10\n\x08kv_heads\x18\t \x01(\r\x12\x11\n\thead_size\x18\n \x01(\r\x12\x13\n\x0bpage_tokens\x18\x0b \x01(\r\x12\x12\n\nworld_size\x18\x0c \x01(\r\x12\x16\n\x0e\x65ngine_version\x18\r \x01(\t\x12\x12\n\npage_bytes\x18\x0e \x01(\x04\x12\x13\n\x0bsymbol_kind\x18\x0f \x01(\t\x12\x19\n\x11symbol_hash_bytes\x18\x10 \x01(\r\x12\x17\n\x0f\x65xtra_key_bytes\x18\x11 \x01(\r\"X\n\x14OpenNamespaceRequest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12,\n\tnamespace\x18\x02 \x01(\x0b\x32\x19.hicache.v1.NamespaceSpec\"X\n\x15OpenNamespaceResponse\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x14\n\x0csymbol_bytes\x18\x03 \x01(\r2\x87\x02\n\x0eSessionService\x12Z\n\x0fGetCapabilities\x12\".hicache.v1.GetCapabilitiesRequest\x1a#.hicache.v1.GetCapabilitiesResponse\x12\x43\n\x06\x41ttach\x12\x19.hicache.v1.AttachRequest\x1a\x1a.hicache.v1.AttachResponse(\x01\x30\x01\x12T\n\rOpenNamespace\x12 .hicache.v1.OpenNamespaceRequest\x1a!.hicache.v1.OpenNamespaceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCAPABILITIESREQUEST']._serialized_start=40
   _globals['_GETCAPABILITIESREQUEST']._serialized_end=64
   _globals['_GETCAPABILITIESRESPONSE']._serialized_start=67
-  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=448
-  _globals['_TIERINFO']._serialized_start=450
-  _globals['_TIERINFO']._serialized_end=554
-  _globals['_ATTACHREQUEST']._serialized_start=557
-  _globals['_ATTACHREQUEST']._serialized_end=757
-  _globals['_HELLO']._serialized_start=759
-  _globals['_HELLO']._serialized_end=829
-  _globals['_KEEPALIVE']._serialized_start=831
-  _globals['_KEEPALIVE']._serialized_end=842
-  _globals['_REGIONRELEASED']._serialized_start=844
-  _globals['_REGIONRELEASED']._serialized_end=879
-  _globals['_GOODBYE']._serialized_start=881
-  _globals['_GOODBYE']._serialized_end=890
-  _globals['_ATTACHRESPONSE']._serialized_start=893
-  _globals['_ATTACHRESPONSE']._serialized_end=1098
-  _globals['_WELCOME']._serialized_start=1101
-  _globals['_WELCOME']._serialized_end=1234
-  _globals['_DRAINING']._serialized_start=1236
-  _globals['_DRAINING']._serialized_end=1264
-  _globals['_REGIONRETIRED']._serialized_start=1266
-  _globals['_REGIONRETIRED']._serialized_end=1300
-  _globals['_NAMESPACESPEC']._serialized_start=1303
-  _globals['_NAMESPACESPEC']._serialized_end=1642
-  _globals['_OPENNAMESPACEREQUEST']._serialized_start=1644
-  _globals['_OPENNAMESPACEREQUEST']._serialized_end=1732
-  _globals['_OPENNAMESPACERESPONSE']._serialized_start=1734
-  _globals['_OPENNAMESPACERESPONSE']._serialized_end=1822
-  _globals['_SESSIONSERVICE']._serialized_start=1825
-  _globals['_SESSIONSERVICE']._serialized_end=2088
+  _globals['_GETCAPABILITIESRESPONSE']._serialized_end=510
+  _globals['_TIERINFO']._serialized_start=512
+  _globals['_TIERINFO']._serialized_end=616
+  _globals['_ATTACHREQUEST']._serialized_start=619
+  _globals['_ATTACHREQUEST']._serialized_end=819
+  _globals['_HELLO']._serialized_start=821
+  _globals['_HELLO']._serialized_end=891
+  _globals['_KEEPALIVE']._serialized_start=893
+  _globals['_KEEPALIVE']._serialized_end=904
+  _globals['_REGIONRELEASED']._serialized_start=906
+  _globals['_REGIONRELEASED']._serialized_end=941
+  _globals['_GOODBYE']._serialized_start=943
+  _globals['_GOODBYE']._serialized_end=952
+  _globals['_ATTACHRESPONSE']._serialized_start=955
+  _globals['_ATTACHRESPONSE']._serialized_end=1160
+  _globals['_WELCOME']._serialized_start=1163
+  _globals['_WELCOME']._serialized_end=1296
+  _globals['_DRAINING']._serialized_start=1298
+  _globals['_DRAINING']._serialized_end=1326
+  _globals['_REGIONRETIRED']._serialized_start=1328
+  _globals['_REGIONRETIRED']._serialized_end=1362
+  _globals['_NAMESPACESPEC']._serialized_start=1365
+  _globals['_NAMESPACESPEC']._serialized_end=1704
+  _globals['_OPENNAMESPACEREQUEST']._serialized_start=1706
+  _globals['_OPENNAMESPACEREQUEST']._serialized_end=1794
+  _globals['_OPENNAMESPACERESPONSE']._serialized_start=1796
+  _globals['_OPENNAMESPACERESPONSE']._serialized_end=1884
+  _globals['_SESSIONSERVICE']._serialized_start=1887
+  _globals['_SESSIONSERVICE']._serialized_end=2150
 # @@protoc_insertion_point(module_scope)

@@ -10,7 +10,7 @@ class GetCapabilitiesRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetCapabilitiesResponse(_message.Message):
-    __slots__ = ("server_version", "server_epoch", "tiers", "fd_socket", "max_message_bytes", "max_inflight_per_session", "max_lease_ttl_ms", "idempotency_entries", "idempotency_ttl_ms", "stream_chunk_bytes", "max_prompt_bytes", "max_prompt_pages", "max_queries_per_call")
+    __slots__ = ("server_version", "server_epoch", "tiers", "fd_socket", "max_message_bytes", "max_inflight_per_session", "max_lease_ttl_ms", "idempotency_entries", "idempotency_ttl_ms", "stream_chunk_bytes", "max_prompt_bytes", "max_prompt_pages", "max_queries_per_call", "kv_memory", "device_uuids", "pool_shared")
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     SERVER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,9 @@ class GetCapabilitiesResponse(_message.Message):
     MAX_PROMPT_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_PROMPT_PAGES_FIELD_NUMBER: _ClassVar[int]
     MAX_QUERIES_PER_CALL_FIELD_NUMBER: _ClassVar[int]
+    KV_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_UUIDS_FIELD_NUMBER: _ClassVar[int]
+    POOL_SHARED_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     server_epoch: bytes
     tiers: _containers.RepeatedCompositeFieldContainer[TierInfo]
@@ -37,7 +40,10 @@ class GetCapabilitiesResponse(_message.Message):
     max_prompt_bytes: int
     max_prompt_pages: int
     max_queries_per_call: int
-    def __init__(self, server_version: _Optional[str] = ..., server_epoch: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[TierInfo, _Mapping]]] = ..., fd_socket: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_per_session: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., idempotency_entries: _Optional[int] = ..., idempotency_ttl_ms: _Optional[int] = ..., stream_chunk_bytes: _Optional[int] = ..., max_prompt_bytes: _Optional[int] = ..., max_prompt_pages: _Optional[int] = ..., max_queries_per_call: _Optional[int] = ...) -> None: ...
+    kv_memory: _containers.RepeatedScalarFieldContainer[str]
+    device_uuids: _containers.RepeatedScalarFieldContainer[bytes]
+    pool_shared: bool
+    def __init__(self, server_version: _Optional[str] = ..., server_epoch: _Optional[bytes] = ..., tiers: _Optional[_Iterable[_Union[TierInfo, _Mapping]]] = ..., fd_socket: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_inflight_per_session: _Optional[int] = ..., max_lease_ttl_ms: _Optional[int] = ..., idempotency_entries: _Optional[int] = ..., idempotency_ttl_ms: _Optional[int] = ..., stream_chunk_bytes: _Optional[int] = ..., max_prompt_bytes: _Optional[int] = ..., max_prompt_pages: _Optional[int] = ..., max_queries_per_call: _Optional[int] = ..., kv_memory: _Optional[_Iterable[str]] = ..., device_uuids: _Optional[_Iterable[bytes]] = ..., pool_shared: bool = ...) -> None: ...
 
 class TierInfo(_message.Message):
     __slots__ = ("name", "kind", "capacity_bytes", "durable", "client_readable")
