@@ -13,6 +13,7 @@ import pytest
 CI = bool(os.environ.get("CI"))
 # The seed of the project's own random tests (faults, schedules). CI repeats one; other runs draw a new one.
 SEED = int(os.environ.get("HICACHE_TEST_SEED", "20261120" if CI else random.randrange(2**32)))
+os.environ["HICACHE_TEST_SEED"] = str(SEED)  # the processes of a parallel run draw none of their own
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("dev", deadline=None, print_blob=True)
