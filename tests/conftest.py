@@ -40,8 +40,11 @@ def pytest_report_header() -> str:
     return f"seeds: HICACHE_TEST_SEED={SEED}; hypothesis profile {how}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips GPU tests, with the reason, where they cannot run."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips GPU tests, with the reason, where they cannot run; in a parallel run long modules come first."""
+    if config.getoption("dist", "no") != "no":
+        long = {item.path for item in items if item.get_closest_marker("slow") is not None}
+        items.sort(key=lambda item: item.path not in long)
     for item in items:
         if item.get_closest_marker("gpu") is not None and (reason := why_no_gpu()):
             item.add_marker(pytest.mark.skip(reason=reason))
