@@ -6,9 +6,13 @@ import functools
 import importlib.util
 import os
 import random
+import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "shared"))  # what several folders' tests import
 
 CI = bool(os.environ.get("CI"))
 # The seed of the project's own random tests (faults, schedules). CI repeats one; other runs draw a new one.

@@ -10,15 +10,16 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hicache.cli.sidecar import Sidecar
+from sidecars import Sidecar
+from waiting import wait_until
+
 from hicache.rpc.client import Client
 from hicache.rpc.client.results import Stats
 
@@ -45,15 +46,6 @@ def serving(folder: Path, *flags: str) -> Iterator[Sidecar]:
         raise
     finally:
         sidecar.kill()
-
-
-def wait_until(what: str, is_true: Callable[[], Any], timeout_s: float = 20.0) -> float:
-    """Poll until it is true; answers how long that took, in seconds."""
-    began = time.monotonic()
-    while not is_true():
-        assert time.monotonic() - began < timeout_s, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.02)
-    return time.monotonic() - began
 
 
 def assert_sound(client: Client) -> None:
