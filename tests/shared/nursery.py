@@ -37,7 +37,7 @@ SIDECARS = (
 class Child:
     """A forked process, as subprocess.Popen shows one."""
 
-    def __init__(self, nursery: Nursery, pid: int, stdin: BinaryIO | None, stdout: BinaryIO | None) -> None:
+    def __init__(self, nursery: Nursery, pid: int, stdin: BinaryIO, stdout: BinaryIO) -> None:
         self.pid = pid
         self.stdin = stdin
         self.stdout = stdout
@@ -98,13 +98,14 @@ class Nursery:
         in_read, in_write = os.pipe()
         out_read, out_write = os.pipe()
         ask = {"fork": what, "args": list(args), "environ": dict(environ), "cwd": str(Path.cwd())}
+        ask["path"] = list(sys.path)
         fds = [in_read, out_write, 2 if stderr is None else stderr]
         try:
             pid = self.ask(ask, fds)
         finally:
             os.close(in_read)
             os.close(out_write)
-        return Child(self, pid, os.fdopen(in_write, "wb", 0), os.fdopen(out_read, "rb"))
+        return Child(self, pid, os.fdopen(in_write, "wb"), os.fdopen(out_read, "rb"))
 
     def close(self) -> None:
         self._line.close()
@@ -157,6 +158,7 @@ def _child(ask: dict[str, Any], fds: Sequence[int]) -> None:
         os.chdir(ask["cwd"])
         os.environ.clear()
         os.environ.update(ask["environ"])
+        sys.path[:] = ask["path"]
         module, _, name = ask["fork"].partition(":")
         sys.argv = [module, *ask["args"]]
         status = int(getattr(importlib.import_module(module), name)() or 0)

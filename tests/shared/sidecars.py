@@ -46,7 +46,6 @@ class BareSidecar:
     def start(self) -> BareSidecar:
         settings = json.dumps({"service": self.service, "server": self.server})
         self.process = nursery.sidecars().fork("sidecars:serve_bare", [settings], environ=os.environ)
-        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, "the sidecar started"
         self.addresses = json.loads(line)
@@ -60,9 +59,8 @@ class BareSidecar:
         if self.process is not None:
             self.process.send_signal(number)
             self.process.wait(20)
-            for pipe in (self.process.stdin, self.process.stdout):
-                assert pipe is not None
-                pipe.close()
+            self.process.stdin.close()
+            self.process.stdout.close()
             self.process = None
 
     def restart(self) -> None:
