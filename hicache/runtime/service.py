@@ -25,6 +25,7 @@ from hicache.runtime.counters import Latencies
 from hicache.runtime.door import DRAINING, FAILED, SERVING, STOPPED, Door
 from hicache.runtime.extents import ExtentColumns, extents
 from hicache.runtime.house import House, open_house, refuse_optimised
+from hicache.runtime.lease_tiers import LeaseTiers
 from hicache.runtime.many import ManyCalls
 from hicache.runtime.operators import OperatorCalls
 from hicache.runtime.options import ServiceOptions
@@ -100,8 +101,9 @@ class Service:
 
     def _bind(self, house: House) -> None:
         reader = PageReader(
-            house.engine, house.lease_port, namespace=house.namespaces.find, handle=house.loop.handle
+            house.engine, house.ports, namespace=house.namespaces.find, handle=house.loop.handle
         )
+        tiers = LeaseTiers(house.stores.specs)
         stores = StoreCalls(
             house.loop,
             house.namespaces,
@@ -119,6 +121,7 @@ class Service:
             clock=self._clock,
             latencies=self.latencies,
             window=self._window,
+            tiers=tiers,
             on_reserved=stores.granted,
         )
         self.match, self.fetch, self.renew, self.release = (
@@ -127,12 +130,11 @@ class Service:
             pages.renew,
             pages.release,
         )
-        self.pending = functools.partial(pending, house.ports, house.lease_port)
+        self.pending = functools.partial(pending, house.ports)
         self.lease_view, self.read_pages, self.prefetch = pages.lease_view, pages.read_pages, pages.prefetch
         self.report_corrupt = CorruptReports(
             house.engine,
             house.ports,
-            house.lease_port,
             door=self._door,
             namespace=house.namespaces.find,
             handle=house.loop.handle,
@@ -146,6 +148,7 @@ class Service:
             clock=self._clock,
             latencies=self.latencies,
             window=self._window,
+            tiers=tiers,
         ).fetch_many
         self.reserve, self.commit = stores.reserve, stores.commit
         self.begin_write, self.abort = stores.begin_write, stores.abort
@@ -251,8 +254,8 @@ class Service:
     # --- reads
 
     def extents(self, result: FetchResult) -> ExtentColumns:
-        """Where the granted pages lie; empty columns where the lease's tier cannot be mapped."""
-        return extents(self.regions, self._running.lease_port, result)
+        """Where the granted pages lie; empty columns where the tier that the lease is in cannot be mapped."""
+        return extents(self.regions, self._running.ports, result)
 
     def stats(self) -> ServiceStats:
         """A snapshot of all counts."""
