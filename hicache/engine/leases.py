@@ -19,6 +19,7 @@ from hicache.engine.events import (
 )
 from hicache.engine.holders import CopyJob, Lease, LeaseStage, NamespaceState, Operation
 from hicache.engine.pools import Pool
+from hicache.engine.sound import leasable
 from hicache.tree import Run
 from hicache.types import WritePolicy
 
@@ -53,7 +54,7 @@ def fetch(core: Core, event: Fetch) -> None:
     match = tree.match(prompt)
     runs, pages = core.cut(namespace, match), match.pages
     if core.condemned:
-        runs, pages = _sound(core, runs, tier)
+        runs, pages = leasable(core, runs, tier)
     result, as_matched = _answer(core, event, namespace, tier, (runs, pages))
     core.counters.fetches += 1
     core.counters.missed_pages += len(prompt) // tree.symbol_bytes - pages
@@ -62,20 +63,6 @@ def fetch(core: Core, event: Fetch) -> None:
         end = (match.pages, runs[-1] if runs else None) if known else None
         result.reserved = reservations.along(core, event, end)
     core.reply(event.request, result)
-
-
-def _sound(core: Core, runs: list[Run], tier: int) -> tuple[list[Run], int]:
-    """The runs before the first whose bytes in the lease's tier are known to be wrong.
-
-    No new lease may keep those from leaving it. A copy that is wrong in another tier is no reason to stop: it is not
-    promoted from, and if there is no other, the lease ends before it.
-    """
-    pages = 0
-    for index, run in enumerate(runs):
-        if (run.id, tier) in core.condemned:
-            return runs[:index], pages
-        pages += run.pages
-    return runs, pages
 
 
 def _answer(

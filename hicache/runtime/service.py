@@ -154,6 +154,9 @@ class Service:
         self.begin_write, self.abort = stores.begin_write, stores.abort
         self.watch, self.unwatch = house.watchers.come, house.watchers.leave
         self.describe_namespace = house.namespaces.find
+        self._bind_operators(house)
+
+    def _bind_operators(self, house: House) -> None:
         operators = OperatorCalls(house.loop, house.namespaces, door=self._door)
         self.pin, self.unpin, self.evict, self.clear = (
             operators.pin,
