@@ -68,6 +68,16 @@ def test_without_a_tier_a_lease_is_where_clients_can_map_it() -> None:
     assert fetch(shell, line(0, 2)).tier == ON_DEVICE == fetch(shell, line(0, 2), tier=0).tier
 
 
+def test_without_promotion_only_what_is_in_the_tier_is_leased() -> None:
+    shell = three()
+    put(shell, line(0, 2))
+    only_in(shell, IN_HOST, line(0, 2))
+    put(shell, line(0, 4))
+    assert fetch(shell, line(0, 4), tier=ON_DEVICE, promote=False).lease == 0
+    answer = fetch(shell, line(0, 4), tier=IN_HOST, promote=False)
+    assert (answer.matched_pages, answer.granted_pages, answer.operation, answer.tier) == (4, 2, 0, IN_HOST)
+
+
 def test_both_tiers_at_once() -> None:
     """Two leases of the same pages, one in each tier: neither moves, and each keeps its own tier's copy only."""
     shell = three()
