@@ -9,6 +9,7 @@ session that was handed its descriptor has said that it no longer maps it, or ha
 from __future__ import annotations
 
 import dataclasses
+import enum
 import itertools
 import os
 from collections.abc import Callable
@@ -17,12 +18,21 @@ from hicache.errors import InvalidArgumentError, NotFoundError
 from hicache.runtime.mapping import Layout, Mappable
 
 
+class RegionKind(enum.Enum):
+    """What a session's own region is."""
+
+    CLIENT = "client"  # memory that Commit copies pages from
+    KV = "kv"  # an engine's paged KV
+    TIMELINE = "timeline"  # counters, made here
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class RegionInfo:
-    """A client's region."""
+    """A session's own region."""
 
     region_id: int
     size_bytes: int
+    kind: RegionKind = RegionKind.CLIENT
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,6 +90,10 @@ class RegionRegistry:
         self._arenas: dict[tuple[int, int], ArenaInfo] = {}  # (tier, segment)
         self._fds: dict[int, tuple[ArenaInfo, Mappable, int]] = {}  # region -> (info, store, segment)
         self._retiring: dict[int, _Retiring] = {}
+
+    def next_id(self) -> int:
+        """For a region that somebody else keeps: numbers are unique among all kinds."""
+        return next(self._ids)
 
     # --- clients' own
 
