@@ -19,8 +19,8 @@ from hicache.runtime.desk import TransferDesk
 from hicache.runtime.door import Door
 from hicache.runtime.heat import HeatTeller
 from hicache.runtime.kv_regions import KvRegions
-from hicache.runtime.loop import EngineLoop
 from hicache.runtime.loading import LoadCalls
+from hicache.runtime.loop import EngineLoop
 from hicache.runtime.namespaces import NamespaceBook
 from hicache.runtime.options import ServiceOptions
 from hicache.runtime.packing import PackCalls

@@ -1,10 +1,10 @@
 """Load: leased pages into an engine's paged KV.
 
 The slots of the lease are taken once, when the transfer begins; when it has ended the lease is looked at again. If it
-is still live, and its pages are where they were, then every page that was copied was the leased one from the first byte
-to the last; else the pages count as missing, whatever was copied. So a Load holds no lease of its own. What it does hold
-until the transfer has ended, even where its caller has gone: the engine's mapping, its counter, and the segments that it
-reads from.
+is still live, and its pages are where they were, then every page that was copied was the leased one from the first
+byte to the last; else the pages count as missing, whatever was copied. So a Load holds no lease of its own. What it
+does hold until the transfer has ended, even where its caller has gone: the engine's mapping, its counter, and the
+segments that it reads from.
 
 A counter tells how far the copy is, never whether it is right. Where anything goes wrong it shows FAILED, so that
 nobody who waits for a layer waits for ever.
@@ -278,7 +278,7 @@ class LoadCalls:
         counts.load_corrupt_pages += len(result.corrupt)
 
     async def _give_up(self, session: int, lease: int, pages: Sequence[int]) -> None:
-        """Have bad pages looked at again by their tier, so that they leave it. The answer stands, whatever comes of it."""
+        """Have bad pages looked at again by their tier, so that they leave it. The answer stands in any case."""
         try:
             await self._report(session, lease, pages)
         except (NotFoundError, InvalidArgumentError):

@@ -191,6 +191,7 @@ class Service:
         self.load = house.loads.load
         self.register_kv, self.make_timeline = regions.register, regions.make_timeline
         self.unregister_kv, self.timeline_fd = regions.unregister, regions.timeline_fd
+        self.pool_shared = any(port.shared is not None for port in house.ports)
         self.kv_memory, self.device_uuids = (
             house.desk.transfers.memory_kinds,
             house.desk.transfers.device_uuids,

@@ -12,10 +12,10 @@ from hicache.errors import InvalidArgumentError, NotFoundError
 from hicache.runtime.clock import Clock
 from hicache.runtime.counters import Latencies
 from hicache.runtime.door import Door
+from hicache.runtime.kv_regions import KvRegions
 from hicache.runtime.loop import EngineLoop
 from hicache.runtime.namespaces import NamespaceBook
 from hicache.runtime.packing import PackAsk, PackCalls
-from hicache.runtime.kv_regions import KvRegions
 from hicache.runtime.paged import PagedPlaces
 from hicache.runtime.regions import RegionRegistry
 from hicache.runtime.sources import PageSource, RegionSource, StartedSource
