@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 from hicache.device import kernels
 from hicache.device.driver import Driver, DriverError
@@ -62,6 +63,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
             )
         super().__init__(spec, notify)
         self._driver = driver
+        self.options = options
         self._spare: list[int] = []  # memory of closed segments: giving it back would wait for the device
         self._memory: list[int] = []
         driver.bind()
@@ -84,6 +86,16 @@ class CudaDevice(SegmentTable[DeviceSegment]):
         ]
 
     @property
+    def driver(self) -> Driver:
+        """The device, for those who copy from its slots."""
+        return self._driver
+
+    @property
+    def problem(self) -> str:
+        """Why the device was given up; empty while it serves."""
+        return next((lane.dead for lane in self._lanes if lane.dead), "")
+
+    @property
     def stats(self) -> DeviceStats:
         """What was chosen, measured and moved so far; from any thread."""
         counts = [lane.counts for lane in self._lanes]
@@ -94,7 +106,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
             bounced_bytes=sum(count.bounced_bytes for count in counts),
             registered_bytes=self.pins.registered_bytes,
             faults=sum(count.faults for count in counts),
-            problem=next((lane.dead for lane in self._lanes if lane.dead), ""),
+            problem=self.problem,
         )
 
     # --- segments
@@ -158,10 +170,21 @@ class CudaDevice(SegmentTable[DeviceSegment]):
             self._pumps[self._lanes.index(lane)].wake()
 
 
+class Stepped(Protocol):
+    """What a pump runs."""
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is waiting or in flight."""
+
+    def step(self) -> bool:
+        """Do what can be done now. True if anything happened."""
+
+
 class Pump:
     """The thread that runs a lane's steps."""
 
-    def __init__(self, name: str, lane: Lane, bind: Callable[[], None]) -> None:
+    def __init__(self, name: str, lane: Stepped, bind: Callable[[], None]) -> None:
         self._lane = lane
         self._bind = bind
         self._work = threading.Event()
