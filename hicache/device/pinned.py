@@ -36,7 +36,7 @@ class Pins:
         self._pieces: tuple[tuple[int, int], ...] = ()  # (start, end), sorted; replaced whole
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._warned = False
-        self._closed = False
+        self._closed = self._left = False
         self._thread: threading.Thread | None = None
         if threaded:
             self._thread = threading.Thread(target=self._run, name="hicache-pin", daemon=True)
@@ -57,11 +57,16 @@ class Pins:
         No batch with pages there may be in flight.
         """
         if self._closed:
-            then()
+            if not self._left:
+                then()
             return
         gone = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
         self._pieces = tuple(piece for piece in self._pieces if piece not in gone)
         self._work.put(lambda: self._unregister(address, size_bytes, gone, then))
+
+    def later(self, task: Callable[[], None]) -> None:
+        """Have something done in the background that may wait for the device."""
+        self._work.put(lambda: _try(task))
 
     def cover(self, pages: Sequence[npt.NDArray[np.uint8]]) -> bool:
         """Whether every page lies in one registered piece."""
@@ -82,9 +87,15 @@ class Pins:
             if task is not None:
                 task()
 
-    def close(self) -> None:
-        """Unregister everything. No copies are in flight."""
-        self._closed = True
+    def close(self, *, leave: bool = False) -> None:
+        """Unregister everything. No copies are in flight.
+
+        ``leave``: a device may still copy: nothing is given back, and ``remove`` does not say that it may be.
+        """
+        self._closed, self._left = True, leave
+        if leave:
+            self._work.put(None)
+            return
         if self._thread is not None:
             self._work.put(None)
             self._thread.join()
@@ -122,3 +133,10 @@ class Pins:
             except DriverError as error:
                 _log.warning("host memory was not unregistered: %s", error)
         then()
+
+
+def _try(task: Callable[[], None]) -> None:
+    try:
+        task()
+    except DriverError as error:
+        _log.warning("device memory was not given back: %s", error)
