@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import xxhash
 
-from hicache.device.bays import LEAST_ROW_BYTES, WORDS, Bay
+from hicache.device.bays import WORDS, Bay
 from hicache.device.driver import Addresses, Driver, Strips, UnitMove
 from hicache.device.pinned import Hold
+from hicache.device.stages import LEAST_ROW_BYTES, ROWS_MAX
 from hicache.device.tasks import Indices, Task, memory_at
 
 Steps = Iterator[bool]
@@ -73,6 +74,7 @@ class Chunk:
     only_hash: bool = False
     arrives: int = 0
     problem: str = ""
+    since_ns: int = 0  # in flight
     timed: bool = False
     hashes: int = -1  # where they begin in the bay's table
 
@@ -109,7 +111,11 @@ class Chunk:
     def width(self) -> int:
         """Bytes of a page that travel."""
         planes: int = self.planes.stop - self.planes.start
-        return self.course.task.transfer.page_bytes if self.whole or self.only_hash else planes * self.plane_bytes
+        return (
+            self.course.task.transfer.page_bytes
+            if self.whole or self.only_hash
+            else planes * self.plane_bytes
+        )
 
     @property
     def pitch(self) -> int:
@@ -125,7 +131,7 @@ def pitch_of(width: int) -> int:
 def pages_max(task: Task, planes: int, width: int, bay_bytes: int) -> int:
     """How many pages a chunk has room for; 0 where not even one."""
     words = (WORDS - planes) // (task.shape.units + 3)
-    return min(words, max(1, bay_bytes // max(pitch_of(width), LEAST_ROW_BYTES)))
+    return min(words, ROWS_MAX, max(1, bay_bytes // max(pitch_of(width), LEAST_ROW_BYTES)))
 
 
 def queue(driver: Driver, stream: int, chunk: Chunk, bay: Bay) -> None:
@@ -136,7 +142,7 @@ def queue(driver: Driver, stream: int, chunk: Chunk, bay: Bay) -> None:
         return
     moves = rows
     if chunk.engine in {"staged", "bounce"}:
-        moves = bay.device + np.arange(len(rows), dtype=np.int64) * chunk.pitch
+        moves = bay.stage.device + np.arange(len(rows), dtype=np.int64) * chunk.pitch
         if not task.pack or chunk.course.skips:
             _bring_in(driver, stream, chunk, bay, rows)
     inside = chunk.first_byte if chunk.whole else 0
@@ -183,7 +189,7 @@ def _queue_hash(driver: Driver, stream: int, chunk: Chunk, bay: Bay, rows: Addre
     if (
         chunk.only_hash and chunk.engine == "bounce"
     ):  # the device cannot hash pages of this size: the host does
-        targets = [int(bay.host.ctypes.data) + at * chunk.pitch for at in range(count)]
+        targets = [bay.host_address + at * chunk.pitch for at in range(count)]
         driver.copy(stream, targets, rows.tolist(), [page_bytes] * count)
         return
     start = bay.used_words
@@ -191,36 +197,36 @@ def _queue_hash(driver: Driver, stream: int, chunk: Chunk, bay: Bay, rows: Addre
     bay.send(driver, stream, start)
     chunk.hashes = bay.used_words
     bay.used_words += count
-    driver.hash_rows(stream, table, count, page_bytes, bay.scratch)
+    driver.hash_rows(stream, table, count, page_bytes, bay.stage.scratch)
     driver.copy(stream, [bay.table_address + 8 * chunk.hashes], [table + 8 * count], [8 * count])
 
 
 def _bring_in(driver: Driver, stream: int, chunk: Chunk, bay: Bay, rows: Addresses) -> None:
     """Slots to the bay."""
     if chunk.engine == "bounce":
-        start = int(bay.host.ctypes.data)
+        start = bay.host_address
         for at, row in enumerate(rows.tolist()):
             ctypes.memmove(start + at * chunk.pitch, row, chunk.width)
-        driver.copy(stream, [bay.device], [start], [len(rows) * chunk.pitch])
+        driver.copy(stream, [bay.stage.device], [start], [len(rows) * chunk.pitch])
         return
     for at, count, pitch in runs(rows, chunk.width):
-        target = bay.device + at * chunk.pitch
+        target = bay.stage.device + at * chunk.pitch
         driver.copy_strips(stream, Strips(target, chunk.pitch, int(rows[at]), pitch, chunk.width, count))
 
 
 def _bring_out(driver: Driver, stream: int, chunk: Chunk, bay: Bay, rows: Addresses) -> None:
     """The bay to slots, or to its pinned half, from where ``land`` takes it."""
     if chunk.engine == "bounce":
-        driver.copy(stream, [int(bay.host.ctypes.data)], [bay.device], [len(rows) * chunk.pitch])
+        driver.copy(stream, [bay.host_address], [bay.stage.device], [len(rows) * chunk.pitch])
         return
     for at, count, pitch in runs(rows, chunk.width):
-        source = bay.device + at * chunk.pitch
+        source = bay.stage.device + at * chunk.pitch
         driver.copy_strips(stream, Strips(int(rows[at]), pitch, source, chunk.pitch, chunk.width, count))
 
 
 def bounce_out(chunk: Chunk, bay: Bay) -> None:
     """A pack that bounced has landed in the pinned half: to the slots."""
-    start = int(bay.host.ctypes.data)
+    start = bay.host_address
     for at, row in enumerate(chunk.rows.tolist()):
         ctypes.memmove(row, start + at * chunk.pitch, chunk.width)
 
@@ -229,8 +235,8 @@ def hashes(chunk: Chunk, bay: Bay) -> Addresses:
     """What a chunk's pages hash to, as int64; it has landed."""
     count = len(chunk.pages)
     if chunk.hashes >= 0:
-        return bay.table[chunk.hashes : chunk.hashes + count].copy()
-    start = int(bay.host.ctypes.data)
+        return bay.stage.table[chunk.hashes : chunk.hashes + count].copy()
+    start = bay.host_address
     pages = [memory_at(start + at * chunk.pitch, chunk.width) for at in range(count)]
     return np.array([xxhash.xxh3_64_intdigest(page.data) for page in pages], np.uint64).view(np.int64)
 

@@ -47,6 +47,7 @@ class CudaMover:
                 store.driver,
                 now_ns,
                 lambda: store.problem,
+                store.patience,
                 pack=pack,
                 priority=priority,
                 engine=store.options.copy_engine,
@@ -79,7 +80,17 @@ class CudaMover:
             raise InvalidArgumentError(
                 f"paged KV: page_offset {kv.page_offset} must be whole elements of {kv.element_bytes} bytes"
             )
-        return self._imports.open(kv)
+        opened = self._imports.open(kv)
+        unmap = opened.unmap
+
+        def careful() -> None:
+            if not any(
+                lane.silent for lane in self._lanes.values()
+            ):  # it would wait, and what was queued may happen
+                unmap()
+
+        opened.unmap = careful
+        return opened
 
     def start(self, task: Task) -> None:
         """Begin a task; it ends by ``task.finish``."""
@@ -113,8 +124,9 @@ class CudaMover:
         """Packs that wait for a layer fail, and what has not begun; the rest goes on to its end."""
         for lane in self._lanes.values():
             lane.ending = "the sidecar is closing"
-        for pump in self._pumps.values():
-            pump.close()
+        for pack, pump in self._pumps.items():
+            if not pump.close(self.store.patience.timeout_ns / 1e9):
+                self._lanes[pack].abandon()
         while not all(lane.idle for lane in self._lanes.values()):
             self.step()
 

@@ -13,10 +13,12 @@ from collections.abc import Callable
 import numpy as np
 
 from hicache.device import courses, kernels
-from hicache.device.bays import Bay, Bays
+from hicache.device.bays import WORDS, Bay
 from hicache.device.courses import Chunk, Course, Steps
 from hicache.device.driver import Driver, DriverError
 from hicache.device.engines import MANY_ROWS, Choice
+from hicache.device.patience import Patience, Unanswered
+from hicache.device.stages import Stages
 from hicache.device.tasks import Task
 from hicache.types import Outcome
 
@@ -69,6 +71,7 @@ class KvLane:
         driver: Driver,
         now_ns: Callable[[], int],
         lost: Callable[[], str],
+        patience: Patience,
         *,
         pack: bool,
         priority: int,
@@ -78,15 +81,19 @@ class KvLane:
         self._driver = driver
         self._now_ns = now_ns
         self._lost = lost  # why the device was given up by others
+        self._patience = patience
         self._pack = pack
         self._stream = driver.stream(priority)
-        self._bays = Bays(driver, bay_bytes)
+        self._stages = Stages(driver, bay_bytes, words=WORDS)
         self._new: collections.deque[Course] = collections.deque()
         self._courses: list[Course] = []
         self._flying: collections.deque[tuple[Chunk, Bay]] = collections.deque()
         self._choices = Choices(engine)
         self.ending = ""  # why nothing is begun or waited for any more
         self.dead = ""
+        self.silent = False  # it was given up without an answer: what it was given may still happen
+        self.steps = 0
+        self._landed_ns = 0
 
     def submit(self, course: Course) -> None:
         """Queue a course; returns at once."""
@@ -115,6 +122,7 @@ class KvLane:
 
     def step(self) -> bool:
         """Land and launch what can be. True if anything happened."""
+        self.steps += 1
         if not self.idle:
             self.dead = self.dead or self._lost()
         happened = self._land()
@@ -128,8 +136,13 @@ class KvLane:
         return happened
 
     def close(self) -> None:
-        """Give the bays back; the lane is idle."""
-        self._bays.close()
+        """Give the bays back; the lane is idle. Those that the device may still use are left to it."""
+        if not self.silent:
+            self._stages.close()
+
+    def abandon(self) -> None:
+        """A call of the driver does not return: the lane's thread is gone."""
+        self.silent, self.dead = True, self.dead or "the device was given up: it does not answer"
 
     def _advance(self, course: Course) -> bool:
         if self.dead:
@@ -192,7 +205,7 @@ class KvLane:
         task, shape = course.task, course.task.shape
         left, counter = shape.layers - first, task.transfer.counter
         per_layer = task.kv.kv.planes_per_layer * shape.units * shape.unit_bytes
-        room_bytes = CHUNK_BYTES_MIN if counter is not None else self._bays.size_bytes
+        room_bytes = CHUNK_BYTES_MIN if counter is not None else self._stages.stage_bytes
         wanted = max(1, room_bytes // (per_layer * len(course.pages)))
         if counter is not None and task.pack:
             left = max(0, min(left, counter.get() - shape.first - first))
@@ -220,15 +233,15 @@ class KvLane:
         course, start, end = made.course, 0, 0
         while start < len(course.pages):
             try:
-                bay = self._bays.take(made.pitch)
+                stage = self._stages.take(made.pitch, idle=not self._flying)
             except DriverError as error:
                 course.task.fault(f"no memory for copies: {error}")
                 return
-            if bay is None:
+            if stage is None:
                 yield False
                 continue
             planes = made.planes.stop - made.planes.start
-            room = courses.pages_max(course.task, planes, made.width, bay.size_bytes)
+            room = courses.pages_max(course.task, planes, made.width, stage.size_bytes)
             end = min(start + max(1, room), len(course.pages))
             last = end == len(course.pages) and not made.only_hash
             arrives = made.first + made.layers if last else 0
@@ -242,7 +255,7 @@ class KvLane:
                 only_hash=made.only_hash,
                 arrives=arrives,
             )
-            self._launch(part, bay, fits=room > 0)
+            self._launch(part, Bay(stage), fits=room > 0)
             start = end
             yield True
 
@@ -252,7 +265,7 @@ class KvLane:
         try:
             if not fits:
                 raise ValueError("pages of too many units and planes")
-            self._driver.record(bay.begun, self._stream)
+            self._driver.record(bay.stage.begun, self._stream)
             chunk.timed = True
             courses.queue(self._driver, self._stream, chunk, bay)
         except DriverError as error:
@@ -260,11 +273,12 @@ class KvLane:
         except (ValueError, BufferError) as error:
             chunk.problem = f"{type(error).__name__}: {error}"
         try:
-            self._driver.record(bay.over, self._stream)
+            self._driver.record(bay.stage.event, self._stream)
         except DriverError as error:  # nobody knows when its memory is free
             self._fail(chunk, error)
             self.dead = self.dead or f"the device was given up: {error}"
         chunk.course.flying += 1
+        chunk.since_ns = self._patience.now_ns()
         self._flying.append((chunk, bay))
 
     def _land(self) -> bool:
@@ -272,13 +286,15 @@ class KvLane:
         while self._flying:
             chunk, bay = self._flying[0]
             try:
-                if not self.dead and not self._driver.ready(bay.over):
+                if not self.dead and not self._driver.ready(bay.stage.event):
+                    self._patience.check(max(chunk.since_ns, self._landed_ns))
                     return happened
             except DriverError as error:
                 self._fail(chunk, error)
             self._flying.popleft()
+            self._landed_ns = self._patience.now_ns()
             self._settle(chunk, bay)
-            self._bays.give_back(bay)
+            self._stages.give(bay.stage)
             chunk.course.flying -= 1
             happened = True
         return happened
@@ -295,7 +311,7 @@ class KvLane:
         if chunk.arrives:
             task.arrived(chunk.arrives)
         if chunk.timed and not chunk.whole and chunk.engine in {"staged", "kernel"}:
-            taken_ns = max(1, self._driver.elapsed_ns(bay.begun, bay.over))
+            taken_ns = max(1, self._driver.elapsed_ns(bay.stage.begun, bay.stage.event))
             size = len(chunk.pages) * chunk.width
             self._choices.took(self._shape(chunk, len(chunk.course.pages)), chunk.engine, size / taken_ns)
 
@@ -312,5 +328,6 @@ class KvLane:
 
     def _fail(self, chunk: Chunk, error: DriverError) -> None:
         chunk.problem = chunk.problem or str(error)
+        self.silent = self.silent or isinstance(error, Unanswered)
         if error.fatal:
             self.dead = self.dead or f"the device was given up: {error}"

@@ -17,7 +17,7 @@ from hicache.device.loans import Loan
 from hicache.device.streams import CopyStream
 from hicache.device.tasks import Task
 from hicache.device.transfers import DevicePages, KvHandle, Transfer, TransferDone, Transfers
-from hicache.errors import InvalidArgumentError, UnavailableError, UnsupportedError
+from hicache.errors import HicacheError, InvalidArgumentError, UnavailableError, UnsupportedError
 from hicache.types import Notify, PageStore
 
 
@@ -134,7 +134,12 @@ class KvTransfers:
         """See Transfers. Raises InvalidArgumentError for pages, places or layers that do not go together."""
         pages = transfer.pages
         loan = self._lend(transfer, pages) if isinstance(pages, DevicePages) else None
-        self._start(transfer, loan, pack=False)
+        try:
+            self._start(transfer, loan, pack=False)
+        except HicacheError:
+            if loan is not None:
+                loan.end()
+            raise
 
     def pack(self, transfer: Transfer) -> None:
         """See Transfers, and ``load``. Raises UnsupportedError for slots of a device: a new page goes to the host."""
@@ -151,6 +156,7 @@ class KvTransfers:
         loan = lender.lend(pages.slots)
         sizes = loan.page_bytes
         if sizes not in (set(), {transfer.page_bytes}):
+            loan.end()
             raise InvalidArgumentError(
                 f"transfer {transfer.id}: pages of {transfer.page_bytes} bytes, slots of {sorted(sizes)}"
             )

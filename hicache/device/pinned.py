@@ -41,7 +41,7 @@ class Pins:
         self._pieces: tuple[tuple[int, int], ...] = ()  # (start, end), sorted; replaced whole
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._warned = False
-        self._closed = False
+        self._closed = self._left = False
         self._lock = threading.Lock()  # the two below
         self._held: collections.Counter[int] = collections.Counter()
         self._waiting: list[Callable[[], None]] = []  # until something is let go
@@ -65,11 +65,16 @@ class Pins:
         No batch with pages there may be in flight.
         """
         if self._closed:
-            then()
+            if not self._left:
+                then()
             return
         gone = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
         self._pieces = tuple(piece for piece in self._pieces if piece not in gone)
         self._work.put(lambda: self._unregister(address, size_bytes, gone, then))
+
+    def later(self, task: Callable[[], None]) -> None:
+        """Have something done in the background that may wait for the device."""
+        self._work.put(lambda: _try(task))
 
     def cover(self, pages: Sequence[npt.NDArray[np.uint8]]) -> bool:
         """Whether every page lies in one registered piece."""
@@ -110,9 +115,15 @@ class Pins:
             if task is not None:
                 task()
 
-    def close(self) -> None:
-        """Unregister everything. No copies are in flight, nothing is held."""
-        self._closed = True
+    def close(self, *, leave: bool = False) -> None:
+        """Unregister everything. No copies are in flight, nothing is held.
+
+        ``leave``: a device may still copy: nothing is given back, and ``remove`` does not say that it may be.
+        """
+        self._closed, self._left = True, leave
+        if leave:
+            self._work.put(None)
+            return
         if self._thread is not None:
             self._work.put(None)
             self._thread.join()
@@ -155,3 +166,10 @@ class Pins:
             except DriverError as error:
                 _log.warning("host memory was not unregistered: %s", error)
         then()
+
+
+def _try(task: Callable[[], None]) -> None:
+    try:
+        task()
+    except DriverError as error:
+        _log.warning("device memory was not given back: %s", error)

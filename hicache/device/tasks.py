@@ -162,9 +162,10 @@ class Task:
 
     def finish(self) -> None:
         """End the transfer: nothing of it touches anybody's memory any more."""
+        assert not self._over, "a transfer ends once"
         if self.loan is not None:
             self.fail(np.flatnonzero(~self.loan.still()).tolist(), Outcome.MISS)
-        assert not self._over, "a transfer ends once"
+            self.loan.end()
         self._over = True
         self._ended(self)
         self.host = []
