@@ -193,6 +193,11 @@ def parse_arena_regions(message: region_pb2.ListRegionsResponse) -> list[RegionI
     ]
 
 
+def parse_gpu_pools(message: region_pb2.ListRegionsResponse) -> list[int]:
+    """The regions of a listing that are on a GPU."""
+    return [region.region_id for region in message.regions if region.memory.device_uuid]
+
+
 # --- look-up and leases
 
 
