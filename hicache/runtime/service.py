@@ -16,6 +16,7 @@ import secrets
 import sys
 from collections.abc import Callable
 
+from hicache.device.opening import open_transfers
 from hicache.engine import NodeView, events
 from hicache.engine.actions import DrainResult, FetchResult
 from hicache.errors import UnavailableError
@@ -24,7 +25,8 @@ from hicache.runtime.clock import Clock
 from hicache.runtime.counters import Latencies
 from hicache.runtime.door import DRAINING, FAILED, SERVING, STOPPED, Door
 from hicache.runtime.extents import ExtentColumns, extents
-from hicache.runtime.house import House, open_house, refuse_optimised
+from hicache.runtime.house import House, OpenTransfers, open_house, refuse_optimised
+from hicache.runtime.loading import LoadCalls
 from hicache.runtime.many import ManyCalls
 from hicache.runtime.operators import OperatorCalls
 from hicache.runtime.options import ServiceOptions
@@ -53,7 +55,8 @@ class Service:
     The calls that move pages are bound to the service when it starts: ``match fetch renew release lease_view read_pages
     prefetch wait_operation cancel_operation`` (``pages.PageCalls``), ``fetch_many`` (``many.ManyCalls``),
     ``report_corrupt`` (``reports.CorruptReports``), ``pending`` (``pace``),
-    ``reserve commit begin_write abort`` (``storing.StoreCalls``), ``pin unpin evict clear``
+    ``reserve commit begin_write abort`` (``storing.StoreCalls``), ``load`` (``loading.LoadCalls``), ``register_kv
+    make_timeline unregister_kv timeline_fd`` (``kv_regions.KvRegions``), ``pin unpin evict clear``
     (``operators.OperatorCalls``), ``watch unwatch`` (``watchers.Watchers``), ``describe_namespace``.
 
     ``on_draining``: called with the grace in ms when a drain begins, and with 0 when the service fails.
@@ -61,8 +64,15 @@ class Service:
     ``regions``: shared memory. ``epoch``: 16 random bytes that name this run.
     """
 
-    def __init__(self, options: ServiceOptions, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        options: ServiceOptions,
+        *,
+        clock: Clock | None = None,
+        open_transfers: OpenTransfers = open_transfers,
+    ) -> None:
         self.options = options
+        self._open_transfers = open_transfers
         self.epoch = secrets.token_bytes(16)
         self.specs: tuple[TierSpec, ...] = options.specs()
         self.regions = RegionRegistry()
@@ -85,7 +95,9 @@ class Service:
         """
         refuse_optimised()
         assert self._house is None, "a service starts once"
-        house = await open_house(self.options, self._clock, self.regions)
+        house = await open_house(
+            self.options, self._clock, self.regions, door=self._door, open_transfers=self._open_transfers
+        )
         self._house = house
         self.specs = house.stores.specs
         self._switch_interval_s = sys.getswitchinterval()
@@ -106,6 +118,8 @@ class Service:
             house.loop,
             house.namespaces,
             self.regions,
+            kv_regions=house.kv_regions,
+            packs=house.packs,
             door=self._door,
             clock=self._clock,
             latencies=self.latencies,
@@ -129,14 +143,16 @@ class Service:
         )
         self.pending = functools.partial(pending, house.ports, house.lease_port)
         self.lease_view, self.read_pages, self.prefetch = pages.lease_view, pages.read_pages, pages.prefetch
-        self.report_corrupt = CorruptReports(
+        reports = CorruptReports(
             house.engine,
             house.ports,
             house.lease_port,
             door=self._door,
             namespace=house.namespaces.find,
             handle=house.loop.handle,
-        ).report
+        )
+        self.report_corrupt = reports.report
+        self._bind_kv(house, reports)
         self.wait_operation, self.cancel_operation = pages.wait_operation, pages.cancel_operation
         self.fetch_many = ManyCalls(
             house.engine,
@@ -157,6 +173,28 @@ class Service:
             operators.unpin,
             operators.evict,
             operators.clear,
+        )
+
+    def _bind_kv(self, house: House, reports: CorruptReports) -> None:
+        house.loads = LoadCalls(
+            house.engine,
+            house.ports,
+            house.kv_regions,
+            house.desk,
+            namespace=house.namespaces.find,
+            door=self._door,
+            report=reports.report,
+            clock=self._clock,
+            latencies=self.latencies,
+        )
+        regions = house.kv_regions
+        self.load = house.loads.load
+        self.register_kv, self.make_timeline = regions.register, regions.make_timeline
+        self.unregister_kv, self.timeline_fd = regions.unregister, regions.timeline_fd
+        self.pool_shared = any(port.shared is not None for port in house.ports)
+        self.kv_memory, self.device_uuids = (
+            house.desk.transfers.memory_kinds,
+            house.desk.transfers.device_uuids,
         )
 
     async def recovered(self) -> RecoveryReport:
@@ -238,6 +276,7 @@ class Service:
             return
         if self._house is not None:
             self._house.loop.handle(events.SessionEnded(session, dead))
+            self._house.kv_regions.end_session(session)
         self.regions.end_session(session)
 
     def open_namespace(self, spec: Namespace) -> tuple[int, bytes]:
