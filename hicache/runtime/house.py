@@ -96,11 +96,6 @@ class House:
         self._recovering: asyncio.Task[None] | None = None
         self.recorder: Recorder | None = None
 
-    @property
-    def lease_port(self) -> TierPort:
-        """The tier that leases are in: the first that clients can read, else the first."""
-        return next((port for port in self.ports if port.spec.client_readable), self.ports[0])
-
     def _perform(self, action: Action) -> None:
         self.performer.perform(action)
 

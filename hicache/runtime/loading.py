@@ -163,7 +163,7 @@ class LoadCalls:
         kv.check_places(places, spec.page_tokens)
         slots, port = [], None
         if view.granted_pages > ask.first_page:
-            port = self._ports[view.pieces[0].tier]
+            port = self._ports[view.tier]
             slots = lease_slots(view)[ask.first_page : last]
             self._check_tier(region, port)
         return _Plan(session, ask, region, spec, places, layers, slots, port)

@@ -14,7 +14,7 @@ import functools
 import logging
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hicache.device.opening import open_transfers
 from hicache.engine import NodeView, events
@@ -26,6 +26,7 @@ from hicache.runtime.counters import Latencies
 from hicache.runtime.door import DRAINING, FAILED, SERVING, STOPPED, Door
 from hicache.runtime.extents import ExtentColumns, extents
 from hicache.runtime.house import House, OpenTransfers, open_house, refuse_optimised
+from hicache.runtime.lease_tiers import LeaseTiers
 from hicache.runtime.loading import LoadCalls
 from hicache.runtime.many import ManyCalls
 from hicache.runtime.operators import OperatorCalls
@@ -105,15 +106,16 @@ class Service:
         self._window = Window(self.specs)
         self._bind(house)
         house.loop.on_failed = self._failed
-        house.performer.on_tier = self._tier
+        house.performer.on_tier = functools.partial(_tell, self.on_tier)
         self._started_ms = self._clock.now_ms()
         self._door.state = SERVING
         house.start_recovery()
 
     def _bind(self, house: House) -> None:
         reader = PageReader(
-            house.engine, house.lease_port, namespace=house.namespaces.find, handle=house.loop.handle
+            house.engine, house.ports, namespace=house.namespaces.find, handle=house.loop.handle
         )
+        tiers = LeaseTiers(house.stores.specs)
         stores = StoreCalls(
             house.loop,
             house.namespaces,
@@ -133,6 +135,7 @@ class Service:
             clock=self._clock,
             latencies=self.latencies,
             window=self._window,
+            tiers=tiers,
             on_reserved=stores.granted,
         )
         self.match, self.fetch, self.renew, self.release = (
@@ -141,12 +144,11 @@ class Service:
             pages.renew,
             pages.release,
         )
-        self.pending = functools.partial(pending, house.ports, house.lease_port)
+        self.pending = functools.partial(pending, house.ports)
         self.lease_view, self.read_pages, self.prefetch = pages.lease_view, pages.read_pages, pages.prefetch
         reports = CorruptReports(
             house.engine,
             house.ports,
-            house.lease_port,
             door=self._door,
             namespace=house.namespaces.find,
             handle=house.loop.handle,
@@ -162,11 +164,15 @@ class Service:
             clock=self._clock,
             latencies=self.latencies,
             window=self._window,
+            tiers=tiers,
         ).fetch_many
         self.reserve, self.commit = stores.reserve, stores.commit
         self.begin_write, self.abort = stores.begin_write, stores.abort
         self.watch, self.unwatch = house.watchers.come, house.watchers.leave
         self.describe_namespace = house.namespaces.find
+        self._bind_operators(house)
+
+    def _bind_operators(self, house: House) -> None:
         operators = OperatorCalls(house.loop, house.namespaces, door=self._door)
         self.pin, self.unpin, self.evict, self.clear = (
             operators.pin,
@@ -212,7 +218,7 @@ class Service:
         if self._door.state == SERVING:
             self._door.state = DRAINING
             _log.info("draining, grace_ms=%d", grace_ms)
-            self._tell(grace_ms)
+            _tell(self.on_draining, grace_ms)
         result = await house.loop.call(DrainResult, lambda request: events.Drain(request, grace_ms))
         await house.flush(max(grace_ms, FLUSH_MS))
         _log.info("drained, unsaved_pages=%d", result.unsaved_pages)
@@ -229,15 +235,7 @@ class Service:
     def _failed(self) -> None:
         self._door.state = FAILED
         self._running.watchers.close()
-        self._tell(0)
-
-    def _tier(self, name: str, well: bool) -> None:  # noqa: FBT001
-        for callback in self.on_tier:
-            callback(name, well)
-
-    def _tell(self, grace_ms: int) -> None:
-        for callback in self.on_draining:
-            callback(grace_ms)
+        _tell(self.on_draining, 0)
 
     @property
     def state(self) -> str:
@@ -290,8 +288,8 @@ class Service:
     # --- reads
 
     def extents(self, result: FetchResult) -> ExtentColumns:
-        """Where the granted pages lie; empty columns where the lease's tier cannot be mapped."""
-        return extents(self.regions, self._running.lease_port, result)
+        """Where the granted pages lie; empty columns where the tier that the lease is in cannot be mapped."""
+        return extents(self.regions, self._running.ports, result)
 
     def stats(self) -> ServiceStats:
         """A snapshot of all counts."""
@@ -319,3 +317,8 @@ class Service:
     def action_digest(self) -> str:
         """Of all actions so far; empty unless ``options.digest``."""
         return self._running.engine.action_digest()
+
+
+def _tell(callbacks: Sequence[Callable[..., object]], *said: object) -> None:
+    for callback in callbacks:
+        callback(*said)

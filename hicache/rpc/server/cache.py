@@ -69,6 +69,7 @@ class CacheServicer:
                 wait_ms=wait,
                 use=use,
                 reserve=along,
+                device=request.device,
             )
             return convert.fetch_response(self._service, result)
 
