@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import mmap
@@ -14,6 +15,7 @@ import numpy as np
 from server_kit import PAGE_BYTES, PAGE_TOKENS, Attached, Client, House, serving, tokens
 from xxhash import xxh3_64_intdigest
 
+from hicache.device.opening import KvTransfers
 from hicache.rpc.common import fdproto
 from hicache.rpc.pb import cache_pb2, region_pb2
 from hicache.runtime import Service, ServiceOptions
@@ -101,9 +103,9 @@ class Engine:
         self.id = attached.id
 
     @classmethod
-    async def attach(cls, house: House, **spec: Any) -> Engine:
-        attached = await house.client.attach()
-        return cls(house.client, attached, await house.client.namespace(attached, **spec))
+    async def attach(cls, client: Client, **spec: Any) -> Engine:
+        attached = await client.attach()
+        return cls(client, attached, await client.namespace(attached, **spec))
 
     async def put(self, fd: int) -> bytes:
         return (await self.client.transact(fdproto.Put(self.id), (fd,))).payload
@@ -192,7 +194,7 @@ async def engine(
     await service.start()
     try:
         async with serving(tmp_path, service, **(server or {})) as house:
-            yield house, await Engine.attach(house)
+            yield house, await Engine.attach(house.client)
         service.check()
     finally:
         await service.close()
@@ -200,3 +202,30 @@ async def engine(
 
 def checksum(data: bytes) -> int:
     return int(xxh3_64_intdigest(data))
+
+
+class Stepped:
+    """Opens transfers that move only when a test says so."""
+
+    def __init__(self) -> None:
+        self.transfers: KvTransfers | None = None
+
+    def __call__(self, store: Any, notify: Any, *, now_ns: Any) -> KvTransfers:
+        self.transfers = KvTransfers(store, notify, now_ns, threaded=False)
+        return self.transfers
+
+    def step(self) -> bool:
+        assert self.transfers is not None
+        return self.transfers.step()
+
+    async def finish(self) -> None:
+        """Until nothing moves any more, and everybody has heard of it."""
+        idle = 0
+        while idle < 20:
+            idle = 0 if self.step() else idle + 1
+            await asyncio.sleep(0.001)
+
+
+def mappings(name: str) -> int:
+    """How often this process has a memfd of this name mapped."""
+    return Path("/proc/self/maps").read_text(encoding="utf-8").count(f"memfd:{name}")

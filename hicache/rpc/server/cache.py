@@ -199,11 +199,11 @@ class CacheServicer:
 
     @session_call
     async def Commit(
-        self, session: Session, request: cache_pb2.CommitRequest, _: Context
+        self, session: Session, request: cache_pb2.CommitRequest, context: Context
     ) -> cache_pb2.CommitResponse:
         """Copy pages in from the session's own regions."""
         pieces, source = convert.pieces(request)
-        where = paged(request)
+        where = paged(request, context)
         more = {} if where is None else {"paged": where}
 
         async def work() -> cache_pb2.CommitResponse:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from hicache.rpc.pb import cache_pb2
-from hicache.rpc.server.edge import MAX_WAIT_MS
+from hicache.rpc.server.edge import wait_ms
 from hicache.rpc.server.idempotency import payload_digest
+from hicache.rpc.server.identity import Context
 from hicache.rpc.server.sessions import Session
 from hicache.runtime.loading import LoadAsk, LoadResult
 from hicache.runtime.paged import PagedPlaces
@@ -57,9 +58,10 @@ def load_response(result: LoadResult) -> cache_pb2.LoadResponse:
     )
 
 
-def paged(request: cache_pb2.CommitRequest) -> Paged | None:
+def paged(request: cache_pb2.CommitRequest, context: Context) -> Paged | None:
     """What a Commit says of places in paged KV; None where it says nothing."""
     said = request.page_units or request.places or request.timeline_id or request.counter
     if not (said or request.layers_wait_ms):
         return None
-    return Paged(_places(request), min(request.layers_wait_ms, MAX_WAIT_MS))
+    wait = max(1, wait_ms(request.layers_wait_ms, context)) if request.layers_wait_ms else 0
+    return Paged(_places(request), wait)
