@@ -31,6 +31,9 @@ from hicache.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from hicache.rpc.client import FetchQuery
+from hicache.rpc.server import ServerOptions, serve
+from hicache.runtime import Service, ServiceOptions
 
 PAGES = 6
 TOKENS = np.arange(PAGES * PAGE_TOKENS, dtype=np.int32)
@@ -369,5 +372,103 @@ def test_memory_that_cannot_be_shared_is_refused_with_what_to_do(make_client: An
                 room = await other.namespace(**namespace_fields(FORM)).reserve(TOKENS)
                 with pytest.raises(InvalidArgumentError, match="another client's"):
                     await room.store_kv(kv, kv.places([0], PAGE_TOKENS))
+
+    asyncio.run(scenario())
+
+
+# --- the device tier
+
+
+@pytest.fixture
+def device_sidecar(idle_sidecar: Any) -> Any:
+    idle_sidecar.service |= {"device": "cpu", "device_bytes": 8 << 20}
+    return idle_sidecar.start()
+
+
+def test_leases_in_the_device_tier_are_loaded_and_read(make_client: Any, device_sidecar: Any) -> None:
+    async def scenario() -> None:
+        source, target = Engine(FORM, seed=6), Engine(FORM)
+        async with make_client(device_sidecar.target) as client:
+            a = await client.register_kv(source.tensors, layout=FORM.layout)
+            b = await client.register_kv(target.tensors, layout=FORM.layout)
+            cache, places = client.namespace(**namespace_fields(FORM)), a.places(range(PAGES), PAGE_TOKENS)
+            await store(cache, a, places)
+            expected = source.bytes_of(places)
+            there = b.places(range(10, 10 + PAGES), PAGE_TOKENS)
+            async with await cache.fetch(TOKENS, device=True, wait_ms=5000) as lease:
+                assert len(lease) == PAGES and lease.tier_pages == {"device": PAGES}
+                load = await lease.load(b, there, layered=True)
+                assert await load.wait_layer(FORM.layers - 1, 20) and (await load.result(20)).ok
+                assert (target.bytes_of(there) == expected).all()
+                out = np.zeros_like(expected)
+                assert await lease.copy_into(out) == PAGES and (out == expected).all()
+                assert [bytes(view) for view in await lease.views()] == [row.tobytes() for row in expected]
+            host = FetchQuery(unwrapped(cache), TOKENS)
+            device = FetchQuery(unwrapped(cache), TOKENS, device=True)
+            target.wipe()
+            for each in await client.fetch_many([host, device], wait_ms=5000):
+                assert (await (await each.load(b, there)).result(20)).ok
+                assert (target.bytes_of(there) == expected).all()
+                await each.release()
+            lease, room = await cache.fetch_and_reserve(TOKENS, device=True, wait_ms=5000)
+            assert len(lease) == PAGES and not room.missing_pages
+            await lease.release()
+
+    asyncio.run(scenario())
+
+
+def unwrapped(found: Any) -> Any:
+    return getattr(found, "_inner", found)
+
+
+def test_without_a_device_tier_device_leases_are_refused(make_client: Any, sidecar: Any) -> None:
+    async def scenario() -> None:
+        async with make_client(sidecar.target) as client:
+            cache = client.namespace(**namespace_fields(FORM))
+            with pytest.raises(UnsupportedError, match="no device tier"):
+                await cache.fetch(TOKENS, device=True)
+            query = FetchQuery(unwrapped(cache), TOKENS, device=True)
+            good = FetchQuery(unwrapped(cache), TOKENS)
+            refused, found = await client.fetch_many([query, good])
+            assert isinstance(refused, UnsupportedError) and len(found) == 0
+
+    asyncio.run(scenario())
+
+
+# --- rot
+
+
+def test_a_page_that_went_bad_is_named_and_the_others_are_right(tmp_path: Path) -> None:
+    """The server is in this process, so that a slot can be spoilt."""
+
+    async def scenario() -> None:
+        source, target = Engine(FORM, seed=7), Engine(FORM)
+        service = Service(ServiceOptions(host_bytes=8 << 20, prefault=False))
+        await service.start()
+        server = await serve(service, ServerOptions(socket_path=str(tmp_path / "s")))
+        async with hicache.aio.Client(f"unix://{tmp_path / 's'}") as client:
+            a = await client.register_kv(source.tensors, layout=FORM.layout)
+            b = await client.register_kv(target.tensors, layout=FORM.layout)
+            cache, places = client.namespace(**namespace_fields(FORM)), a.places(range(PAGES), PAGE_TOKENS)
+            await store(cache, a, places)
+            expected = source.bytes_of(places)
+            assert service._house is not None
+            memory = service._house.ports[0].addressable
+            assert memory is not None
+            bad = expected[2].tobytes()
+            (slot,) = [slot for slot in range(PAGES) if bytes(memory.views([slot])[0]) == bad]
+            memory.views([slot])[0][17] ^= 2
+            async with await cache.fetch(TOKENS) as lease:
+                load = await lease.load(b, places, layered=True)
+                loaded = await load.result(20)
+                assert not loaded.ok and loaded.corrupt == (2,) and loaded.pages == PAGES - 1
+                assert load.failed and await load.wait_layer(0) is False
+                moved = target.bytes_of(places)
+                others = [0, 1, 3, 4, 5]
+                assert (moved[others] == expected[others]).all()
+                assert lease.still_valid()
+            assert (await cache.match(TOKENS)).matched_pages == 2  # the sidecar gave it up
+        await server.stop(0)
+        await service.close()
 
     asyncio.run(scenario())
