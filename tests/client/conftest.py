@@ -13,7 +13,7 @@ from sidecars import BareSidecar
 
 import hicache
 import hicache.aio
-from hicache.rpc.client import Lease, NamespaceHandle, Reservation
+from hicache.rpc.client import KvRegion, Lease, Load, NamespaceHandle, Reservation, Store
 
 
 @pytest.fixture
@@ -31,8 +31,21 @@ def sidecar(idle_sidecar: BareSidecar) -> BareSidecar:
 
 
 #: The same, and not awaited, in both clients.
-PLAIN = {"namespace", "still_valid", "buffer", "pages", "ticket", "staging", "adopt", "adopt_memory"}
-WRAPPED = (Lease, NamespaceHandle, Reservation)
+PLAIN = {
+    "namespace",
+    "still_valid",
+    "buffer",
+    "pages",
+    "ticket",
+    "staging",
+    "adopt",
+    "adopt_memory",
+    "kv_memory",
+    "places",
+    "layer_done",
+    "layer_done_on",
+}
+WRAPPED = (KvRegion, Lease, Load, NamespaceHandle, Reservation, Store)
 
 
 class Awaited:

@@ -103,9 +103,9 @@ class Engine:
         self.id = attached.id
 
     @classmethod
-    async def attach(cls, house: House, **spec: Any) -> Engine:
-        attached = await house.client.attach()
-        return cls(house.client, attached, await house.client.namespace(attached, **spec))
+    async def attach(cls, client: Client, **spec: Any) -> Engine:
+        attached = await client.attach()
+        return cls(client, attached, await client.namespace(attached, **spec))
 
     async def put(self, fd: int) -> bytes:
         return (await self.client.transact(fdproto.Put(self.id), (fd,))).payload
@@ -194,7 +194,7 @@ async def engine(
     await service.start()
     try:
         async with serving(tmp_path, service, **(server or {})) as house:
-            yield house, await Engine.attach(house)
+            yield house, await Engine.attach(house.client)
         service.check()
     finally:
         await service.close()

@@ -303,7 +303,7 @@ def test_pages_that_are_not_there_yet_are_missing(tmp_path: Path) -> None:
 def test_ranks_load_their_parts_and_commit_whole_pages_only(tmp_path: Path) -> None:
     async def main() -> None:
         async with engine(tmp_path) as (house, _):
-            session = await Engine.attach(house, world_size=2, page_bytes=2 * PAGE_BYTES)
+            session = await Engine.attach(house.client, world_size=2, page_bytes=2 * PAGE_BYTES)
             whole = Kv(planes=16)
             whole.fill(4)
             region = await session.register(whole)
@@ -314,7 +314,7 @@ def test_ranks_load_their_parts_and_commit_whole_pages_only(tmp_path: Path) -> N
             assert (await session.load(lease.lease_id, part, TARGETS)).loaded_pages == 3
             for row, target in zip(ROWS, TARGETS, strict=True):
                 assert rank.page(target) == whole.page(row)[PAGE_BYTES:]
-            error = await failure(session.commit(part, 1, ROWS))
+            error = await failure(session.commit(part, 1 << 40, ROWS))
             assert error.code() is NOT_FOUND
             reserved = await session.client.cache.Reserve(
                 cache_pb2.ReserveRequest(
@@ -337,7 +337,7 @@ def test_others_regions_and_timelines_do_not_exist(tmp_path: Path) -> None:
         async with engine(tmp_path) as (house, session):
             kv, region, lease = await stored(session)
             timeline, counters = await session.timeline()
-            other = await Engine.attach(house)
+            other = await Engine.attach(house.client)
             mine = await other.register(kv)
             theirs = await other.fetch(3)
             for call in (
@@ -550,7 +550,7 @@ def test_nothing_stays_behind(tmp_path: Path) -> None:
             await first.unregister(region)
             maps, timelines, fds = mappings("engine"), mappings("hicache-timeline"), open_fds()
             for how in ("goodbye", "dead", "busy", "dead") * 3:
-                session = await Engine.attach(house)
+                session = await Engine.attach(house.client)
                 mine = await session.register(kv)
                 timeline, counters = await session.timeline()
                 lease = await session.fetch(3)
