@@ -119,8 +119,8 @@ class KvRegions:
 
     @property
     def regions(self) -> int:
-        """KV regions that are registered, or not closed yet."""
-        return len(self._kv) + len(self._closing)
+        """KV regions that are registered."""
+        return len(self._kv)
 
     @property
     def timelines(self) -> int:

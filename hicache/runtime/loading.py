@@ -1,10 +1,10 @@
 """Load: leased pages into an engine's paged KV.
 
 The slots of the lease are taken once, when the transfer begins; when it has ended the lease is looked at again. If it
-is still live, and its pages are where they were, then every page that was copied was the leased one from the first byte
-to the last; else the pages count as missing, whatever was copied. So a Load holds no lease of its own. What it does hold
-until the transfer has ended, even where its caller has gone: the engine's mapping, its counter, and the segments that it
-reads from.
+is still live, and its pages are where they were, then every page that was copied was the leased one from the first
+byte to the last; else the pages count as missing, whatever was copied. So a Load holds no lease of its own. What it
+does hold until the transfer has ended, even where its caller has gone: the engine's mapping, its counter, and the
+segments that it reads from.
 
 A counter tells how far the copy is, never whether it is right. Where anything goes wrong it shows FAILED, so that
 nobody who waits for a layer waits for ever.
@@ -20,7 +20,13 @@ from typing import Protocol
 from hicache.device.kv import Places
 from hicache.device.transfers import DevicePages, HostPages, Transfer, TransferDone
 from hicache.engine.actions import FetchResult
-from hicache.errors import HicacheError, InvalidArgumentError, NotFoundError, UnsupportedError
+from hicache.errors import (
+    HicacheError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+    UnsupportedError,
+)
 from hicache.runtime.clock import Clock
 from hicache.runtime.counters import Latencies
 from hicache.runtime.desk import TransferDesk
@@ -135,11 +141,8 @@ class LoadCalls:
         """
         began = self._clock.now_ns()
         self._door.require(session)
-        plan = self._plan(session, ask)
-        done = await self._run(plan)
+        result = await self._run(self._plan(session, ask))
         self._door.alive()
-        result = self._judge(plan, done)
-        self._count(result)
         if result.corrupt:
             await self._give_up(session, ask.lease, result.corrupt)
         self._latencies.observe("load", self._clock.now_ns() - began)
@@ -163,7 +166,7 @@ class LoadCalls:
         kv.check_places(places, spec.page_tokens)
         slots, port = [], None
         if view.granted_pages > ask.first_page:
-            port = self._ports[view.pieces[0].tier]
+            port = self._ports[view.tier]
             slots = lease_slots(view)[ask.first_page : last]
             self._check_tier(region, port)
         return _Plan(session, ask, region, spec, places, layers, slots, port)
@@ -178,16 +181,24 @@ class LoadCalls:
 
     # --- the transfer
 
-    def _run(self, plan: _Plan) -> asyncio.Future[TransferDone | None]:
+    def _run(self, plan: _Plan) -> asyncio.Future[LoadResult]:
         """Begin; what is held is let go when the transfer has ended, whoever still waits for it then."""
-        where = plan.ask.where
+        where, port = plan.ask.where, plan.port
         use = self._regions.use(plan.region, where.timeline, where.counter)
-        ended: asyncio.Future[TransferDone | None] = asyncio.get_running_loop().create_future()
-        port = plan.port
-        if port is None:
-            use.fail()
+        ended: asyncio.Future[LoadResult] = asyncio.get_running_loop().create_future()
+
+        def end(done: TransferDone | None) -> None:
+            if port is not None:
+                port.busy.leave(plan.slots)
+            result = self._judge(plan, done)
+            if result.missing or result.corrupt:
+                use.fail()
             use.release()
-            ended.set_result(None)
+            self._count(result)
+            resolve(ended, result)
+
+        if port is None:
+            end(None)
             return ended
         try:
             transfer = self._transfer(plan, port, use)
@@ -196,14 +207,6 @@ class LoadCalls:
             use.release()
             raise
         port.busy.take(plan.slots)
-
-        def end(done: TransferDone) -> None:
-            if any(outcome is not Outcome.OK for outcome in done.outcomes):
-                use.fail()
-            port.busy.leave(plan.slots)
-            use.release()
-            resolve(ended, done)
-
         self._desk.load(transfer, end)
         return ended
 
@@ -230,39 +233,42 @@ class LoadCalls:
     # --- after
 
     def _judge(self, plan: _Plan, done: TransferDone | None) -> LoadResult:
-        first, lease = plan.ask.first_page, plan.ask.lease
         now, gone = self._now(plan)
+        outcomes = done.outcomes if done is not None else ()
+        if now == plan.slots and len(outcomes) == plan.pages and set(outcomes) == {Outcome.OK}:
+            return LoadResult(plan.pages, [], [], "", self._bytes(plan, range(plan.pages)))
+        first, lease = plan.ask.first_page, plan.ask.lease
         good: list[int] = []
         corrupt: list[int] = []
         missing: list[tuple[int, str]] = []
         for at in range(plan.pages):
-            outcome = done.outcomes[at] if done is not None and at < len(plan.slots) else Outcome.MISS
-            if gone or at >= len(plan.slots) or at >= len(now) or now[at] != plan.slots[at]:
-                why = (
-                    gone
-                    or f"page {first + at} of lease {lease} is not there: not brought yet, or lost by its tier"
+            page, here = first + at, at < min(len(now), len(outcomes)) and now[at] == plan.slots[at]
+            if not here:
+                lost = (
+                    f"page {page} of lease {lease} is not there: it was not brought yet, or its tier lost it"
                 )
-                missing.append((first + at, why))
-            elif outcome is Outcome.OK:
+                missing.append((page, gone or lost))
+            elif outcomes[at] is Outcome.OK:
                 good.append(at)
-            elif outcome is Outcome.CORRUPT:
-                corrupt.append(first + at)
+            elif outcomes[at] is Outcome.CORRUPT:
+                corrupt.append(page)
             else:
-                why = done.error if done is not None else ""
-                missing.append((first + at, why or f"page {first + at} was not in its slot"))
+                error = done.error if done is not None else ""
+                missing.append((page, error or f"page {page} was not in its slot any more"))
         reason = missing[0][1] if missing else ""
         return LoadResult(len(good), [page for page, _ in missing], corrupt, reason, self._bytes(plan, good))
 
     def _now(self, plan: _Plan) -> tuple[list[int], str]:
         """Where the pages are by now; or why the lease is gone."""
         try:
+            self._door.alive()
             view = self._leases.lease_view(plan.session, plan.ask.lease)
-        except NotFoundError as error:
+        except (NotFoundError, UnavailableError) as error:
             return [], str(error)
         first = plan.ask.first_page
         return lease_slots(view)[first : first + plan.pages], ""
 
-    def _bytes(self, plan: _Plan, good: list[int]) -> int:
+    def _bytes(self, plan: _Plan, good: Sequence[int]) -> int:
         kv = plan.region.kv
         units = int((plan.places[good] >= 0).sum()) if good else 0
         tokens = units * (plan.spec.page_tokens // plan.ask.where.units)
@@ -278,7 +284,7 @@ class LoadCalls:
         counts.load_corrupt_pages += len(result.corrupt)
 
     async def _give_up(self, session: int, lease: int, pages: Sequence[int]) -> None:
-        """Have bad pages looked at again by their tier, so that they leave it. The answer stands, whatever comes of it."""
+        """Have bad pages looked at again by their tier, so that they leave it. The answer stands in any case."""
         try:
             await self._report(session, lease, pages)
         except (NotFoundError, InvalidArgumentError):

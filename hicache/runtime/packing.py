@@ -1,9 +1,9 @@
 """Commit out of an engine's paged KV: the source of its pages, and what goes before.
 
 A transfer copies the pages to where they are kept and checksums the copy, layer after layer as the engine's counter
-allows. While it waits it holds the reservation's slots and nothing else. Where pages must go through buffers that others
-need, too (a device or a disk as the first tier), the commit is handed to the engine only when every layer is there:
-nobody's buffers, workers or turn wait for a layer.
+allows. While it waits it holds the reservation's slots and nothing else. Where pages must go through buffers that
+others need, too (a device or a disk as the first tier), the commit is handed to the engine only when every layer is
+there: nobody's buffers, workers or turn wait for a layer.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Protocol, cast
 
 from hicache.errors import HicacheError
 from hicache.runtime.busy import BusySegments
-from hicache.runtime.mapping import Mappable
+from hicache.runtime.mapping import Mappable, SharedPool
 from hicache.runtime.pace import Pace
 from hicache.types import (
     SLOTS_PER_SEGMENT,
@@ -96,12 +96,14 @@ class TierPort:
         *,
         addressable: AddressableStore | None = None,
         mappable: Mappable | None = None,
+        shared: SharedPool | None = None,
     ) -> None:
         self.index = index
         self.spec = spec
         self.store = store
         self.addressable = addressable
         self.mappable = mappable
+        self.shared = shared  # a device's pool, where other processes may map it
         self.health = Health()
         self.bytes_in = 0
         self.bytes_out = 0

@@ -14,7 +14,7 @@ import functools
 import logging
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hicache.device.opening import open_transfers
 from hicache.engine import NodeView, events
@@ -106,7 +106,7 @@ class Service:
         self._window = Window(self.specs)
         self._bind(house)
         house.loop.on_failed = self._failed
-        house.performer.on_tier = self._tier
+        house.performer.on_tier = functools.partial(_tell, self.on_tier)
         self._started_ms = self._clock.now_ms()
         self._door.state = SERVING
         house.start_recovery()
@@ -197,6 +197,7 @@ class Service:
         self.load = house.loads.load
         self.register_kv, self.make_timeline = regions.register, regions.make_timeline
         self.unregister_kv, self.timeline_fd = regions.unregister, regions.timeline_fd
+        self.pool_shared = any(port.shared is not None for port in house.ports)
         self.kv_memory, self.device_uuids = (
             house.desk.transfers.memory_kinds,
             house.desk.transfers.device_uuids,
@@ -217,7 +218,7 @@ class Service:
         if self._door.state == SERVING:
             self._door.state = DRAINING
             _log.info("draining, grace_ms=%d", grace_ms)
-            self._tell(grace_ms)
+            _tell(self.on_draining, grace_ms)
         result = await house.loop.call(DrainResult, lambda request: events.Drain(request, grace_ms))
         await house.flush(max(grace_ms, FLUSH_MS))
         _log.info("drained, unsaved_pages=%d", result.unsaved_pages)
@@ -234,15 +235,7 @@ class Service:
     def _failed(self) -> None:
         self._door.state = FAILED
         self._running.watchers.close()
-        self._tell(0)
-
-    def _tier(self, name: str, well: bool) -> None:  # noqa: FBT001
-        for callback in self.on_tier:
-            callback(name, well)
-
-    def _tell(self, grace_ms: int) -> None:
-        for callback in self.on_draining:
-            callback(grace_ms)
+        _tell(self.on_draining, 0)
 
     @property
     def state(self) -> str:
@@ -328,3 +321,8 @@ class Service:
     def action_digest(self) -> str:
         """Of all actions so far; empty unless ``options.digest``."""
         return self._running.engine.action_digest()
+
+
+def _tell(callbacks: Sequence[Callable[..., object]], *said: object) -> None:
+    for callback in callbacks:
+        callback(*said)

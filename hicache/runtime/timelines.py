@@ -99,8 +99,8 @@ class SharedCounter:
 class Gate:
     """A counter that a transfer out of an engine waits for, until nobody is there any more to count on.
 
-    Once ``cut``, every layer may pass: the transfer ends soon, with bytes that mean nothing. ``sound`` tells whether all
-    layers were counted before that.
+    Once ``cut``, every layer may pass: the transfer ends soon, with bytes that mean nothing. ``sound`` tells whether
+    all layers were counted before that.
     """
 
     def __init__(self, counter: Counter, layers: int) -> None:
