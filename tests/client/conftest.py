@@ -17,7 +17,7 @@ import pytest
 
 import hicache
 import hicache.aio
-from hicache.rpc.client import Lease, NamespaceHandle, Reservation
+from hicache.rpc.client import KvRegion, Lease, Load, NamespaceHandle, Reservation, Store
 
 SIDECAR = textwrap.dedent(
     """
@@ -93,8 +93,21 @@ def sidecar(idle_sidecar: Sidecar) -> Sidecar:
 
 
 #: The same, and not awaited, in both clients.
-PLAIN = {"namespace", "still_valid", "buffer", "pages", "ticket", "staging", "adopt", "adopt_memory"}
-WRAPPED = (Lease, NamespaceHandle, Reservation)
+PLAIN = {
+    "namespace",
+    "still_valid",
+    "buffer",
+    "pages",
+    "ticket",
+    "staging",
+    "adopt",
+    "adopt_memory",
+    "kv_memory",
+    "places",
+    "layer_done",
+    "layer_done_on",
+}
+WRAPPED = (KvRegion, Lease, Load, NamespaceHandle, Reservation, Store)
 
 
 class Awaited:

@@ -44,7 +44,8 @@ class ArenaRegion:
         self.fate = fate
         self.memory = memoryview(memory)
         self.bytes: Bytes = np.frombuffer(memory, dtype=np.uint8)
-        self.generations: npt.NDArray[np.uint64] = self.bytes[: info.slots * GENERATION_BYTES].view("<u8")
+        counted_bytes = info.slots * GENERATION_BYTES if info.counted else 0
+        self.generations: npt.NDArray[np.uint64] = self.bytes[:counted_bytes].view("<u8")
 
     def check(self, extent: Extent, page_bytes: int) -> None:
         """Raise HicacheError for an extent that does not lie in the region's slots."""
@@ -72,7 +73,9 @@ class ArenaRegion:
         return [memory[at : at + info.page_bytes] for at in range(begin, end, info.slot_stride)]
 
     def unchanged(self, first_slot: int, expected: npt.NDArray[np.uint64]) -> bool:
-        """Whether these slots still hold what was leased."""
+        """Whether these slots still hold what was leased, as far as counters tell; without, the deadline alone does."""
+        if not self.info.counted:
+            return True
         now = self.generations[first_slot : first_slot + len(expected)]
         return bool(np.array_equal(now, expected))
 
@@ -83,6 +86,7 @@ class Arena:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._regions: dict[int, ArenaRegion] = {}
+        self.elsewhere: set[int] = set()  # regions that this host's memory does not hold: pools on a GPU
         self._incarnation = 0
         self.unmapped: deque[int] = deque()  # retired regions whose memory has gone: to be confirmed
 
@@ -94,8 +98,8 @@ class Arena:
         return self._regions.get(region_id)
 
     def unknown(self, region_ids: Iterable[int]) -> set[int]:
-        """Those that are not mapped yet."""
-        return {region_id for region_id in region_ids if region_id not in self._regions}
+        """Those that are not mapped yet, and may be."""
+        return {region_id for region_id in region_ids if region_id not in self._regions} - self.elsewhere
 
     def add(self, info: RegionInfo, fd: int, incarnation: int = 0) -> ArenaRegion:
         """Map a region; the descriptor stays the caller's. A region that is mapped already wins.
@@ -130,6 +134,7 @@ class Arena:
         with self._lock:
             self._incarnation = incarnation
             self._regions.clear()
+            self.elsewhere.clear()
             self.unmapped.clear()
 
     def clear(self) -> None:
@@ -157,7 +162,7 @@ def _check_region(info: RegionInfo, fd: int) -> None:
     if (
         info.page_bytes < 1
         or info.page_bytes > info.slot_stride
-        or info.slots * GENERATION_BYTES > info.first_slot_offset
+        or (info.counted and info.slots * GENERATION_BYTES > info.first_slot_offset)
         or slots_end > info.size_bytes
     ):
         raise UnsupportedError(f"arena region {info.region_id}: its layout does not fit it: {info}")
