@@ -32,7 +32,17 @@ class Layout(Protocol):
         """From slot to slot, in bytes."""
 
 
-class SharedPool(Protocol):
+class Slots(Protocol):
+    """What a store tells of its slots, to go with where they are."""
+
+    def checksums(self, slots: Sequence[int]) -> list[int]:
+        """Recorded checksums."""
+
+    def generations(self, slots: Sequence[int]) -> list[int]:
+        """How often each slot has changed; what clients see in the segment's header, where it has one."""
+
+
+class SharedPool(Slots, Protocol):
     """A device store's side, where its pool may be mapped by other processes: slots without counters."""
 
     def layout(self, segment: int) -> Layout:
@@ -42,7 +52,7 @@ class SharedPool(Protocol):
         """How the segment is mapped. A descriptor is the store's own."""
 
 
-class Mappable(Protocol):
+class Mappable(Slots, Protocol):
     """The store's side of shared memory."""
 
     def layout(self, segment: int) -> Layout:
@@ -50,9 +60,3 @@ class Mappable(Protocol):
 
     def fd(self, segment: int) -> int:
         """Its descriptor; the store's own."""
-
-    def checksums(self, slots: Sequence[int]) -> list[int]:
-        """Recorded checksums."""
-
-    def generations(self, slots: Sequence[int]) -> list[int]:
-        """As clients see them in the segment's header."""
