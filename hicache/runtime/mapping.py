@@ -32,6 +32,16 @@ class Layout(Protocol):
         """From slot to slot, in bytes."""
 
 
+class SharedPool(Protocol):
+    """A device store's side, where its pool may be mapped by other processes: slots without counters."""
+
+    def layout(self, segment: int) -> Layout:
+        """Of an open segment; ``first_slot_offset`` is where its slots begin in the memory."""
+
+    def memory(self, segment: int) -> SharedMemory:
+        """How the segment is mapped. A descriptor is the store's own."""
+
+
 class Mappable(Protocol):
     """The store's side of shared memory."""
 
@@ -46,13 +56,3 @@ class Mappable(Protocol):
 
     def generations(self, slots: Sequence[int]) -> list[int]:
         """As clients see them in the segment's header."""
-
-
-class SharedPool(Mappable, Protocol):
-    """A device store's side, where its pool may be mapped by other processes: slots, without counters."""
-
-    def shared(self, segment: int) -> SharedMemory:
-        """How other processes map it. Raises UnavailableError before it has been wiped, UnsupportedError."""
-
-    def close_segment(self, segment: int, *, reusable: bool = True) -> None:
-        """``reusable``: nobody who was handed the memory can have it mapped any more."""

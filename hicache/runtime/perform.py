@@ -78,7 +78,9 @@ class Performer:
 
     def _opened(self, port: TierPort, segment: int, domain: str) -> None:
         if port.mappable is not None:
-            self._regions.arena_opened(port.index, segment, domain, port.mappable, pool=port.shared)
+            self._regions.arena_opened(port.index, segment, domain, port.mappable)
+        elif port.shared is not None:
+            self._regions.pool_opened(port.index, segment, domain, port.shared)
 
     def _close_segment(self, action: CloseSegment) -> None:
         # Only when no session maps it is its memory given back: until then it counts against the tier's capacity.
@@ -87,10 +89,7 @@ class Performer:
         def closed() -> None:
             self._handle(events.SegmentClosed(port.index, segment))
 
-        def retired(reusable: bool) -> None:  # noqa: FBT001
-            port.close_segment(segment, closed, reusable=reusable)
-
-        self._regions.arena_retired(port.index, segment, retired)
+        self._regions.arena_retired(port.index, segment, lambda: port.close_segment(segment, closed))
 
     def _latched(self, port: TierPort) -> None:
         self._handle(events.TierLatched(port.index, port.health.readable))

@@ -102,7 +102,7 @@ class TierPort:
         self.spec = spec
         self.store = store
         self.addressable = addressable
-        self.mappable = mappable if mappable is not None else shared
+        self.mappable = mappable
         self.shared = shared  # a device's pool, where other processes may map it
         self.health = Health()
         self.bytes_in = 0
@@ -324,18 +324,12 @@ class TierPort:
             for segment in {slot // SLOTS_PER_SEGMENT for slot in slots} & self._unopened.keys():
                 self.open_segment(segment, *self._unopened[segment])
 
-    def close_segment(self, segment: int, then: Callable[[], None], *, reusable: bool = True) -> None:
-        """Close a segment once nobody moves its pages, then call ``then``.
-
-        ``reusable``: of a pool that is shared: nobody can have it mapped any more.
-        """
+    def close_segment(self, segment: int, then: Callable[[], None]) -> None:
+        """Close a segment once nobody moves its pages, then call ``then``."""
 
         def close() -> None:
             if self._unopened.pop(segment, None) is None and not self._closed:
-                if self.shared is not None:
-                    self.shared.close_segment(segment, reusable=reusable)
-                else:
-                    self._slotted.close_segment(segment)
+                self._slotted.close_segment(segment)
             then()
 
         self.busy.when_idle(segment, close)

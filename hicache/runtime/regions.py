@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from hicache.device.kv import SharedMemory
 from hicache.errors import InvalidArgumentError, NotFoundError
@@ -47,9 +47,7 @@ class ArenaInfo:
     first_slot_offset: int
     slot_stride: int
     slots: int
-    pool: bool = (
-        False  # of a device's tier: its slots have no counters, ``pool_memory`` tells how it is mapped
-    )
+    memory: SharedMemory | None = None  # of a device's pool: how it is mapped; its slots have no counters
 
 
 class ClientRegion:
@@ -78,7 +76,7 @@ class ClientRegion:
 class _Retiring:
     arena: ArenaInfo
     waiting_for: set[int]
-    then: Callable[[bool], None]
+    then: Callable[[], None]
 
 
 class RegionRegistry:
@@ -92,9 +90,7 @@ class RegionRegistry:
         self._ids = itertools.count(1)
         self._clients: dict[int, ClientRegion] = {}
         self._arenas: dict[tuple[int, int], ArenaInfo] = {}  # (tier, segment)
-        self._fds: dict[int, tuple[ArenaInfo, Mappable, int]] = {}  # region -> (info, store, segment)
-        self._pools: dict[int, SharedPool] = {}  # those of them that are a device's
-        self._left: set[int] = set()  # regions that a process without a session may still have mapped
+        self._fds: dict[int, tuple[ArenaInfo, Callable[[], int]]] = {}  # region -> (info, its descriptor)
         self._retiring: dict[int, _Retiring] = {}
 
     def next_id(self) -> int:
@@ -147,23 +143,29 @@ class RegionRegistry:
         found = self._fds.get(region)
         if found is None or found[0].tenant != tenant:
             raise NotFoundError(f"arena region {region} is gone or never was", hint="list the regions again")
-        _, store, segment = found
-        return store.fd(segment)
-
-    def pool_memory(self, region: int) -> SharedMemory:
-        """How a region of a device's pool is mapped. Raises UnavailableError before it has been wiped."""
-        return self._pools[region].shared(self._fds[region][2])
+        fd = found[1]()
+        if fd < 0:
+            raise NotFoundError(
+                f"region {region} has no descriptor", hint="it is mapped by its CUDA IPC handle"
+            )
+        return fd
 
     def arena_at(self, tier: int, segment: int) -> ArenaInfo:
         """The region that an open segment of a mappable tier is."""
         return self._arenas[tier, segment]
 
-    def arena_opened(
-        self, tier: int, segment: int, tenant: str, store: Mappable, *, pool: SharedPool | None = None
-    ) -> None:
-        """A segment was opened. ``pool``: the store, once more, where it is a device's."""
-        layout: Layout = store.layout(segment)
-        arena = ArenaInfo(
+    def arena_opened(self, tier: int, segment: int, tenant: str, store: Mappable) -> None:
+        """A segment was opened."""
+        self._opened(tier, segment, self._arena(tenant, store.layout(segment)), lambda: store.fd(segment))
+
+    def pool_opened(self, tier: int, segment: int, tenant: str, store: SharedPool) -> None:
+        """A segment of a device's pool was opened, which other processes may map."""
+        memory = store.memory(segment)
+        arena = dataclasses.replace(self._arena(tenant, store.layout(segment)), memory=memory)
+        self._opened(tier, segment, arena, lambda: memory.fd)
+
+    def _arena(self, tenant: str, layout: Layout) -> ArenaInfo:
+        return ArenaInfo(
             next(self._ids),
             tenant,
             layout.size_bytes,
@@ -171,28 +173,23 @@ class RegionRegistry:
             layout.first_slot_offset,
             layout.stride,
             layout.slots,
-            pool is not None,
         )
+
+    def _opened(self, tier: int, segment: int, arena: ArenaInfo, fd: Callable[[], int]) -> None:
         assert (tier, segment) not in self._arenas, "a segment was opened twice"
         self._arenas[tier, segment] = arena
-        self._fds[arena.region_id] = (arena, store, segment)
-        if pool is not None:
-            self._pools[arena.region_id] = pool
+        self._fds[arena.region_id] = (arena, fd)
 
-    def arena_retired(self, tier: int, segment: int, then: Callable[[bool], None]) -> None:
-        """A segment is being closed; ``then`` is called when no session maps it any more, perhaps at once.
-
-        It gets whether nobody at all can: a process may go on without the session that was handed the memory.
-        """
+    def arena_retired(self, tier: int, segment: int, then: Callable[[], None]) -> None:
+        """A segment is being closed; ``then`` is called when no session maps it any more, perhaps at once."""
         arena = self._arenas.pop((tier, segment), None)
         if arena is None:  # it could never be opened
-            then(True)  # noqa: FBT003
+            then()
             return
         del self._fds[arena.region_id]
-        self._pools.pop(arena.region_id, None)
         waiting_for = set(self.on_retired(arena.tenant, arena.region_id))
         if not waiting_for:
-            self._retired(arena.region_id, then)
+            then()
             return
         self._retiring[arena.region_id] = _Retiring(arena, waiting_for, then)
 
@@ -204,16 +201,7 @@ class RegionRegistry:
         retiring.waiting_for.discard(session)
         if not retiring.waiting_for:
             del self._retiring[region]
-            self._retired(region, retiring.then)
-
-    def _retired(self, region: int, then: Callable[[bool], None]) -> None:
-        alone = region not in self._left
-        self._left.discard(region)
-        then(alone)
-
-    def left(self, regions: Iterable[int]) -> None:
-        """A session that was handed these regions ends, and its process lives on."""
-        self._left.update(region for region in regions if region in self._fds or region in self._retiring)
+            retiring.then()
 
     @property
     def retiring(self) -> int:

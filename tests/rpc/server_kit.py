@@ -52,7 +52,6 @@ class FakeRegions:
         self.arena: dict[tuple[str, int], int] = {}
         self.registered: dict[int, tuple[int, int]] = {}
         self.confirmed: list[tuple[int, int]] = []
-        self.abandoned: set[int] = set()
         self.next_id = 100
 
     def register(self, session: int, fd: int) -> Any:
@@ -78,7 +77,7 @@ class FakeRegions:
                 first_slot_offset=4096,
                 slot_stride=PAGE_BYTES,
                 slots=7,
-                pool=False,
+                memory=None,
             )
             for (owner, region), fd in self.arena.items()
             if owner == tenant
@@ -88,9 +87,6 @@ class FakeRegions:
         if (tenant, region) not in self.arena:
             raise NotFoundError(f"region {region} is not there")
         return self.arena[tenant, region]
-
-    def left(self, regions: set[int]) -> None:
-        self.abandoned |= regions
 
     def released(self, session: int, region: int) -> None:
         self.confirmed.append((session, region))

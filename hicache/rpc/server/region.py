@@ -5,13 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
-from hicache.errors import (
-    ExhaustedError,
-    InvalidArgumentError,
-    NotFoundError,
-    UnavailableError,
-    UnsupportedError,
-)
+from hicache.errors import ExhaustedError, InvalidArgumentError, NotFoundError, UnsupportedError
 from hicache.rpc.pb import region_pb2
 from hicache.rpc.server.edge import Edge, session_call
 from hicache.rpc.server.idempotency import payload_digest
@@ -42,26 +36,15 @@ class RegionServicer:
         self, session: Session, _request: region_pb2.ListRegionsRequest, _: Context
     ) -> region_pb2.ListRegionsResponse:
         """The tenant's arenas and the session's own regions."""
-        regions = self._arenas(session)
+        arenas = self._service.regions.arenas(session.peer.tenant)
+        # who is told of a pool's handle may map it without asking again: it is to confirm when the segment retires
+        session.mapped.update(arena.region_id for arena in arenas if arena.memory is not None)
+        regions = [_arena(arena) for arena in arenas]
         regions += [
             region_pb2.Region(region_id=info.region_id, kind=KINDS[info.kind], size_bytes=info.size_bytes)
             for info in session.regions.values()
         ]
         return region_pb2.ListRegionsResponse(regions=regions)
-
-    def _arenas(self, session: Session) -> list[region_pb2.Region]:
-        """The tenant's. Who is told of a pool's handle may map it, and is to confirm when it retires."""
-        found = []
-        for arena in self._service.regions.arenas(session.peer.tenant):
-            region = _arena(arena)
-            if arena.pool:
-                try:
-                    put_memory(region.memory, self._service.regions.pool_memory(arena.region_id))
-                except (UnavailableError, UnsupportedError):
-                    continue  # not wiped yet; or the driver cannot: then it is mapped by nobody
-                session.mapped.add(arena.region_id)
-            found.append(region)
-        return found
 
     @session_call
     async def Register(
@@ -128,12 +111,16 @@ class RegionServicer:
 
 def _arena(arena: ArenaInfo) -> region_pb2.Region:
     """A segment of ours that a client may map: of the host tier, or of a device's pool."""
-    return region_pb2.Region(
+    region = region_pb2.Region(
         region_id=arena.region_id,
-        kind=region_pb2.Region.POOL if arena.pool else region_pb2.Region.ARENA,
+        kind=region_pb2.Region.ARENA,
         size_bytes=arena.size_bytes,
         page_bytes=arena.page_bytes,
         first_slot_offset=arena.first_slot_offset,
         slot_stride=arena.slot_stride,
         slots=arena.slots,
     )
+    if arena.memory is not None:
+        region.kind = region_pb2.Region.POOL
+        put_memory(region.memory, arena.memory)
+    return region

@@ -229,8 +229,6 @@ class Sessions:
         self._unwatch(session)
         log.info("session %d (%s) ended: %s", session.number, session.name, why)
         self.on_end(session.number)
-        if not dead:
-            self._service.regions.left(session.mapped | session.retired)
         self._service.end_session(session.number, dead=dead)
         session.answers.close()
 
