@@ -246,13 +246,21 @@ def test_devices_that_were_opened_are_closed_where_a_later_one_cannot_be():
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("cuda", [0]), ("cuda:3", [3]), ("cuda:0,cuda:2", [0, 2]), ("cuda:1-3", [1, 2, 3]), ("cuda,cuda:1", [0, 1])],
+    [
+        ("cuda", [0]),
+        ("cuda:3", [3]),
+        ("cuda:0,cuda:2", [0, 2]),
+        ("cuda:1-3", [1, 2, 3]),
+        ("cuda,cuda:1", [0, 1]),
+    ],
 )
 def test_names_of_devices(name, found):
     assert device_indices(name) == found
 
 
-@pytest.mark.parametrize("name", ["cuda:0,cuda:0", "cuda:0-1,cuda:1", "cuda:2-1", "cuda:0,", "cpu,cuda:0", "cuda:0,1"])
+@pytest.mark.parametrize(
+    "name", ["cuda:0,cuda:0", "cuda:0-1,cuda:1", "cuda:2-1", "cuda:0,", "cpu,cuda:0", "cuda:0,1"]
+)
 def test_names_that_are_none(name):
     with pytest.raises(InvalidArgumentError):
         device_indices(name)
