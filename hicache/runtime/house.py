@@ -178,7 +178,7 @@ class House:
 async def open_house(options: ServiceOptions, clock: Clock, regions: RegionRegistry) -> House:
     """Open the stores (on a thread: a lock, a file to map) and wire everything. Raises as ``open_stores`` does."""
     wake = Wake(asyncio.get_running_loop())
-    stores = await asyncio.to_thread(open_stores, options, wake.ring, lambda: int(clock.wall_s() * 1000))
+    stores = await asyncio.to_thread(open_stores, options, wake.ring, lambda: int(clock.wall_s() * 1000), clock.now_ns)
     house = House(options, clock, stores, wake, regions)
     wake.call = house.poll
     try:
