@@ -14,7 +14,7 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from hicache.device import kernels
 from hicache.device.chores import Calibrate, Chore, Wipe
@@ -91,6 +91,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
         super().__init__(spec, notify)
         self.name = driver.name
         self._driver = driver
+        self.options = options
         self._share = options.share
         if options.share:  # what else lies in a granule is shared along with it
             self._memory_bytes = -(-spec.segment_bytes // SHARED_GRAIN_BYTES) * SHARED_GRAIN_BYTES
@@ -98,7 +99,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
         self._memory: list[int] = []
         self._calibrates = options.copy_engine == "auto"
         self._sizes: set[int] = set()  # of pages, of which lanes were told
-        self._patience = Patience(now_ns, options.timeout_ms * 1_000_000)
+        self.patience = self._patience = Patience(now_ns, options.timeout_ms * 1_000_000)
         self._fate = Fate()
         self._released = False
         driver.bind()
@@ -122,6 +123,11 @@ class CudaDevice(SegmentTable[DeviceSegment]):
             for name, lane in (("put", self._writes), ("get", self._reads))
             if threaded
         ]
+
+    @property
+    def driver(self) -> Driver:
+        """The device, for those who copy from its slots."""
+        return self._driver
 
     @property
     def stats(self) -> DeviceStats:
@@ -172,11 +178,20 @@ class CudaDevice(SegmentTable[DeviceSegment]):
     def close_segment(self, segment: int, *, reusable: bool = True) -> None:
         """See DeviceStore. The memory is kept for the next segment, where that may be."""
         found = self._take_out(segment)
-        if reusable:
-            self._spare.append(Spare(found.address, found.domain, sound=not found.problem))
-            return
-        self._memory.remove(found.address)
-        self.pins.later(functools.partial(self._driver.release, found.address))
+        if not reusable:
+            self._memory.remove(found.address)
+
+        def unused() -> None:
+            if reusable:
+                self._spare.append(Spare(found.address, found.domain, sound=not found.problem))
+            else:
+                self.pins.later(functools.partial(self._driver.release, found.address))
+
+        with self._lock:  # a transfer may be reading it still
+            lent = found.loans > 0
+            found.unused = unused
+        if not lent:
+            unused()
 
     def shared(self, segment: int) -> SharedMemory:
         """See DeviceStore."""
@@ -298,10 +313,23 @@ class CudaDevices(ManyDevices[CudaDevice]):
         self.pins.close(leave=any(device.silent for device in self.devices))
 
 
+class Stepped(Protocol):
+    """What a pump runs."""
+
+    steps: int  # how often it was asked
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is waiting or in flight."""
+
+    def step(self) -> bool:
+        """Do what can be done now. True if anything happened."""
+
+
 class Pump:
     """The thread that runs a lane's steps."""
 
-    def __init__(self, name: str, lane: Lane, bind: Callable[[], None]) -> None:
+    def __init__(self, name: str, lane: Stepped, bind: Callable[[], None]) -> None:
         self._lane = lane
         self._bind = bind
         self._work = threading.Event()

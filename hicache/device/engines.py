@@ -40,6 +40,7 @@ class Stage:
     scratch: int
     event: int
     size_bytes: int
+    begun: int = 0  # an event, for those who measure
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ the runtime refuses stays on the bounce path, and one warning says what to chang
 from __future__ import annotations
 
 import bisect
+import collections
 import logging
 import queue
 import threading
@@ -27,8 +28,12 @@ ADVICE = (
 )
 
 
+#: Registered pieces that somebody copies from or to, which are not unregistered before they are let go.
+Hold = tuple[int, ...]
+
+
 class Pins:
-    """Registered host memory. ``add`` and ``remove`` from the owner, ``cover`` from any thread."""
+    """Registered host memory. ``add``, ``remove`` and ``hold`` from the owner, the rest from any thread."""
 
     def __init__(self, driver: Driver, *, threaded: bool = True, piece_bytes: int = PIECE_BYTES) -> None:
         self._driver = driver
@@ -37,6 +42,9 @@ class Pins:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._warned = False
         self._closed = self._left = False
+        self._lock = threading.Lock()  # the two below
+        self._held: collections.Counter[int] = collections.Counter()
+        self._waiting: list[Callable[[], None]] = []  # until something is let go
         self._thread: threading.Thread | None = None
         if threaded:
             self._thread = threading.Thread(target=self._run, name="hicache-pin", daemon=True)
@@ -70,15 +78,35 @@ class Pins:
 
     def cover(self, pages: Sequence[npt.NDArray[np.uint8]]) -> bool:
         """Whether every page lies in one registered piece."""
+        return self._find(pages) is not None
+
+    def hold(self, pages: Sequence[npt.NDArray[np.uint8]]) -> Hold | None:
+        """Have the pages' memory stay registered until ``let_go``, whatever ``remove`` says. None: it is not."""
+        found = self._find(pages)
+        if found is not None:
+            with self._lock:
+                self._held.update(found)
+        return found
+
+    def let_go(self, hold: Hold) -> None:
+        """Undo one ``hold``. From any thread."""
+        with self._lock:
+            self._held.subtract(hold)
+            waiting, self._waiting = self._waiting, []
+        for task in waiting:
+            self._work.put(task)
+
+    def _find(self, pages: Sequence[npt.NDArray[np.uint8]]) -> Hold | None:
+        """The pieces that the pages lie in, by where they start; None where one does not lie in one piece."""
         pieces = self._pieces
-        if not pieces:
-            return False
+        found = set()
         for page in pages:
             start = page.ctypes.data
             at = bisect.bisect_right(pieces, (start, 1 << 63)) - 1
             if at < 0 or start + page.nbytes > pieces[at][1]:
-                return False
-        return True
+                return None
+            found.add(pieces[at][0])
+        return tuple(found) if pieces else None
 
     def work(self) -> None:
         """Do what is queued, on this thread; for owners without one."""
@@ -88,7 +116,7 @@ class Pins:
                 task()
 
     def close(self, *, leave: bool = False) -> None:
-        """Unregister everything. No copies are in flight.
+        """Unregister everything. No copies are in flight, nothing is held.
 
         ``leave``: a device may still copy: nothing is given back, and ``remove`` does not say that it may be.
         """
@@ -127,7 +155,12 @@ class Pins:
         # what ``add`` had queued may have been registered since ``remove`` looked
         late = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
         self._pieces = tuple(piece for piece in self._pieces if piece not in late)
-        for start, _ in {*gone, *late}:
+        gone = [*{*gone, *late}]
+        with self._lock:
+            if any(self._held[start] for start, _ in gone):
+                self._waiting.append(lambda: self._unregister(address, size_bytes, gone, then))
+                return
+        for start, _ in gone:
             try:
                 self._driver.unregister(start)
             except DriverError as error:

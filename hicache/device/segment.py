@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,8 @@ class Columns:
         self.page_bytes = page_bytes
         self.slots = slots
         self.batches_in_flight = 0
+        self.loans = 0  # transfers that read its slots
+        self.unused: Callable[[], None] | None = None  # of a closed segment, once the last of them has ended
         self.held = np.zeros(slots, np.bool_)
         self.checksums = np.zeros(slots, np.uint64)
         self.writes = np.zeros(slots, np.uint32)  # moves on whenever the slot stops being what it was
@@ -73,6 +76,11 @@ class Segment(Columns):
         )
         rows = np.frombuffer(memory, np.uint8, size_bytes).reshape(slots, slot_stride(page_bytes))
         self.pool = torch.from_numpy(rows)
+
+    @property
+    def address(self) -> int:
+        """Where the first slot lies."""
+        return int(self.pool.data_ptr())
 
 
 class DeviceSegment(Columns):

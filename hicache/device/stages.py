@@ -17,13 +17,22 @@ LEAST_ROW_BYTES, ROWS_MAX = 512, 4096
 
 
 class Stages:
-    """``take`` one, ``give`` it back when its event is ready. Used by the lane's thread only."""
+    """``take`` one, ``give`` it back when its event is ready. Used by the lane's thread only.
 
-    def __init__(self, driver: Driver, stage_bytes: int) -> None:
+    ``words``: of a table, where it needs more than four a row.
+    """
+
+    def __init__(self, driver: Driver, stage_bytes: int, *, words: int = 0) -> None:
         self._driver = driver
         self._stage_bytes = stage_bytes
+        self._words = words
         self._free: collections.deque[Stage] = collections.deque()
         self._all: list[Stage] = []
+
+    @property
+    def stage_bytes(self) -> int:
+        """What a stage has room for, if no row was larger."""
+        return self._all[0].size_bytes if self._all else self._stage_bytes
 
     def take(self, row_bytes: int, *, idle: bool) -> Stage | None:
         """One with room for a row; None where none is free yet. ``idle``: all were given back.
@@ -62,7 +71,7 @@ class Stages:
     def _make(self, size_bytes: int) -> Stage:
         rows = max(1, min(size_bytes // LEAST_ROW_BYTES, ROWS_MAX))
         driver = self._driver
-        table = driver.allocate_host(rows * 4 * 8)
+        table = driver.allocate_host(8 * max(rows * 4, self._words))
         stage = Stage(
             host=driver.allocate_host(size_bytes),
             device=driver.allocate(size_bytes),
@@ -70,6 +79,7 @@ class Stages:
             device_table=driver.allocate(table.nbytes),
             scratch=driver.allocate(size_bytes // 16 + 64 * rows),
             event=driver.event(),
+            begun=driver.event(),
             size_bytes=size_bytes,
         )
         self._all.append(stage)

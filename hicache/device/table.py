@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from hicache.device.kv import SharedMemory
+from hicache.device.loans import Loan
 from hicache.device.plan import Extent, locate, plan
 from hicache.device.result import Result
 from hicache.device.segment import Columns, Layout, Sums
@@ -73,7 +74,16 @@ class SegmentTable(ABC, Generic[S]):
             raise InvalidArgumentError(
                 f"segment {segment}: {moving} batches move its pages", hint="close it after their completions"
             )
+        with self._lock:
+            found.empty(np.arange(found.slots))  # loans learn of it
         return self._segments.pop(segment)
+
+    def lend(self, slots: Sequence[int]) -> Loan:
+        """Slots that a transfer reads where they lie. Raises InvalidArgumentError for slots of no open segment."""
+        self._check_open()
+        with self._lock:
+            extents = locate(slots, self._segments)
+        return Loan(extents, len(slots), self._lock)
 
     def layout(self, segment: int) -> Layout:
         """See DeviceStore."""

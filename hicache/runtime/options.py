@@ -22,8 +22,9 @@ class ServiceOptions:
     """What a sidecar keeps pages in, and how.
 
     A tier is left out by leaving its size 0; one must be there. ``device``: "", "cpu", or CUDA devices
-    ("cuda:<n>", "cuda:0,cuda:1", "cuda:0-3": evenly), which copy by ``copy_engine`` ("auto": the fastest as measured) and
-    are given up after ``device_timeout_ms`` without an answer, 0: never. ``share_device``: clients may map its pool. Segment sizes of 0 are
+    ("cuda:<n>", "cuda:0,cuda:1", "cuda:0-3": evenly), which copy by ``copy_engine`` ("auto": the fastest as
+    measured) and are given up after ``device_timeout_ms`` without an answer, 0: never. ``share_device``: clients
+    may map its pool. Segment sizes of 0 are
     derived from the tier's capacity (``segment_bytes_for``). ``workers``: threads that copy clients' pages in.
     ``bounce_bytes``: buffers for copies between tiers of which neither can be addressed. ``copy_chunk_bytes``: how
     much of a copy one worker does at a time. ``disk_sync``: fsync each commit, for power cuts. ``disk_codec``: how
