@@ -94,7 +94,7 @@ def _open_device(
         copy_engine=options.copy_engine, share=options.share_device, timeout_ms=options.device_timeout_ms
     )
     store = open_device(options.device, spec, notify, settings, now_ns=now_ns)
-    return TierPort(index, spec, store, mappable=store if options.share_device else None)
+    return TierPort(index, spec, store, shared=store if options.share_device else None)
 
 
 def _pin(ports: Sequence[TierPort]) -> None:
