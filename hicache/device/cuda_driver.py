@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from hicache.device.cuda_memory import CudaMemory
+from hicache.device.cuda_memory import CudaMemory, Libraries
 from hicache.device.driver import DriverError, Strips, UnitMove
 
 
@@ -32,10 +32,13 @@ class CudaDriver(CudaMemory):
     """Device ``index``. Raises UnsupportedError where this machine has no such device.
 
     ``launches``: who launches kernels; None: Triton, where it and a torch that sees the device are installed.
+    ``libraries``: None: those that are found.
     """
 
-    def __init__(self, index: int, launches: Launches | None = None) -> None:
-        super().__init__(index)
+    def __init__(
+        self, index: int, launches: Launches | None = None, libraries: Libraries | None = None
+    ) -> None:
+        super().__init__(index, libraries)
         self.name = f"cuda:{index} ({self._api.name(index)})"
         self.has_batch = self._cudart.has_batch
         self._launches = launches or _triton(index)

@@ -185,6 +185,10 @@ BACKENDS: dict[str, Callable[[int], Backend]] = {
     "device-fake-plain": lambda page_bytes: importlib.import_module("device_backend").make(
         page_bytes, "fake-plain"
     ),
+    "device-cudart": lambda page_bytes: importlib.import_module("device_backend").make(page_bytes, "cudart"),
+    "device-cudart-plain": lambda page_bytes: importlib.import_module("device_backend").make(
+        page_bytes, "cudart-plain"
+    ),
     "device-cuda": lambda page_bytes: importlib.import_module("device_backend").make(page_bytes, "cuda"),
 }
 
