@@ -5,6 +5,7 @@ Nothing here has run on a GPU. On the CPU it runs on a CUDA runtime in ordinary 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -133,12 +134,13 @@ class CudaDriver(CudaMemory):
         return self._launches
 
     def close(self) -> None:
-        """See Driver."""
-        self._cudart.use(self._index)
-        for event in self._events:
-            self._cudart.destroy_event(event)
-        for stream in self._streams:
-            self._cudart.destroy_stream(stream)
+        """See Driver. A device that was lost has taken them with it."""
+        with contextlib.suppress(DriverError):
+            self._cudart.use(self._index)
+            for event in self._events:
+                self._cudart.destroy_event(event)
+            for stream in self._streams:
+                self._cudart.destroy_stream(stream)
         self._events.clear()
         self._streams.clear()
 

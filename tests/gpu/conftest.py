@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # fake_cuda
 
 torch = pytest.importorskip("torch", reason="the device room needs torch")
 

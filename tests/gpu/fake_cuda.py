@@ -125,6 +125,10 @@ class FakeCuda:
     def drain(self) -> None:
         self.core.fake_drain()
 
+    def sweep(self) -> None:
+        """Give back what a lost device has left, as the end of the process would."""
+        self.core.fake_sweep()
+
     def reset(self) -> None:
         self.core.fake_reset()
 

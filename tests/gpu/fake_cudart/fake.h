@@ -63,6 +63,7 @@ int fake_stream_destroy(struct stream *stream);
 int fake_stream_wait(struct stream *stream);
 int fake_stream_query(struct stream *stream);
 void fake_drain(void);
+void fake_stream_sweep(void);
 bool fake_in_use(uintptr_t start, size_t size);
 int fake_copy(struct stream *stream, const struct piece *pieces, size_t count, bool any_order);
 int fake_fill(struct stream *stream, uintptr_t address, int value, size_t size);

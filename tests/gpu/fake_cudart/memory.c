@@ -98,6 +98,24 @@ void fake_reset(void)
     pthread_mutex_unlock(&lock);
 }
 
+/* Everything that is there goes, as at a process's end. */
+void fake_sweep(void)
+{
+    struct region gone;
+    fake_drain();
+    fake_stream_sweep();
+    pthread_mutex_lock(&lock);
+    while (regions) {
+        struct region *first = regions;
+        regions = first->next;
+        gone = *first;
+        free(first);
+        if (gone.kind == DEVICE || gone.kind == HOST || gone.kind == OPENED) munmap((void *)gone.start, gone.size);
+        if (gone.fd >= 0) close(gone.fd);
+    }
+    pthread_mutex_unlock(&lock);
+}
+
 int fake_calls(const char *call)
 {
     for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)

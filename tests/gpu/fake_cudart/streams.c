@@ -243,6 +243,15 @@ void fake_drain(void)
     pthread_mutex_unlock(&lock);
 }
 
+void fake_stream_sweep(void) /* events that nobody names any more are the process's to lose */
+{
+    pthread_mutex_lock(&lock);
+    for (struct stream *s = streams; s; s = s->next) s->ending |= s != plain;
+    stream_count = event_count = 0;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+}
+
 bool fake_in_use(uintptr_t start_, size_t size)
 {
     bool used = false;
