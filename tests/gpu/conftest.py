@@ -33,5 +33,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
         pytest.skip("triton is not installed: pip install triton, its interpreter needs no GPU")
     if HAS_CUDA:
         return torch.device("cuda")
+    # Triton 3.6's interpreter, with a numpy of these days
+    request.node.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"))
     monkeypatch.setattr(kernels, "FUSED", True)
     return torch.device("cpu")
