@@ -22,6 +22,11 @@ if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets Triton 3.6's interpreter run with a numpy of these days (before 2.4; later ones it cannot take)."""
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array:DeprecationWarning")
+
+
 @pytest.fixture(params=["twin", "triton"])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where the tensors of a kernel test lie; the door then takes the twin or Triton."""
@@ -33,7 +38,5 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
         pytest.skip("triton is not installed: pip install triton, its interpreter needs no GPU")
     if HAS_CUDA:
         return torch.device("cuda")
-    # Triton 3.6's interpreter, with a numpy of these days
-    request.node.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"))
     monkeypatch.setattr(kernels, "FUSED", True)
     return torch.device("cpu")
