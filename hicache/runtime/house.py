@@ -213,7 +213,9 @@ async def open_house(
 ) -> House:
     """Open the stores (on a thread: a lock, a file to map) and wire everything. Raises as ``open_stores`` does."""
     wake = Wake(asyncio.get_running_loop())
-    stores = await asyncio.to_thread(open_stores, options, wake.ring, lambda: int(clock.wall_s() * 1000))
+    stores = await asyncio.to_thread(
+        open_stores, options, wake.ring, lambda: int(clock.wall_s() * 1000), clock.now_ns
+    )
     device = next((port.store for port in stores.ports if port.spec.kind is TierKind.DEVICE), None)
     try:
         transfers = await asyncio.to_thread(open_transfers, device, wake.ring, now_ns=clock.now_ns)

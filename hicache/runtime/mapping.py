@@ -32,16 +32,6 @@ class Layout(Protocol):
         """From slot to slot, in bytes."""
 
 
-class SharedPool(Protocol):
-    """A device store's side, where its pool may be mapped by other processes: slots without counters."""
-
-    def layout(self, segment: int) -> Layout:
-        """Of an open segment; ``first_slot_offset`` is where its slots begin in the memory."""
-
-    def memory(self, segment: int) -> SharedMemory:
-        """How the segment is mapped. A descriptor is the store's own."""
-
-
 class Mappable(Protocol):
     """The store's side of shared memory."""
 
@@ -56,3 +46,19 @@ class Mappable(Protocol):
 
     def generations(self, slots: Sequence[int]) -> list[int]:
         """As clients see them in the segment's header."""
+
+
+class SharedPool(Mappable, Protocol):
+    """A device store's side, where its pool may be mapped by other processes: slots without counters.
+
+    ``generations``: the store's own counts, which stand in no mapping.
+    """
+
+    def shared(self, segment: int) -> SharedMemory:
+        """How the segment is mapped. A descriptor is the store's own.
+
+        Raises UnavailableError while bytes of an earlier segment may lie in it, UnsupportedError where it cannot be.
+        """
+
+    def close_segment(self, segment: int, *, reusable: bool) -> None:
+        """Give its memory back; not ``reusable``: a process may have it mapped as long as it lives."""

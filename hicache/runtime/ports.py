@@ -324,12 +324,18 @@ class TierPort:
             for segment in {slot // SLOTS_PER_SEGMENT for slot in slots} & self._unopened.keys():
                 self.open_segment(segment, *self._unopened[segment])
 
-    def close_segment(self, segment: int, then: Callable[[], None]) -> None:
-        """Close a segment once nobody moves its pages, then call ``then``."""
+    def close_segment(self, segment: int, then: Callable[[], None], *, reusable: bool = True) -> None:
+        """Close a segment once nobody moves its pages, then call ``then``.
+
+        ``reusable``: no process can have its memory mapped any more.
+        """
 
         def close() -> None:
             if self._unopened.pop(segment, None) is None and not self._closed:
-                self._slotted.close_segment(segment)
+                if self.shared is not None:
+                    self.shared.close_segment(segment, reusable=reusable)
+                else:
+                    self._slotted.close_segment(segment)
             then()
 
         self.busy.when_idle(segment, close)
