@@ -123,7 +123,7 @@ def answered_late(core: Core, lease: LeaseState, sent_ns: int) -> bool:
 def _regions(core: Core, link: Link, grant: Grant) -> Steps[dict[int, ArenaRegion]]:
     """The mapped regions of a grant's extents; none where its pages are to be streamed."""
     wanted = {extent.region_id for extent in grant.extents}
-    if not link.mapped or not wanted:
+    if not link.finds_regions or not wanted:
         return {}
     try:
         if core.unmapped(wanted):

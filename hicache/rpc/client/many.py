@@ -252,7 +252,7 @@ def _map_all(core: Core, link: Link, message: cache_pb2.FetchManyResponse) -> St
     for outcome in message.outcomes:
         wanted.update(outcome.fetch.extents.region_id)
     unknown = core.unmapped(wanted)
-    if link.mapped and unknown:
+    if link.finds_regions and unknown:
         with contextlib.suppress(HicacheError):
             yield from flows.map_regions(core, link, unknown)
 
