@@ -86,7 +86,6 @@ class Arena:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._regions: dict[int, ArenaRegion] = {}
-        self.elsewhere: set[int] = set()  # regions that this host's memory does not hold: pools on a GPU
         self._incarnation = 0
         self.unmapped: deque[int] = deque()  # retired regions whose memory has gone: to be confirmed
 
@@ -98,8 +97,8 @@ class Arena:
         return self._regions.get(region_id)
 
     def unknown(self, region_ids: Iterable[int]) -> set[int]:
-        """Those that are not mapped yet, and may be."""
-        return {region_id for region_id in region_ids if region_id not in self._regions} - self.elsewhere
+        """Those that are not mapped yet."""
+        return {region_id for region_id in region_ids if region_id not in self._regions}
 
     def add(self, info: RegionInfo, fd: int, incarnation: int = 0) -> ArenaRegion:
         """Map a region; the descriptor stays the caller's. A region that is mapped already wins.
@@ -134,7 +133,6 @@ class Arena:
         with self._lock:
             self._incarnation = incarnation
             self._regions.clear()
-            self.elsewhere.clear()
             self.unmapped.clear()
 
     def clear(self) -> None:
