@@ -1,9 +1,11 @@
-"""What a store offers whose segments clients can map (the host tier's does)."""
+"""What a store offers whose segments clients can map: the host tier's, and a device's where its pool is shared."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
+
+from hicache.device.kv import SharedMemory
 
 
 class Layout(Protocol):
@@ -44,3 +46,19 @@ class Mappable(Protocol):
 
     def generations(self, slots: Sequence[int]) -> list[int]:
         """As clients see them in the segment's header."""
+
+
+class SharedPool(Mappable, Protocol):
+    """A device store's side, where its pool may be mapped by other processes: slots without counters.
+
+    ``generations``: the store's own counts, which stand in no mapping.
+    """
+
+    def shared(self, segment: int) -> SharedMemory:
+        """How the segment is mapped. A descriptor is the store's own.
+
+        Raises UnavailableError while bytes of an earlier segment may lie in it, UnsupportedError where it cannot be.
+        """
+
+    def close_segment(self, segment: int, *, reusable: bool) -> None:
+        """Give its memory back; not ``reusable``: a process may have it mapped as long as it lives."""
