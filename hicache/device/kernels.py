@@ -157,6 +157,26 @@ def quantised_bytes(numbers: int, codec: str) -> int:
     return int(_load("quant").row_bytes(numbers, codec))
 
 
+def check_quantised(dtype: torch.dtype, codec: str, unit_numbers: int) -> None:
+    """ValueError for numbers that no such codec quantises."""
+    _load("quant").check(dtype, codec, unit_numbers)
+
+
+def encode_rows(numbers: Tensor, codec: str, rows: Tensor, refused: Tensor) -> None:
+    """Pages of numbers to quantised rows, by the twin; refused as ``quantise_units``."""
+    _load("quant").encode(numbers, codec, rows, refused)
+
+
+def decode_rows(rows: Tensor, codec: str, numbers: Tensor) -> None:
+    """The inverse, by the twin."""
+    _load("quant").decode(rows, codec, numbers)
+
+
+def word_dtype(width: int) -> torch.dtype:
+    """The integers of so many bytes, as which elements are moved."""
+    return cast("torch.dtype", _load("paged").WORDS[width])
+
+
 def hash_rows(rows: Tensor, row_bytes: int, out: Tensor) -> None:
     """``out[i]`` = xxh3-64 of the first ``row_bytes`` of row i. By Triton on a GPU, by the twin elsewhere."""
     twin = _load("xxh3")

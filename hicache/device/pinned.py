@@ -12,11 +12,12 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hicache.device.driver import Driver, DriverError
+from hicache.device.driver import DriverError
 
 _log = logging.getLogger(__name__)
 
@@ -27,11 +28,33 @@ ADVICE = (
 )
 
 
+class Registrar(Protocol):
+    """Who registers: a Driver, or a part of one."""
+
+    def bind(self) -> None:
+        """See Driver."""
+
+    def register(self, address: int, size_bytes: int) -> None:
+        """See Driver."""
+
+    def unregister(self, address: int) -> None:
+        """See Driver."""
+
+
 class Pins:
     """Registered host memory. ``add`` and ``remove`` from the owner, ``cover`` from any thread."""
 
-    def __init__(self, driver: Driver, *, threaded: bool = True, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(
+        self,
+        driver: Registrar,
+        *,
+        threaded: bool = True,
+        piece_bytes: int = PIECE_BYTES,
+        advice: str = ADVICE,
+    ) -> None:
         self._driver = driver
+        self._advice = advice
+        self._lock = threading.Lock()  # _pieces change in the thread and in the owner's
         self._piece_bytes = piece_bytes
         self._pieces: tuple[tuple[int, int], ...] = ()  # (start, end), sorted; replaced whole
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -59,8 +82,7 @@ class Pins:
         if self._closed:
             then()
             return
-        gone = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
-        self._pieces = tuple(piece for piece in self._pieces if piece not in gone)
+        gone = self._take(address, size_bytes)
         self._work.put(lambda: self._unregister(address, size_bytes, gone, then))
 
     def cover(self, pages: Sequence[npt.NDArray[np.uint8]]) -> bool:
@@ -105,17 +127,26 @@ class Pins:
                 self._driver.register(start, end - start)
             except DriverError as error:
                 if not self._warned:
-                    _log.warning("host memory was not registered with the device (%s): %s", error, ADVICE)
+                    _log.warning(
+                        "host memory was not registered with the device (%s): %s", error, self._advice
+                    )
                 self._warned = True
                 return
-            self._pieces = tuple(sorted((*self._pieces, (start, end))))
+            with self._lock:
+                self._pieces = tuple(sorted((*self._pieces, (start, end))))
+
+    def _take(self, address: int, size_bytes: int) -> list[tuple[int, int]]:
+        """Forget the pieces there; answers them."""
+        with self._lock:
+            gone = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
+            self._pieces = tuple(piece for piece in self._pieces if piece not in gone)
+        return gone
 
     def _unregister(
         self, address: int, size_bytes: int, gone: Sequence[tuple[int, int]], then: Callable[[], None]
     ) -> None:
         # what ``add`` had queued may have been registered since ``remove`` looked
-        late = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
-        self._pieces = tuple(piece for piece in self._pieces if piece not in late)
+        late = self._take(address, size_bytes)
         for start, _ in {*gone, *late}:
             try:
                 self._driver.unregister(start)
