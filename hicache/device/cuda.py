@@ -12,21 +12,20 @@ import contextlib
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Sequence
-
-import numpy as np
+from collections.abc import Callable
 
 from hicache.device import kernels
 from hicache.device.driver import Driver, DriverError
 from hicache.device.engines import Choice, available
 from hicache.device.lane import Job, Lane
 from hicache.device.pinned import Pins
-from hicache.device.plan import locate, plan
+from hicache.device.plan import Extent
 from hicache.device.result import Result
 from hicache.device.segment import DeviceSegment
-from hicache.device.store import DeviceOptions, check_room
-from hicache.errors import ConfigError, ExhaustedError, InvalidArgumentError, UnavailableError
-from hicache.types import Batch, Completion, Notify, Op, TierSpec
+from hicache.device.store import DeviceOptions
+from hicache.device.table import SegmentTable
+from hicache.errors import ConfigError, ExhaustedError
+from hicache.types import Batch, Notify, Op, TierSpec
 
 PROMOTION_PRIORITY, DEMOTION_PRIORITY = -1, 0
 #: How often a lane asks for its events, and how long it sleeps with nothing in flight unless it is woken.
@@ -46,8 +45,8 @@ class DeviceStats:
     problem: str  # why the device was given up; empty while it serves
 
 
-class CudaDevice:
-    """The DeviceStore of ``cuda:<n>``. One thread owns it: all calls come from there.
+class CudaDevice(SegmentTable[DeviceSegment]):
+    """The DeviceStore of ``cuda:<n>``.
 
     ``threaded=False``: no threads; ``step`` does their work (tests).
     """
@@ -61,15 +60,10 @@ class CudaDevice:
                 f"copy engine {options.copy_engine!r}: {driver.name} has {', '.join(engines)}",
                 hint="choose one of these, or auto",
             )
-        self._spec = spec
-        self._notify = notify
+        super().__init__(spec, notify)
         self._driver = driver
-        self._lock = threading.Lock()  # the segments' columns and counts
-        self._segments: dict[int, DeviceSegment] = {}
         self._spare: list[int] = []  # memory of closed segments: giving it back would wait for the device
         self._memory: list[int] = []
-        self._done: collections.deque[Completion] = collections.deque()
-        self._closed = False
         driver.bind()
         self.pins = Pins(driver, threaded=threaded)
         make = functools.partial(
@@ -107,8 +101,7 @@ class CudaDevice:
 
     def open_segment(self, segment: int, domain: str, page_bytes: int, slots: int) -> None:
         """See DeviceStore."""
-        self._check_open()
-        check_room(self._spec, segment, page_bytes, slots, self._segments)
+        self._check_room(segment, page_bytes, slots)
         try:
             address = self._spare.pop() if self._spare else self._allocate()
         except DriverError as error:
@@ -118,24 +111,7 @@ class CudaDevice:
 
     def close_segment(self, segment: int) -> None:
         """See DeviceStore. The memory is kept for the next segment."""
-        found = self._segments.get(segment)
-        if found is None:
-            raise InvalidArgumentError(f"segment {segment} is not open")
-        with self._lock:
-            moving = found.batches_in_flight
-        if moving:
-            raise InvalidArgumentError(
-                f"segment {segment}: {moving} batches move its pages", hint="close it after their completions"
-            )
-        del self._segments[segment]
-        self._spare.append(found.address)
-
-    def free(self, slots: Sequence[int]) -> None:
-        """See DeviceStore."""
-        with self._lock:
-            for extent in locate(slots, self._segments):
-                extent.segment.empty(extent.indices)
-                extent.segment.frees[extent.indices] += np.uint32(1)
+        self._spare.append(self._take_out(segment).address)
 
     def _allocate(self) -> int:
         address = self._driver.allocate(self._spec.segment_bytes)
@@ -143,31 +119,6 @@ class CudaDevice:
         return address
 
     # --- the port
-
-    def submit(self, batch: Batch) -> None:
-        """Queue a batch. Raises InvalidArgumentError where it does not fit, UnavailableError once closed."""
-        self._check_open()
-        if batch.op is Op.FLUSH:
-            self._flush(batch)
-            return
-        with self._lock:
-            extents = plan(batch, self._segments)
-            for extent in extents:
-                extent.segment.batches_in_flight += 1
-        result = Result(batch)
-
-        def finish() -> None:
-            with self._lock:
-                for extent in extents:
-                    extent.segment.batches_in_flight -= 1
-            self._complete(result.completion())
-
-        job = Job(batch.op, extents, result, finish, collections.deque(extents))
-        self._give(self._reads if batch.op is Op.GET else self._writes, job)
-
-    def poll(self) -> list[Completion]:
-        """Completions since the last call, in order within a lane; never blocks."""
-        return [self._done.popleft() for _ in range(len(self._done))]
 
     def step(self) -> bool:
         """Without threads: do what can be done now. True if anything happened."""
@@ -192,32 +143,19 @@ class CudaDevice:
                 self._driver.release(address)
         self._driver.close()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UnavailableError(f"tier {self._spec.name!r} is closed")
+    def _start(self, extents: list[Extent[DeviceSegment]], result: Result) -> None:
+        lane = self._reads if result.batch.op is Op.GET else self._writes
+        finish = functools.partial(self._finish, extents, result)
+        self._give(lane, Job(result.batch.op, extents, result, finish, collections.deque(extents)))
+
+    def _pass(self, batch: Batch, then: Callable[[], None]) -> None:
+        for lane in self._lanes:
+            self._give(lane, Job(Op.FLUSH, [], Result(batch), then))
 
     def _give(self, lane: Lane, job: Job) -> None:
         lane.submit(job)
         if self._pumps:
             self._pumps[self._lanes.index(lane)].wake()
-
-    def _flush(self, batch: Batch) -> None:
-        waiting = len(self._lanes)
-
-        def pass_by() -> None:
-            nonlocal waiting
-            with self._lock:
-                waiting -= 1
-                last = not waiting
-            if last:
-                self._complete(Completion(batch.id, ()))
-
-        for lane in self._lanes:
-            self._give(lane, Job(Op.FLUSH, [], Result(batch), pass_by))
-
-    def _complete(self, completion: Completion) -> None:
-        self._done.append(completion)
-        self._notify()
 
 
 class Pump:

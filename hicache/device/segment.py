@@ -48,6 +48,11 @@ class Segment(Columns):
         super().__init__(domain, page_bytes, slots)
         self.pool = torch.empty((slots, slot_stride(page_bytes)), dtype=torch.uint8)
 
+    @property
+    def address(self) -> int:
+        """Where the first slot lies."""
+        return int(self.pool.data_ptr())
+
 
 class DeviceSegment(Columns):
     """A segment at an address of a device."""

@@ -1,0 +1,133 @@
+"""What every device store does alike: segments, batches in flight, FLUSH, completions. How to copy is their own."""
+
+from __future__ import annotations
+
+import collections
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from hicache.device.loans import Loan
+from hicache.device.plan import Extent, locate, plan
+from hicache.device.result import Result
+from hicache.device.segment import Columns
+from hicache.device.store import check_room
+from hicache.errors import InvalidArgumentError, UnavailableError
+from hicache.types import Batch, Completion, Notify, Op, TierSpec
+
+S = TypeVar("S", bound=Columns)
+
+
+class SegmentTable(ABC, Generic[S]):
+    """A store's segments and the batches that move their pages. One thread owns it: all calls come from there.
+
+    A store adds ``open_segment``, ``close`` and the two that start work. It calls ``_finish`` once for each batch that
+    was started, from whatever thread.
+    """
+
+    #: What a FLUSH passes through.
+    lanes = 2
+
+    def __init__(self, spec: TierSpec, notify: Notify) -> None:
+        self._spec = spec
+        self._notify = notify
+        self._lock = threading.Lock()  # the segments' columns and counts
+        self._segments: dict[int, S] = {}
+        self._done: collections.deque[Completion] = collections.deque()
+        self._closed = False
+
+    @abstractmethod
+    def _start(self, extents: list[Extent[S]], result: Result) -> None:
+        """Move a batch's pages, then ``_finish``."""
+
+    @abstractmethod
+    def _pass(self, batch: Batch, then: Callable[[], None]) -> None:
+        """Call ``then`` once a lane, when all that it was given before is done."""
+
+    # --- segments
+
+    def _check_room(self, segment: int, page_bytes: int, slots: int) -> None:
+        """What ``open_segment`` asks first."""
+        self._check_open()
+        check_room(self._spec, segment, page_bytes, slots, self._segments)
+
+    def _take_out(self, segment: int) -> S:
+        """The segment, which is open no more. Raises as ``close_segment`` does."""
+        found = self._segments.get(segment)
+        if found is None:
+            raise InvalidArgumentError(f"segment {segment} is not open")
+        with self._lock:
+            moving = found.batches_in_flight
+        if moving:
+            raise InvalidArgumentError(
+                f"segment {segment}: {moving} batches move its pages", hint="close it after their completions"
+            )
+        with self._lock:
+            found.empty(np.arange(found.slots))  # loans learn of it
+        return self._segments.pop(segment)
+
+    def lend(self, slots: Sequence[int]) -> Loan:
+        """Slots that a transfer reads where they lie. Raises InvalidArgumentError for slots of no open segment."""
+        self._check_open()
+        with self._lock:
+            extents = locate(slots, self._segments)
+        return Loan(extents, len(slots), self._lock)
+
+    def free(self, slots: Sequence[int]) -> None:
+        """See DeviceStore."""
+        with self._lock:
+            for extent in locate(slots, self._segments):
+                extent.segment.empty(extent.indices)
+                extent.segment.frees[extent.indices] += np.uint32(1)
+
+    # --- the port
+
+    def submit(self, batch: Batch) -> None:
+        """Queue a batch. Raises InvalidArgumentError where it does not fit, UnavailableError once closed."""
+        self._check_open()
+        if batch.op is Op.FLUSH:
+            self._pass(batch, self._latch(batch))
+            return
+        with self._lock:
+            extents = plan(batch, self._segments)
+            for extent in extents:
+                extent.segment.batches_in_flight += 1
+        self._start(extents, Result(batch))
+
+    def poll(self) -> list[Completion]:
+        """Completions since the last call, in order within a lane; never blocks."""
+        return [self._done.popleft() for _ in range(len(self._done))]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UnavailableError(f"tier {self._spec.name!r} is closed")
+
+    # --- from any thread
+
+    def _finish(self, extents: list[Extent[S]], result: Result) -> None:
+        """A batch is done."""
+        with self._lock:
+            for extent in extents:
+                extent.segment.batches_in_flight -= 1
+        self._complete(result.completion())
+
+    def _latch(self, batch: Batch) -> Callable[[], None]:
+        """Completes the batch when it has been called by every lane."""
+        waiting = self.lanes
+
+        def pass_by() -> None:
+            nonlocal waiting
+            with self._lock:
+                waiting -= 1
+                last = not waiting
+            if last:
+                self._complete(Completion(batch.id, ()))
+
+        return pass_by
+
+    def _complete(self, completion: Completion) -> None:
+        self._done.append(completion)
+        self._notify()
