@@ -57,6 +57,7 @@ class FetchAsk:
     use: Use = NO_USE
     reserve: bool = False
     reserve_ttl_ms: int = 0
+    device: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -129,6 +130,9 @@ def parse_capabilities(message: session_pb2.GetCapabilitiesResponse) -> Capabili
         max_prompt_bytes=message.max_prompt_bytes or NO_LIMIT,
         max_prompt_pages=message.max_prompt_pages or NO_LIMIT,
         max_queries_per_call=message.max_queries_per_call or 1,
+        kv_memory=tuple(message.kv_memory),
+        device_uuids=tuple(message.device_uuids),
+        pool_shared=message.pool_shared,
     )
 
 
@@ -172,7 +176,7 @@ def open_namespace(session_id: bytes, spec: Namespace) -> session_pb2.OpenNamesp
 
 
 def parse_arena_regions(message: region_pb2.ListRegionsResponse) -> list[RegionInfo]:
-    """The arena regions of a listing."""
+    """The arena regions of a listing, and those of a pool that are mapped as they are: host memory."""
     return [
         RegionInfo(
             region_id=region.region_id,
@@ -181,9 +185,11 @@ def parse_arena_regions(message: region_pb2.ListRegionsResponse) -> list[RegionI
             first_slot_offset=region.first_slot_offset,
             slot_stride=region.slot_stride,
             slots=region.slots,
+            counted=region.kind == region_pb2.Region.ARENA,
         )
         for region in message.regions
         if region.kind == region_pb2.Region.ARENA
+        or (region.kind == region_pb2.Region.POOL and not region.memory.device_uuid)
     ]
 
 
@@ -231,6 +237,7 @@ def fetch(who: Who, prompt: bytes, ask: FetchAsk) -> cache_pb2.FetchRequest:
         cost_per_page=ask.use.cost,
         reserve_missing=ask.reserve,
         reserve_ttl_ms=ask.reserve_ttl_ms,
+        device=ask.device,
     )
 
 

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from hicache.device.fences import open_fences
 from hicache.errors import (
     ExhaustedError,
     HicacheError,
@@ -23,6 +24,7 @@ from hicache.errors import (
 )
 from hicache.rpc.client import calls
 from hicache.rpc.client.arena import Arena
+from hicache.rpc.client.kv import Timelines
 from hicache.rpc.client.lease import LeaseState, Terms
 from hicache.rpc.client.options import ClientOptions
 from hicache.rpc.client.region import WriteMemory
@@ -98,6 +100,8 @@ class Core:
         self.session = Session(target, signal)
         self.arena = Arena()
         self.memory = WriteMemory(options.write_limit_bytes, options.write_step_bytes)
+        self.timelines = Timelines()
+        self.fences = open_fences  # tests put theirs here
         self._leases: weakref.WeakSet[LeaseState] = weakref.WeakSet()
         self._process = os.getpid()
 
