@@ -92,6 +92,15 @@ def sidecar(idle_sidecar: Sidecar) -> Sidecar:
     return idle_sidecar.start()
 
 
+@pytest.fixture(scope="module")
+def shared_sidecar() -> Iterator[Sidecar]:
+    """One for all tests of a module, which keep to namespaces of their own and leave it running."""
+    with tempfile.TemporaryDirectory(prefix="hc") as home:
+        sidecar = Sidecar(Path(home))
+        yield sidecar.start()
+        sidecar.kill()
+
+
 #: The same, and not awaited, in both clients.
 PLAIN = {"namespace", "still_valid", "buffer", "pages", "ticket", "staging", "adopt", "adopt_memory"}
 WRAPPED = (Lease, NamespaceHandle, Reservation)
