@@ -1,124 +1,94 @@
-"""The driver on a real CUDA device: torch for streams, events and launches, ``cudart.py`` for the rest.
+"""The driver on a real CUDA device: the CUDA runtime and driver by ctypes; torch, for Triton's launches only.
 
-Not one line here has run without a GPU: everything that decides is above the seam and is tested on a fake.
+Nothing here has run on a GPU. On the CPU it runs on a CUDA runtime in ordinary memory (tests/gpu/fake_cudart).
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import numpy as np
-import torch
-
-from hicache.device import kernels
-from hicache.device.cudart import Cudart
-from hicache.device.driver import Bytes, DriverError
-from hicache.errors import UnsupportedError
-
-_cuda: Any = torch.cuda  # typed in part only
+from hicache.device.cuda_memory import CudaMemory
+from hicache.device.driver import DriverError, Strips, UnitMove
 
 
-class CudaDriver:
-    """Device ``index``. Raises UnsupportedError where this machine, or this torch, has no such device."""
+class Launches(Protocol):
+    """The kernels of ``kernels/``, queued on a stream. Arguments as in Driver. Raises DriverError."""
 
-    def __init__(self, index: int) -> None:
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise UnsupportedError(
-                f"device 'cuda:{index}': torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices",
-                hint="use device 'cpu', or install a CUDA build of torch and see what nvidia-smi says",
-            )
-        self._device = torch.device("cuda", index)
-        _cuda.init()
-        torch.empty(1, device=self._device)  # the runtime is loaded, and the device has a context
-        self.name = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
-        self._cudart = Cudart()
+    def move_rows(self, stream: int, table: int, rows: int, row_bytes: int, aligned_to: int) -> None:
+        """See Driver."""
+
+    def hash_rows(self, stream: int, table: int, rows: int, row_bytes: int, scratch: int) -> None:
+        """See Driver."""
+
+    def move_units(self, stream: int, move: UnitMove, *, pack: bool) -> None:
+        """See Driver."""
+
+
+class CudaDriver(CudaMemory):
+    """Device ``index``. Raises UnsupportedError where this machine has no such device.
+
+    ``launches``: who launches kernels; None: Triton, where it and a torch that sees the device are installed.
+    """
+
+    def __init__(self, index: int, launches: Launches | None = None) -> None:
+        super().__init__(index)
+        self.name = f"cuda:{index} ({self._api.name(index)})"
         self.has_batch = self._cudart.has_batch
-        self.has_kernels = kernels.has_triton()
-        self._cpus = _cpus_near(torch.cuda.get_device_properties(index))
-        self._constants = kernels.hash_constants().to(self._device)
-        self._streams: dict[int, Any] = {}
-        self._events: dict[int, Any] = {}
-        self._hosts: dict[int, Bytes] = {}
+        self._launches = launches or _triton(index)
+        self.has_kernels = self._launches is not None
+        self._cpus = _cpus_near(lambda: self._cudart.pci_address(index))
+        self._streams: list[int] = []
+        self._events: list[int] = []
         self._owner = threading.get_ident()
 
     def bind(self) -> None:
         """See Driver. The thread that opened the device is not moved: it is the application's."""
-        torch.cuda.set_device(self._device)
+        self._cudart.use(self._index)
         if self._cpus and threading.get_ident() != self._owner:
             try:
                 os.sched_setaffinity(0, self._cpus)
             except OSError:  # not allowed those: it runs anywhere then
                 return
 
-    # --- memory
-
-    def allocate(self, size_bytes: int) -> int:
-        """See Driver."""
-        with torch.cuda.device(self._device):
-            return self._cudart.malloc(size_bytes)
-
-    def release(self, address: int) -> None:
-        """See Driver."""
-        self._cudart.free(address)
-
-    def allocate_host(self, size_bytes: int) -> Bytes:
-        """See Driver."""
-        with torch.cuda.device(self._device):
-            address = self._cudart.host_alloc(size_bytes)
-        memory = np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
-        self._hosts[address] = memory
-        return memory
-
-    def release_host(self, memory: Bytes) -> None:
-        """See Driver."""
-        address = memory.ctypes.data
-        del self._hosts[address]
-        self._cudart.free_host(address)
-
-    def register(self, address: int, size_bytes: int) -> None:
-        """See Driver."""
-        self._cudart.host_register(address, size_bytes)
-
-    def unregister(self, address: int) -> None:
-        """See Driver."""
-        self._cudart.host_unregister(address)
-
     # --- streams and events
 
     def stream(self, priority: int) -> int:
         """See Driver."""
-        made = _cuda.Stream(self._device, priority=priority)
-        self._streams[made.cuda_stream] = made
-        return int(made.cuda_stream)
+        self._cudart.use(self._index)
+        made = self._cudart.stream(priority)
+        self._streams.append(made)
+        return made
 
     def event(self) -> int:
         """See Driver."""
-        handle = len(self._events) + 1
-        self._events[handle] = _cuda.Event(enable_timing=True)
-        return handle
+        self._cudart.use(self._index)
+        made = self._cudart.event()
+        self._events.append(made)
+        return made
 
     def record(self, event: int, stream: int) -> None:
         """See Driver."""
-        try:
-            self._events[event].record(self._streams[stream])
-        except RuntimeError as error:
-            raise DriverError("record", str(error), fatal=True) from error
+        self._cudart.record(event, stream)
 
     def ready(self, event: int) -> bool:
         """See Driver."""
-        try:
-            return bool(self._events[event].query())
-        except RuntimeError as error:
-            raise DriverError("ready", str(error), fatal=True) from error
+        return self._cudart.query(event)
 
     def elapsed_ns(self, first: int, second: int) -> int:
         """See Driver."""
-        return int(self._events[first].elapsed_time(self._events[second]) * 1e6)
+        return int(self._cudart.elapsed_ms(first, second) * 1e6)
+
+    def wait_value(self, stream: int, address: int, value: int) -> None:
+        """The stream goes on when the u64 in registered memory (``mapped``) is ``value`` or more."""
+        self._api.wait_value(stream, address, value)
+
+    def write_value(self, stream: int, address: int, value: int) -> None:
+        """The stream writes a u64 to registered memory (``mapped``)."""
+        self._api.write_value(stream, address, value)
 
     # --- copies and kernels
 
@@ -131,38 +101,57 @@ class CudaDriver:
         self, stream: int, targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int]
     ) -> None:
         """See Driver."""
-        self._cudart.copy_batch(targets, sources, sizes, stream)
+        if targets:
+            self._cudart.copy_batch(targets, sources, sizes, stream)
+
+    def copy_strips(self, stream: int, strips: Strips) -> None:
+        """See Driver."""
+        self._cudart.copy_strips(strips, stream)
+
+    def fill(self, stream: int, address: int, value: int, size_bytes: int) -> None:
+        """See Driver."""
+        self._cudart.fill(address, value, size_bytes, stream)
 
     def move_rows(self, stream: int, table: int, rows: int, row_bytes: int, aligned_to: int) -> None:
         """See Driver."""
-        with torch.cuda.stream(self._streams[stream]):
-            try:
-                kernels.move_rows_at(table, table + 8 * rows, rows, row_bytes, aligned_to)
-            except RuntimeError as error:
-                raise DriverError("move_rows", str(error)) from error
+        self._kernels("move_rows").move_rows(stream, table, rows, row_bytes, aligned_to)
 
     def hash_rows(self, stream: int, table: int, rows: int, row_bytes: int, scratch: int) -> None:
         """See Driver."""
-        constants = self._constants.data_ptr()
-        with torch.cuda.stream(self._streams[stream]):
-            try:
-                kernels.hash_rows_at(constants, table, rows, row_bytes, scratch=scratch, out=table + 8 * rows)
-            except RuntimeError as error:
-                raise DriverError("hash_rows", str(error)) from error
+        self._kernels("hash_rows").hash_rows(stream, table, rows, row_bytes, scratch)
+
+    def move_units(self, stream: int, move: UnitMove, *, pack: bool) -> None:
+        """See Driver."""
+        self._kernels("move_units").move_units(stream, move, pack=pack)
+
+    def _kernels(self, call: str) -> Launches:
+        if self._launches is None:
+            raise DriverError(call, "no kernels: they need triton and a torch that sees the device")
+        return self._launches
 
     def close(self) -> None:
         """See Driver."""
+        self._cudart.use(self._index)
+        for event in self._events:
+            self._cudart.destroy_event(event)
+        for stream in self._streams:
+            self._cudart.destroy_stream(stream)
         self._events.clear()
         self._streams.clear()
 
 
-def _cpus_near(properties: object) -> set[int]:
+def _triton(index: int) -> Launches | None:
+    from hicache.device.launches import TritonLaunches
+
+    return TritonLaunches(index) if TritonLaunches.can_run(index) else None
+
+
+def _cpus_near(pci_address: Callable[[], str]) -> set[int]:
     """The processors of the device's NUMA node; empty where that cannot be read."""
     try:
-        place = [int(getattr(properties, f"pci_{part}_id")) for part in ("domain", "bus", "device")]
-        folder = Path("/sys/bus/pci/devices/{:04x}:{:02x}:{:02x}.0".format(*place))
-        return cpu_list((folder / "local_cpulist").read_text()) & os.sched_getaffinity(0)
-    except (AttributeError, OSError, ValueError):
+        near = cpu_list((Path("/sys/bus/pci/devices") / pci_address() / "local_cpulist").read_text())
+        return near & os.sched_getaffinity(0)
+    except (DriverError, OSError, ValueError):
         return set()
 
 

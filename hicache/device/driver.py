@@ -66,16 +66,10 @@ class Strips:
     count: int
 
 
-class Driver(Protocol):
-    """One device. Calls are safe from several threads, each of which calls ``bind`` first."""
+class Memory(Protocol):
+    """A device's memory, the host's that it reaches, and other processes'."""
 
-    name: str  # of the device, for people
-    has_kernels: bool  # move_rows and hash_rows work
-    has_batch: bool  # copy_batch works
     uuid: bytes  # 16 bytes
-
-    def bind(self) -> None:
-        """Make the device the calling thread's, and run the thread near it where that can be told."""
 
     def allocate(self, size_bytes: int) -> int:
         """Device memory; its address, a multiple of 256."""
@@ -94,6 +88,40 @@ class Driver(Protocol):
 
     def unregister(self, address: int) -> None:
         """Undo ``register``."""
+
+    # --- memory of other processes
+
+    def share(self, address: int) -> bytes:
+        """The IPC handle (64 bytes) of ``allocate``'s memory. Raises DriverError where it has none."""
+
+    def open_shared(self, handle: bytes) -> int:
+        """Map another process's allocation; its address. Raises DriverError, also for a handle of this process."""
+
+    def close_shared(self, address: int) -> None:
+        """Unmap it. May wait for the device: not for the owner thread's path."""
+
+    def open_exported(self, fd: int, size_bytes: int) -> int:
+        """Map memory that another process exported by descriptor, which stays open (cuMemImportFromShareableHandle)."""
+
+    def close_exported(self, address: int) -> None:
+        """Unmap it."""
+
+    def extent(self, address: int) -> tuple[int, int]:
+        """Where the allocation that holds an address begins, and its size; of ``allocate`` or another process's.
+
+        Whoever opens memory by a handle compares: the size that came with the handle is only what somebody said.
+        """
+
+
+class Driver(Memory, Protocol):
+    """One device. Calls are safe from several threads, each of which calls ``bind`` first."""
+
+    name: str  # of the device, for people
+    has_kernels: bool  # move_rows and hash_rows work
+    has_batch: bool  # copy_batch works
+
+    def bind(self) -> None:
+        """Make the device the calling thread's, and run the thread near it where that can be told."""
 
     def stream(self, priority: int) -> int:
         """A new stream that waits for no other; lower numbers go first. Its handle."""
@@ -135,23 +163,6 @@ class Driver(Protocol):
 
     def fill(self, stream: int, address: int, value: int, size_bytes: int) -> None:
         """Queue cudaMemsetAsync of device memory."""
-
-    # --- memory of other processes
-
-    def share(self, address: int) -> bytes:
-        """The IPC handle (64 bytes) of ``allocate``'s memory. Raises DriverError where it has none."""
-
-    def open_shared(self, handle: bytes) -> int:
-        """Map another process's allocation; its address. Raises DriverError, also for a handle of this process."""
-
-    def close_shared(self, address: int) -> None:
-        """Unmap it. May wait for the device: not for the owner thread's path."""
-
-    def open_exported(self, fd: int, size_bytes: int) -> int:
-        """Map memory that another process exported by descriptor, which stays open (cuMemImportFromShareableHandle)."""
-
-    def close_exported(self, address: int) -> None:
-        """Unmap it."""
 
     def close(self) -> None:
         """Destroy streams and events. All memory was given back before."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from hicache.device.driver import UnitMove
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = (_PACKAGE / "_kernels", _PACKAGE.parent / "kernels")
 #: Triton even where tensors are not on a GPU: for its interpreter (TRITON_INTERPRET=1).
@@ -208,6 +210,23 @@ def can_hash(row_bytes: int) -> bool:
 def move_rows_at(targets: int, sources: int, rows: int, row_bytes: int, aligned_to: int) -> None:
     """Copy rows; targets and sources: addresses of int64 tables on the device."""
     _load("paged_triton").move_rows(targets, sources, rows, row_bytes, aligned_to=aligned_to)
+
+
+def move_units_at(move: UnitMove, *, pack: bool) -> None:
+    """Between planes and rows; see UnitMove."""
+    geometry = _load("paged").Geometry(
+        pages=move.pages,
+        units=move.units,
+        unit_tokens=move.unit_tokens,
+        block=move.block_tokens,
+        heads=move.heads,
+        dim=move.head_size,
+        width=move.element_bytes,
+        strides=move.strides,
+        first_byte=0,
+    )
+    tables = (move.planes, move.places, move.rows, move.plane_count)
+    _load("paged_triton").move_units(geometry, tables, aligned_to=move.aligned_to, pack=pack)
 
 
 def hash_rows_at(constants: int, table: int, rows: int, row_bytes: int, *, scratch: int, out: int) -> None:
