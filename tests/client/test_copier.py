@@ -298,8 +298,9 @@ def test_present_pages_are_skipped_and_room_is_bounded(shared_sidecar: Any) -> N
             with cache.reserve(PROMPT) as room:
                 with tight.store(room, at) as store:
                     assert (store.first_page, store.pages, store.left_pages) == (2, 3, 1)
-                    other = pytest.raises(ExhaustedError, tight.store, room, at)
-                    assert other.value.hint
+                    with pytest.raises(ExhaustedError) as full:
+                        tight.store(room, at)
+                    assert full.value.hint
                     assert store.commit(last=False).stored_pages == 3
                 with tight.store(room, at[5:], first_page=5) as store:
                     assert (store.first_page, store.pages) == (5, 1)
@@ -466,9 +467,9 @@ def test_what_does_not_go_together_is_refused(shared_sidecar: Any) -> None:
                     engine.load(lease, **bad)
             with pytest.raises(InvalidArgumentError, match="namespace_fields"):
                 engine.load(foreign, at)
-        with cache.reserve(np.arange(500, 500 + TOKENS, dtype=np.int32)) as room:
-            with pytest.raises(InvalidArgumentError, match="cannot be stored"):
-                engine.store(room, places=[[-1]])
+        other = np.arange(500, 500 + TOKENS, dtype=np.int32)
+        with cache.reserve(other) as room, pytest.raises(InvalidArgumentError, match="cannot be stored"):
+            engine.store(room, places=[[-1]])
 
 
 def test_the_asyncio_client_has_it_too(shared_sidecar: Any) -> None:

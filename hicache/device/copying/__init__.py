@@ -69,7 +69,7 @@ def open_copies(kv: EngineKv, options: CopyOptions) -> Copies:
         return HostCopies(kv, threads=options.threads)
     if kv.device.type == "cuda":
         from hicache.device.copying.cuda import CudaCopies
-        from hicache.device.copying.cuda_seam import CudaCopyDriver
+        from hicache.device.copying.cuda_driver import CudaCopyDriver
 
         driver = CudaCopyDriver(kv.device.index or 0)
         return CudaCopies(kv, driver, stage_bytes=options.stage_bytes, way=options.way)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import queue
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,8 +22,8 @@ from hicache.device import kernels
 from hicache.device.copying.jobs import Handle, LoadJob, StoreJob, hash_spans
 from hicache.device.copying.kv import EngineKv
 from hicache.device.copying.mapped import Memory, Span, parts
+from hicache.device.copying.workers import Workers
 from hicache.device.kv import Places
-from hicache.errors import UnavailableError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -258,36 +256,3 @@ def _along(job: LoadJob | StoreJob, first: int, count: int) -> list[tuple[Span, 
         (span, job.places[span.first : span.first + len(span.rows)])
         for span in parts(job.spans, first, count)
     ]
-
-
-class Workers:
-    """Daemon threads that do what they are given, in order of arrival."""
-
-    def __init__(self, name: str, threads: int) -> None:
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"hicache-{name}-{number}", daemon=True)
-            for number in range(threads)
-        ]
-        self._closed = False
-        for thread in self._threads:
-            thread.start()
-
-    def put(self, work: Callable[[], None]) -> None:
-        """Queue some work, which must not raise. Raises UnavailableError once closed."""
-        if self._closed:
-            raise UnavailableError("the copier is closed")
-        self._work.put(work)
-
-    def close(self) -> None:
-        """Do what was queued, end the threads. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            for _ in self._threads:
-                self._work.put(None)
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            work()

@@ -175,13 +175,13 @@ class StoreHandle(Handle):
     def __init__(self, layers: range, pages: int, *, layered: bool) -> None:
         super().__init__(layers, pages)
         self._marks: dict[int, Any] = {}
-        self._layered = layered
+        self.layered = layered
         self.checksums: U64 = np.zeros(pages, np.uint64)
         self.refused = np.zeros(pages, np.bool_)
 
     def announce(self, layer: int, mark: Any = None) -> None:
         """The engine has computed a layer (on a GPU: has launched all that computes it, which ``mark`` stands for)."""
-        if not self._layered or layer not in self.layers:
+        if not self.layered or layer not in self.layers:
             raise InvalidArgumentError(f"layer {layer}: store with layered=True, and announce its layers")
         with self._change:
             self._marks.setdefault(layer, mark)
@@ -191,7 +191,7 @@ class StoreHandle(Handle):
 
     def await_layer(self, layer: int) -> Any:
         """Until a layer may be read; what to come behind. Raises UnavailableError where it was cancelled."""
-        if not self._layered:
+        if not self.layered:
             return None
         with self._change:
             self._change.wait_for(lambda: self._cancelled or layer in self._marks)
