@@ -93,7 +93,7 @@ class PagedKv:
             (min(sizes) > 0, "sizes must be positive"),
             (0 < planes <= MAX_PLANES and planes == len(self.plane_offset), f"1 to {MAX_PLANES} planes"),
             (
-                planes % self.planes_per_layer == 0,
+                planes % max(self.planes_per_layer, 1) == 0,
                 f"{planes} planes are not layers of {self.planes_per_layer}",
             ),
             (self.element_bytes in {1, 2, 4, 8}, "elements have 1, 2, 4 or 8 bytes"),

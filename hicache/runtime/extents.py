@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,12 +30,15 @@ def lease_slots(result: FetchResult) -> list[int]:
     return [slot for piece in result.pieces for slot in piece.slots]
 
 
-def extents(regions: RegionRegistry, port: TierPort, result: FetchResult) -> ExtentColumns:
-    """The granted pages of a lease; empty where the lease's tier cannot be mapped.
+def extents(regions: RegionRegistry, ports: Sequence[TierPort], result: FetchResult) -> ExtentColumns:
+    """The granted pages of a lease; empty where the tier that it is in cannot be mapped.
 
     Slots that follow each other within one segment are one extent.
     """
-    if port.mappable is None or not result.granted_pages:
+    if not result.granted_pages:
+        return ExtentColumns()
+    port = ports[result.tier]
+    if port.mappable is None:
         return ExtentColumns()
     slots = lease_slots(result)
     assert len(slots) == result.granted_pages, "a lease's pieces are not its granted pages"

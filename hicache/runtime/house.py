@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
+from hicache.device.opening import open_transfers
+from hicache.device.transfers import Transfers
 from hicache.engine import Engine, events
 from hicache.engine.actions import Action, Announce, SurveyDone
-from hicache.errors import ConfigError
+from hicache.errors import ConfigError, HicacheError
 from hicache.runtime.clock import Clock
 from hicache.runtime.copier import Copier
+from hicache.runtime.desk import TransferDesk
+from hicache.runtime.door import Door
 from hicache.runtime.heat import HeatTeller
+from hicache.runtime.kv_regions import KvRegions
+from hicache.runtime.loading import LoadCalls
 from hicache.runtime.loop import EngineLoop
 from hicache.runtime.namespaces import NamespaceBook
 from hicache.runtime.options import ServiceOptions
+from hicache.runtime.packing import PackCalls
 from hicache.runtime.perform import Performer
 from hicache.runtime.ports import TierPort
 from hicache.runtime.recorder import Recorder
@@ -24,16 +33,31 @@ from hicache.runtime.stores import Stores, open_stores
 from hicache.runtime.watch import Watch
 from hicache.runtime.watchers import Watchers
 from hicache.runtime.workers import Wake, Workers, resolve
-from hicache.types import Completion, Namespace, Op
+from hicache.types import Completion, Namespace, Notify, Op, PageStore, TierKind
 
 _log = logging.getLogger(__name__)
+
+
+class OpenTransfers(Protocol):
+    """``device.opening.open_transfers``."""
+
+    def __call__(self, store: PageStore | None, notify: Notify, *, now_ns: Callable[[], int]) -> Transfers:
+        """See there."""
 
 
 class House:
     """Use ``open_house``. The loop's thread owns it."""
 
     def __init__(
-        self, options: ServiceOptions, clock: Clock, stores: Stores, wake: Wake, regions: RegionRegistry
+        self,
+        options: ServiceOptions,
+        clock: Clock,
+        stores: Stores,
+        wake: Wake,
+        regions: RegionRegistry,
+        *,
+        transfers: Transfers,
+        door: Door,
     ) -> None:
         self.stores = stores
         self.ports = stores.ports
@@ -43,6 +67,8 @@ class House:
         self.namespaces = NamespaceBook(stores.specs)
         self._wake = wake
         self._workers = Workers(options.workers, wake.ring)
+        self.desk = TransferDesk(transfers, self._workers, wake.ring)
+        self.kv_regions = KvRegions(self.desk, regions.next_id, door.require)
         self.copier = Copier(
             self.ports,
             self._workers,
@@ -52,6 +78,8 @@ class House:
             lanes=2 * options.workers,
             now_ns=clock.now_ns,
         )
+        self.packs = PackCalls(self.desk, self.kv_regions, self.ports[0], clock)
+        self.loads: LoadCalls | None = None  # made with the calls that it needs
         self.performer = Performer(self.ports, self.copier, regions, self.loop.handle)
         self.watchers = Watchers(
             self.loop.handle, lambda number: self.namespaces.find(number)[0].tenant, clock
@@ -68,17 +96,12 @@ class House:
         self._recovering: asyncio.Task[None] | None = None
         self.recorder: Recorder | None = None
 
-    @property
-    def lease_port(self) -> TierPort:
-        """The tier that leases are in: the first that clients can read, else the first."""
-        return next((port for port in self.ports if port.spec.client_readable), self.ports[0])
-
     def _perform(self, action: Action) -> None:
         self.performer.perform(action)
 
     def poll(self) -> int:
-        """Hand out what workers and stores have finished; returns how many results there were."""
-        return self._workers.poll() + sum(port.poll() for port in self.ports)
+        """Hand out what workers, stores and transfers have finished; returns how many results there were."""
+        return self._workers.poll() + sum(port.poll() for port in self.ports) + self.desk.poll()
 
     # --- namespaces
 
@@ -162,8 +185,11 @@ class House:
         if self.recorder is not None:
             await asyncio.to_thread(self.recorder.close)
         self._wake.close()
+        self.kv_regions.cut("the service stopped")
         await asyncio.to_thread(self._workers.close)
         self.poll()  # a chunk that was read in may still go to its store; those that wait for a worker fail
+        await asyncio.to_thread(self.desk.finish)  # transfers use the stores' memory
+        self.desk.close()
         for port in reversed(
             self.ports
         ):  # what a lower tier has read goes to slots above it, which must be there
@@ -172,14 +198,30 @@ class House:
         while self.poll():
             pass  # each chunk that fails lets the next one in, to fail as well
         assert not self.copier.in_flight, "a copy was lost"
+        assert not self.desk.in_flight, "a transfer was lost"
+        self.kv_regions.close()
         self.regions.close()
 
 
-async def open_house(options: ServiceOptions, clock: Clock, regions: RegionRegistry) -> House:
+async def open_house(
+    options: ServiceOptions,
+    clock: Clock,
+    regions: RegionRegistry,
+    *,
+    door: Door,
+    open_transfers: OpenTransfers = open_transfers,
+) -> House:
     """Open the stores (on a thread: a lock, a file to map) and wire everything. Raises as ``open_stores`` does."""
     wake = Wake(asyncio.get_running_loop())
     stores = await asyncio.to_thread(open_stores, options, wake.ring, lambda: int(clock.wall_s() * 1000))
-    house = House(options, clock, stores, wake, regions)
+    device = next((port.store for port in stores.ports if port.spec.kind is TierKind.DEVICE), None)
+    try:
+        transfers = await asyncio.to_thread(open_transfers, device, wake.ring, now_ns=clock.now_ns)
+    except HicacheError:
+        for port in stores.ports:
+            port.store.close()
+        raise
+    house = House(options, clock, stores, wake, regions, transfers=transfers, door=door)
     wake.call = house.poll
     try:
         house.start_recording(options, clock)

@@ -1,9 +1,11 @@
-"""What a store offers whose segments clients can map (the host tier's does)."""
+"""What a store offers whose segments clients can map: the host tier's, and a device's where its pool is shared."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
+
+from hicache.device.kv import SharedMemory
 
 
 class Layout(Protocol):
@@ -28,6 +30,16 @@ class Layout(Protocol):
     @property
     def stride(self) -> int:
         """From slot to slot, in bytes."""
+
+
+class SharedPool(Protocol):
+    """A device store's side, where its pool may be mapped by other processes: slots without counters."""
+
+    def layout(self, segment: int) -> Layout:
+        """Of an open segment; ``first_slot_offset`` is where its slots begin in the memory."""
+
+    def memory(self, segment: int) -> SharedMemory:
+        """How the segment is mapped. A descriptor is the store's own."""
 
 
 class Mappable(Protocol):

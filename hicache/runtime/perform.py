@@ -79,6 +79,8 @@ class Performer:
     def _opened(self, port: TierPort, segment: int, domain: str) -> None:
         if port.mappable is not None:
             self._regions.arena_opened(port.index, segment, domain, port.mappable)
+        elif port.shared is not None:
+            self._regions.pool_opened(port.index, segment, domain, port.shared)
 
     def _close_segment(self, action: CloseSegment) -> None:
         # Only when no session maps it is its memory given back: until then it counts against the tier's capacity.

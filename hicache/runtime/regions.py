@@ -9,20 +9,31 @@ session that was handed its descriptor has said that it no longer maps it, or ha
 from __future__ import annotations
 
 import dataclasses
+import enum
 import itertools
 import os
 from collections.abc import Callable
 
+from hicache.device.kv import SharedMemory
 from hicache.errors import InvalidArgumentError, NotFoundError
-from hicache.runtime.mapping import Layout, Mappable
+from hicache.runtime.mapping import Layout, Mappable, SharedPool
+
+
+class RegionKind(enum.Enum):
+    """What a session's own region is."""
+
+    CLIENT = "client"  # memory that Commit copies pages from
+    KV = "kv"  # an engine's paged KV
+    TIMELINE = "timeline"  # counters, made here
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RegionInfo:
-    """A client's region."""
+    """A session's own region."""
 
     region_id: int
     size_bytes: int
+    kind: RegionKind = RegionKind.CLIENT
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,6 +47,7 @@ class ArenaInfo:
     first_slot_offset: int
     slot_stride: int
     slots: int
+    memory: SharedMemory | None = None  # of a device's pool: how it is mapped; its slots have no counters
 
 
 class ClientRegion:
@@ -78,8 +90,12 @@ class RegionRegistry:
         self._ids = itertools.count(1)
         self._clients: dict[int, ClientRegion] = {}
         self._arenas: dict[tuple[int, int], ArenaInfo] = {}  # (tier, segment)
-        self._fds: dict[int, tuple[ArenaInfo, Mappable, int]] = {}  # region -> (info, store, segment)
+        self._fds: dict[int, tuple[ArenaInfo, Callable[[], int]]] = {}  # region -> (info, its descriptor)
         self._retiring: dict[int, _Retiring] = {}
+
+    def next_id(self) -> int:
+        """For a region that somebody else keeps: numbers are unique among all kinds."""
+        return next(self._ids)
 
     # --- clients' own
 
@@ -127,8 +143,12 @@ class RegionRegistry:
         found = self._fds.get(region)
         if found is None or found[0].tenant != tenant:
             raise NotFoundError(f"arena region {region} is gone or never was", hint="list the regions again")
-        _, store, segment = found
-        return store.fd(segment)
+        fd = found[1]()
+        if fd < 0:
+            raise NotFoundError(
+                f"region {region} has no descriptor", hint="it is mapped by its CUDA IPC handle"
+            )
+        return fd
 
     def arena_at(self, tier: int, segment: int) -> ArenaInfo:
         """The region that an open segment of a mappable tier is."""
@@ -136,8 +156,16 @@ class RegionRegistry:
 
     def arena_opened(self, tier: int, segment: int, tenant: str, store: Mappable) -> None:
         """A segment was opened."""
-        layout: Layout = store.layout(segment)
-        arena = ArenaInfo(
+        self._opened(tier, segment, self._arena(tenant, store.layout(segment)), lambda: store.fd(segment))
+
+    def pool_opened(self, tier: int, segment: int, tenant: str, store: SharedPool) -> None:
+        """A segment of a device's pool was opened, which other processes may map."""
+        memory = store.memory(segment)
+        arena = dataclasses.replace(self._arena(tenant, store.layout(segment)), memory=memory)
+        self._opened(tier, segment, arena, lambda: memory.fd)
+
+    def _arena(self, tenant: str, layout: Layout) -> ArenaInfo:
+        return ArenaInfo(
             next(self._ids),
             tenant,
             layout.size_bytes,
@@ -146,9 +174,11 @@ class RegionRegistry:
             layout.stride,
             layout.slots,
         )
+
+    def _opened(self, tier: int, segment: int, arena: ArenaInfo, fd: Callable[[], int]) -> None:
         assert (tier, segment) not in self._arenas, "a segment was opened twice"
         self._arenas[tier, segment] = arena
-        self._fds[arena.region_id] = (arena, store, segment)
+        self._fds[arena.region_id] = (arena, fd)
 
     def arena_retired(self, tier: int, segment: int, then: Callable[[], None]) -> None:
         """A segment is being closed; ``then`` is called when no session maps it any more, perhaps at once."""

@@ -62,6 +62,9 @@ class SessionServicer:
             max_prompt_bytes=options.max_prompt_bytes,
             max_prompt_pages=options.max_prompt_pages,
             max_queries_per_call=options.max_queries_per_call,
+            kv_memory=self._service.kv_memory if local else (),
+            device_uuids=self._service.device_uuids if local else (),
+            pool_shared=local and self._service.pool_shared,
         )
 
     # --- the life line
