@@ -55,7 +55,7 @@ class Pins:
         self._driver = driver
         self._advice = advice
         self._lock = threading.Lock()  # _pieces change in the thread and in the owner's
-        self._piece_bytes = piece_bytes
+        self.piece_bytes = piece_bytes
         self._pieces: tuple[tuple[int, int], ...] = ()  # (start, end), sorted; replaced whole
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._warned = False
@@ -121,8 +121,8 @@ class Pins:
             task()
 
     def _register(self, address: int, size_bytes: int) -> None:
-        for start in range(address, address + size_bytes, self._piece_bytes):
-            end = min(start + self._piece_bytes, address + size_bytes)
+        for start in range(address, address + size_bytes, self.piece_bytes):
+            end = min(start + self.piece_bytes, address + size_bytes)
             try:
                 self._driver.register(start, end - start)
             except DriverError as error:

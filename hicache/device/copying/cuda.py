@@ -26,6 +26,7 @@ from hicache.device import kernels
 from hicache.device.copying import mapped
 from hicache.device.copying.cuda_lane import Addresses, Lane, Spot, scratch_bytes
 from hicache.device.copying.cuda_seam import READ_ONLY_ADVICE, CopyDriver, ReadOnly
+from hicache.device.copying.cuda_slabs import Transfer, slabs
 from hicache.device.copying.jobs import Handle, LoadJob, StoreJob, hash_spans
 from hicache.device.copying.kv import EngineKv
 from hicache.device.copying.mapped import Mapped, Memory, Using
@@ -213,13 +214,12 @@ class _Loads(_Jobs):
         """Layer by layer. Answers what is to be done with the clock, once drained."""
         way = self.ways.way(job.pages)
         lane.start_clock()
-        for first, addresses in _slabs(lane, job, using):
-            part = spot.part(first, len(addresses))
-            transfer = Transfer(lane, way, part, addresses, job.layers)
+        for slab in slabs(lane, job, using):
+            transfer = Transfer(lane, way, spot, slab, job.layers)
             for layer in job.layers:
                 job.handle.go_on()
                 transfer.layer(layer, pack=False)
-                if first + len(addresses) == job.pages:
+                if slab.end == job.pages:
                     job.handle.pass_layer(layer, lane.driver.fence(lane.stream))
         lane.stop_clock()
         return functools.partial(self._time, lane, job.pages, way, len(job.layers), timed=using.ready)
@@ -228,16 +228,16 @@ class _Loads(_Jobs):
         """Whole pages through the stage. Answers their checksums, to be read once drained."""
         found = []
         size = lane.kv.page_bytes
-        for first, addresses in _slabs(lane, job, using, lane.stage_bytes // size):
+        for slab in slabs(lane, job, using, lane.stage_bytes // size):
             job.handle.go_on()
-            stage = lane.stage_rows(len(addresses), size)
-            lane.strips(stage, addresses, size)
+            stage = lane.stage_rows(len(slab.at), size)
+            lane.strips(stage, slab.at, size, slab.pieces)
             if job.verify and kernels.can_hash(size):
                 found.append(lane.hash(stage))
             rows = lane.rows(stage)
             for layer in job.layers:
-                lane.code(layer, spot.part(first, len(addresses)), rows, None)
-                if first + len(addresses) == job.pages:
+                lane.code(layer, slab.part(spot), rows, None)
+                if slab.end == job.pages:
                     job.handle.pass_layer(layer, lane.driver.fence(lane.stream))
         return found
 
@@ -272,8 +272,8 @@ class _Stores(_Jobs):
         """Layer by layer, each when it may be read. Answers what is to be done with the clock, once drained."""
         handle, way = job.handle, self.ways.way(job.pages)
         lane.start_clock()
-        for first, addresses in _slabs(lane, job, using):
-            transfer = Transfer(lane, way, spot.part(first, len(addresses)), addresses, handle.layers)
+        for slab in slabs(lane, job, using):
+            transfer = Transfer(lane, way, spot, slab, handle.layers)
             for layer in handle.layers:
                 handle.go_on()
                 lane.follow(handle.await_layer(layer))
@@ -289,51 +289,20 @@ class _Stores(_Jobs):
         found: list[Addresses] = []
         refused: list[npt.NDArray[np.int32]] = []
         size, handle = lane.kv.page_bytes, job.handle
-        for first, addresses in _slabs(lane, job, using, lane.stage_bytes // size):
-            count = len(addresses)
+        for slab in slabs(lane, job, using, lane.stage_bytes // size):
+            count = len(slab.at)
             stage = lane.stage_rows(count, size)
             rows, words = lane.rows(stage), -(-count // 2)
             said = lane.put(np.zeros(words, np.int64))
             for layer in handle.layers:
                 handle.go_on()
                 lane.follow(handle.await_layer(layer))
-                lane.code(layer, spot.part(first, count), rows, said)
+                lane.code(layer, slab.part(spot), rows, said)
             if job.verify and kernels.can_hash(size):
                 found.append(lane.hash(stage))
-            lane.strips(addresses, stage, size)
+            lane.strips(slab.at, stage, size, slab.pieces)
             refused.append(lane.fetch(said, words).view(np.int32)[:count])
         return found, refused
-
-
-class Transfer:
-    """Some pages' layers between planes and host memory that the device reaches, one way or another."""
-
-    def __init__(self, lane: Lane, way: str, spot: Spot, addresses: Addresses, layers: range) -> None:
-        self._lane, self._way, self._spot, self._addresses = lane, way, spot, addresses
-        self._first = layers.start
-        self._layer_bytes = lane.kv.plane_bytes * lane.kv.planes_per_layer
-        if way == "kernel":  # all layers' tables with one copy
-            steps = np.arange(layers.start, layers.stop, dtype=np.int64)[:, None] * self._layer_bytes
-            self._rows = lane.rows(addresses + steps)
-        else:
-            most = max(1, min(len(addresses), lane.stage_bytes // self._layer_bytes))
-            self._stage = lane.stage_rows(most, self._layer_bytes)
-            self._rows = lane.rows(self._stage)
-
-    def layer(self, layer: int, *, pack: bool) -> None:
-        """Queue one layer."""
-        lane, one, count = self._lane, range(layer, layer + 1), len(self._addresses)
-        if self._way == "kernel":
-            lane.move(one, self._spot, self._rows.part((layer - self._first) * count), pack=pack)
-            return
-        for begin in range(0, count, len(self._stage)):
-            host = self._addresses[begin : begin + len(self._stage)] + layer * self._layer_bytes
-            stage, part = self._stage[: len(host)], self._spot.part(begin, len(host))
-            if not pack:
-                lane.strips(stage, host, self._layer_bytes)
-            lane.move(one, part, self._rows, pack=pack)
-            if pack:
-                lane.strips(host, stage, self._layer_bytes)
 
 
 def _hashing(lane: Lane, pages: int) -> int:
@@ -351,34 +320,6 @@ def _hash_planes(lane: Lane, spot: Spot) -> list[Addresses]:
         lane.move(range(lane.kv.layers), spot.part(begin, len(stage)), lane.rows(stage), pack=True)
         found.append(lane.hash(stage))
     return found
-
-
-def _slabs(
-    lane: Lane, job: LoadJob | StoreJob, using: Using, most: int = 0
-) -> Iterator[tuple[int, Addresses]]:
-    """(first page, addresses that the device reaches) of some pages at a time; 0: as many as can be.
-
-    Pages in memory that it does not reach are copied through pinned memory, before or after.
-    """
-    if using.ready:
-        at = mapped.addresses(job.spans)
-        for first in range(0, job.pages, most or job.pages or 1):
-            yield first, at[first : first + (most or job.pages)]
-        return
-    most = lane.stage_bytes // lane.kv.page_bytes
-    for first in range(0, job.pages, most):
-        rows = lane.bounce(min(most, job.pages - first))
-        spans = mapped.parts(job.spans, first, len(rows))
-        if isinstance(job, LoadJob):
-            if first:
-                lane.drain()  # the rows are used again
-            for span in spans:
-                np.copyto(rows[span.first - first : span.first - first + len(span.rows)], span.rows)
-        yield first, rows.ctypes.data + np.arange(len(rows), dtype=np.int64) * rows.shape[1]
-        if isinstance(job, StoreJob):
-            lane.drain()
-            for span in spans:
-                np.copyto(span.rows, rows[span.first - first : span.first - first + len(span.rows)])
 
 
 def _spells(chosen: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

@@ -194,9 +194,9 @@ class Lane:
             aligned_to=int(np.gcd(self._aligned_to, rows.aligned_to)),
         )
 
-    def strips(self, targets: Addresses, sources: Addresses, width_bytes: int) -> None:
-        """Copy rows, those that are equally spaced with one call."""
-        for first, count, target_pitch, source_pitch in _runs(targets, sources, width_bytes):
+    def strips(self, targets: Addresses, sources: Addresses, width_bytes: int, pieces: Addresses) -> None:
+        """Copy rows, those that are equally spaced in one piece of memory with one call."""
+        for first, count, target_pitch, source_pitch in _runs(targets, sources, width_bytes, pieces):
             target, source = int(targets[first]), int(sources[first])
             self.driver.copy_strips(
                 self.stream, Strips(target, target_pitch, source, source_pitch, width_bytes, count)
@@ -259,26 +259,19 @@ def scratch_bytes(rows: int, row_bytes: int) -> int:
     return kernels.hash_scratch_bytes(rows, row_bytes)
 
 
-def _runs(targets: Addresses, sources: Addresses, width: int) -> Iterator[tuple[int, int, int, int]]:
+def _runs(
+    targets: Addresses, sources: Addresses, width: int, pieces: Addresses
+) -> Iterator[tuple[int, int, int, int]]:
     """(first row, rows, pitch of targets, pitch of sources) where both are equally spaced, wide enough apart."""
     first, count = 0, len(targets)
+    steps = np.stack([np.diff(targets), np.diff(sources), np.diff(pieces)], 1).tolist()
     while first < count:
-        end, pitches = first + 1, (width, width)
-        if end < count:
-            pitches = (int(targets[end] - targets[first]), int(sources[end] - sources[first]))
-            if min(pitches) >= width:
-                while (
-                    end < count
-                    and (
-                        targets[end] - targets[end - 1],
-                        sources[end] - sources[end - 1],
-                    )
-                    == pitches
-                ):
-                    end += 1
-            else:
-                pitches = (width, width)
-        yield first, end - first, *pitches
+        end, step = first + 1, [width, width, 0]
+        if end < count and min(steps[first][:2]) >= width and not steps[first][2]:
+            step = steps[first]
+            while end < count and steps[end - 1] == step:
+                end += 1
+        yield first, end - first, step[0], step[1]
         first = end
 
 

@@ -71,10 +71,14 @@ class _Held:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Using:
-    """Mappings with copies under way. ``ready``: the device reaches all of these pages itself."""
+    """Mappings with copies under way. ``ready``: the device reaches all of these pages itself.
+
+    ``pieces``: a number a page, the same for pages in one registered piece: no one copy reaches over two.
+    """
 
     held: Sequence[_Held]
     ready: bool
+    pieces: npt.NDArray[np.int64]
 
 
 class Mapped:
@@ -103,7 +107,8 @@ class Mapped:
                 if span.memory is not None and not span.gone():
                     found.append(self._find(span.memory, span.gone, pins))
             ready = len(found) == len(spans) and not any(held.leaving for held in found)
-        return Using(found, ready=ready and all(pins.cover(list(span.rows)) for span in spans))
+            ready = ready and all(pins.cover(list(span.rows)) for span in spans)
+            return Using(found, ready, _pieces(spans, pins) if ready else np.empty(0, np.int64))
 
     def done(self, using: Using) -> None:
         """No copy is under way there any more."""
@@ -158,6 +163,15 @@ class Mapped:
         with self._lock:
             if self._held.get(key) is held:
                 del self._held[key]
+
+
+def _pieces(spans: Sequence[Span], pins: Pins) -> npt.NDArray[np.int64]:
+    each = [
+        (addresses([span]) - _key(span.memory)) // pins.piece_bytes + (number << 32)
+        for number, span in enumerate(spans)
+        if span.memory is not None
+    ]
+    return np.concatenate(each) if each else np.empty(0, np.int64)
 
 
 #: Memory that a lost device may still touch.
