@@ -14,6 +14,8 @@ import torch
 
 from hicache.device import copies
 from hicache.device.copies import Staging
+from hicache.device.kv import MemoryKind, SharedMemory
+from hicache.device.memfd import SealedMemory
 from hicache.device.plan import Extent
 from hicache.device.result import Result
 from hicache.device.segment import Segment
@@ -32,6 +34,8 @@ class CpuDevice(SegmentTable[Segment]):
 
     def __init__(self, spec: TierSpec, notify: Notify, options: DeviceOptions) -> None:
         super().__init__(spec, notify)
+        self.name = "cpu"
+        self._share = options.share
         self._put_staging = Staging(options.staging_bytes)
         self._get_staging = Staging(options.staging_bytes)
         threads = torch.get_num_threads()
@@ -45,24 +49,41 @@ class CpuDevice(SegmentTable[Segment]):
         """See DeviceStore."""
         self._check_room(segment, page_bytes, slots)
         try:
-            opened = Segment(domain, page_bytes, slots)
-        except RuntimeError as error:
+            memory = SealedMemory(self._memory_bytes) if self._share else None
+            opened = Segment(domain, page_bytes, slots, memory)
+        except (OSError, MemoryError) as error:
             raise ExhaustedError(f"no memory for segment {segment}: {error}") from error
         self._segments[segment] = opened
 
-    def close_segment(self, segment: int) -> None:
+    def close_segment(self, segment: int, *, reusable: bool = True) -> None:
+        """See DeviceStore. The memory goes back to the system, so that it need not be fit for another segment."""
+        found = self._take_out(segment)
+        if found.shared is not None:
+            found.shared.close()
+
+    def shared(self, segment: int) -> SharedMemory:
         """See DeviceStore."""
-        self._take_out(segment)
+        self._require_sharing(on=self._share)
+        memory = self._segment(segment).shared
+        assert memory is not None, "a store that shares has a segment that it cannot share"
+        return SharedMemory(MemoryKind.MEMFD, memory.size_bytes, fd=memory.fd)
 
     # --- the port
 
-    def close(self) -> None:
-        """Finish what was submitted, end the streams, give all memory back. ``poll`` still gives the rest."""
+    def settle(self) -> None:
+        """Finish what was submitted; from now on only ``poll`` and ``close`` are called. Idempotent."""
         if self._closed:
             return
         self._closed = True
         self._writes.close()
         self._reads.close()
+
+    def close(self) -> None:
+        """Finish what was submitted, end the streams, give all memory back. ``poll`` still gives the rest."""
+        self.settle()
+        for segment in self._segments.values():
+            if segment.shared is not None:
+                segment.shared.close()
         self._segments.clear()
         self._put_staging = self._get_staging = Staging(0)
 

@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import xxhash
 
-from hicache.device.driver import Addresses
-from hicache.device.tasks import Bytes, Indices, Task, addresses
+from hicache.device.tasks import Indices, Task, memory_at
 from hicache.device.units import CHUNK_BYTES, UnitView
 from hicache.types import Outcome
 
@@ -56,23 +55,27 @@ class HostMover:
 
     def start(self, task: Task) -> None:
         """Begin a task; it ends by ``task.finish``."""
-        rows = task.loan.addresses if task.loan else addresses(task.host)
         if task.loan is not None:
             task.fail(np.flatnonzero(~task.loan.still()).tolist(), Outcome.MISS)
-        parts = [self._pack(task, rows)] if task.pack else [self._copy(task, rows), self._verify(task, rows)]
-        left, lock = len(parts), threading.Lock()
+        if task.pack:
+            self._add(task, self._pack(task), task.finish)
+            return
+        done = together(2, task.finish)
+        self._add(task, self._copy(task), done)
+        self._add(task, self._verify(task), done)
 
-        def done() -> None:
-            nonlocal left
-            with lock:
-                left -= 1
-                last = not left
-            if last:
-                task.finish()
+    def verify(self, task: Task, done: Callable[[], None]) -> None:
+        """Only compare a load's pages with their checksums."""
+        self._add(task, self._verify(task), done)
 
+    def sum(self, task: Task, done: Callable[[], None]) -> None:
+        """Only take the checksums of a pack's pages."""
+        self._add(task, self._sum(task), done)
+
+    def _add(self, task: Task, steps: Steps, done: Callable[[], None]) -> None:
         with self._changed:
-            self._works.extend(Work(task, steps, done) for steps in parts)
-            self._changed.notify_all()
+            self._works.append(Work(task, steps, done))
+            self._changed.notify()
 
     def step(self) -> bool:
         """Take a work a little further. True if anything happened."""
@@ -127,36 +130,32 @@ class HostMover:
 
     # --- the works
 
-    def _copy(self, task: Task, rows: Addresses) -> Steps:
+    def _copy(self, task: Task) -> Steps:
         """Slots to planes."""
         if self._refused(task):
             return
-        move = _Units(task, rows, task.live())
+        move = _Units(task, task.live())
         for layer in range(task.shape.layers):
             yield from move.layer(layer)
             task.arrived(layer + 1)
 
-    def _verify(self, task: Task, rows: Addresses) -> Steps:
+    def _verify(self, task: Task) -> Steps:
         """The pages' own bytes against their checksums; without any to compare, what they hash to."""
         if self._refused(task):
             return
-        expected = task.expected
+        expected, rows = task.expected, task.rows
         for page in task.live().tolist():
             found = _hash(task, int(rows[page]), page)
             task.checksums[page] = found
             if expected is not None and found != int(expected[page]):
-                if task.loan is not None:  # a page that was overwritten meanwhile is not corrupt, only gone
-                    task.fail(np.flatnonzero(~task.loan.still()).tolist(), Outcome.MISS)
-                    task.fail([page], Outcome.CORRUPT)
-                    task.loan.empty(np.array([page]))
-                task.fail([page], Outcome.CORRUPT)
+                task.rotten(np.array([page]))
             yield True
 
-    def _pack(self, task: Task, rows: Addresses) -> Steps:
+    def _pack(self, task: Task) -> Steps:
         """Planes to host pages, each layer when the engine says so."""
         if self._refused(task):
             return
-        move = _Units(task, rows, np.arange(task.shape.pages, dtype=np.int64))
+        move = _Units(task, np.arange(task.shape.pages, dtype=np.int64))
         for layer in range(task.shape.layers):
             while not task.ready_layer(task.shape.first + layer):
                 why = self._why_ending() or task.late(self._now_ns())
@@ -165,7 +164,12 @@ class HostMover:
                     return
                 yield False
             yield from move.layer(layer)
-        for page in range(task.shape.pages):
+        yield from self._sum(task)
+
+    def _sum(self, task: Task) -> Steps:
+        """The checksums of pages that have landed."""
+        rows = task.rows
+        for page in task.live().tolist():
             task.checksums[page] = _hash(task, int(rows[page]), page)
             yield True
 
@@ -182,8 +186,8 @@ class HostMover:
 class _Units:
     """The units of a task: where they lie in any plane and in its page."""
 
-    def __init__(self, task: Task, rows: Addresses, pages: Indices) -> None:
-        kv, shape = task.kv.kv, task.shape
+    def __init__(self, task: Task, pages: Indices) -> None:
+        kv, shape, rows = task.kv.kv, task.shape, task.rows
         self._task = task
         self._view = UnitView.of(kv, shape.unit_tokens)
         places = task.transfer.places[pages]
@@ -214,8 +218,16 @@ def _hash(task: Task, address: int, page: int) -> int:
     return int(xxhash.xxh3_64_intdigest(memory_at(address, task.transfer.page_bytes).data))
 
 
-def memory_at(address: int, size_bytes: int) -> Bytes:
-    """Memory that somebody else keeps."""
-    import ctypes
+def together(parts: int, then: Callable[[], None]) -> Callable[[], None]:
+    """To be called by each of so many parts when it has ended; calls ``then`` with the last."""
+    lock = threading.Lock()
 
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
+    def done() -> None:
+        nonlocal parts
+        with lock:
+            parts -= 1
+            last = not parts
+        if last:
+            then()
+
+    return done

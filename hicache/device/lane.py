@@ -14,8 +14,8 @@ A stage is used again only when its event is ready; if the runtime will not even
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable
 
@@ -24,13 +24,18 @@ import numpy.typing as npt
 import xxhash
 
 from hicache.device import engines
+from hicache.device.chores import Chore
 from hicache.device.driver import Driver, DriverError
-from hicache.device.engines import Chooser, Rows, Stage
+from hicache.device.engines import MANY_ROWS, Chooser, Rows, Stage
+from hicache.device.patience import Patience, Unanswered
 from hicache.device.pinned import Pins
 from hicache.device.plan import Extent
 from hicache.device.result import Result
 from hicache.device.segment import DeviceSegment, Sums
+from hicache.device.stages import Stages
 from hicache.types import Op, Outcome, slot_stride
+
+_log = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.uint8]
 Done = Callable[[], None]
@@ -38,7 +43,7 @@ Done = Callable[[], None]
 
 @dataclasses.dataclass(slots=True)
 class Job:
-    """A batch on its way. ``finish`` is called in its turn, when all its pages are settled."""
+    """A batch on its way, or a chore. ``finish`` is called in its turn, when all its pages are settled."""
 
     op: Op
     extents: list[Extent[DeviceSegment]]
@@ -46,6 +51,7 @@ class Job:
     finish: Done
     left: collections.deque[Extent[DeviceSegment]] = dataclasses.field(default_factory=collections.deque)
     flying: int = 0
+    chore: Chore | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -63,6 +69,7 @@ class Chunk:
     )  # the buffers, kept until the copies are over
     direct: bool = False  # the copies read or write the buffers themselves
     problem: str = ""
+    since_ns: int = 0  # in flight
 
 
 @dataclasses.dataclass
@@ -84,22 +91,27 @@ class Lane:
         lock: threading.Lock,
         *,
         priority: int,
+        to_host: bool,
         engine: str,
         stage_bytes: int,
+        patience: Patience,
     ) -> None:
         self._driver = driver
+        self._patience = patience
         self._pins = pins
         self._lock = lock
-        self._stream = driver.stream(priority)
-        self._stage_bytes = stage_bytes
-        self._ring: collections.deque[Stage] = collections.deque()
+        self.stream = driver.stream(priority)
+        self.stages = Stages(driver, stage_bytes)
+        self.to_host = to_host
         self._waiting: collections.deque[Job] = collections.deque()
         self._launched: collections.deque[Job] = collections.deque()  # of these nothing is left to launch
         self._flying: collections.deque[Chunk] = collections.deque()
-        self._all: list[Stage] = []
-        self.chooser = Chooser(driver, self._stream, engine)
+        self._landed_ns = 0
+        self.chooser = Chooser(driver, self.stream, engine, patience)
         self.counts = Counts()
+        self.steps = 0
         self.dead = ""
+        self.silent = False  # it was given up without an answer: what it was given may still happen
 
     # --- from the owner
 
@@ -116,20 +128,20 @@ class Lane:
 
     def step(self) -> bool:
         """Land and launch what can be. True if anything happened."""
+        self.steps += 1
         landed = self._land()
         finished = self._finish()
         return self._launch() or landed or finished
 
-    def close(self) -> None:
-        """Give the stages back; the lane is idle. A device that was lost has taken them with it."""
-        for stage in self._all:
-            with contextlib.suppress(DriverError):
-                self._driver.release_host(stage.host)
-                self._driver.release_host(stage.table.view(np.uint8))
-                for address in (stage.device, stage.device_table, stage.scratch):
-                    self._driver.release(address)
-        self._all.clear()
-        self._ring.clear()
+    def abandon(self) -> None:
+        """The lane's thread does not come back from a call of the driver: end what there is, from another thread."""
+        self._give_up(Unanswered(self._patience.timeout_ns))
+        jobs = [*self._launched, *self._waiting]
+        for queue in (self._launched, self._waiting, self._flying):
+            queue.clear()
+        for job in jobs:
+            job.result.fault(self.dead)
+            job.finish()
 
     # --- launching
 
@@ -145,6 +157,9 @@ class Lane:
                     break
             elif self._flying:
                 break  # in its turn: what it follows must have landed
+            elif job.chore is not None:
+                if not self._do(job.chore):
+                    break
             elif job.op is Op.DELETE:
                 self._delete(job)
             if not job.left or job.op not in {Op.PUT, Op.GET}:
@@ -160,10 +175,31 @@ class Lane:
             happened = True
         return happened
 
+    def _do(self, chore: Chore) -> bool:
+        """A step of it; True when it is over."""
+        try:
+            return bool(self.dead) or chore.step()
+        except DriverError as error:
+            self._give_up(error)
+            return True
+
+    def calibrate(self, row_bytes: int) -> bool:
+        """Find the engines for pages of a size; False where no stage is free. Raises DriverError as a chore does."""
+        stage = self._stage(row_bytes)
+        if stage is None:
+            return bool(self.dead)
+        for count in (1, MANY_ROWS):
+            self.chooser.engine(count, row_bytes, stage, to_host=self.to_host)
+        self.stages.give(stage)
+        return True
+
     def _start(self, job: Job) -> bool:
         """Launch some of the job's pages; False where no stage is free."""
+        if job.left[0].segment.problem:
+            job.result.fault(job.left.popleft().segment.problem)
+            return True
         row_bytes = job.left[0].segment.page_bytes
-        stage = self._free_stage(row_bytes)
+        stage = self._stage(row_bytes)
         if stage is None:
             return False
         extent = job.left.popleft()
@@ -219,50 +255,26 @@ class Lane:
                     np.copyto(row, page)
         ends = (host, slots) if to_host else (slots, host)
         rows = Rows(ends[0], ends[1], row_bytes, to_host)
-        engines.copy_rows(engine, self._driver, self._stream, rows, stage)
+        engines.copy_rows(engine, self._driver, self.stream, rows, stage)
         if chunk.hashed:
-            engines.hash_rows(self._driver, self._stream, slots, row_bytes, stage)
+            engines.hash_rows(self._driver, self.stream, slots, row_bytes, stage)
 
     def _record(self, chunk: Chunk) -> None:
         """Put the chunk in flight. Without an event nobody knows when its memory is free: the device is given up."""
         try:
-            self._driver.record(chunk.stage.event, self._stream)
+            self._driver.record(chunk.stage.event, self.stream)
         except DriverError as error:
             self._fail(chunk, error)
-            self.dead = self.dead or f"the device was given up: {error}"
+            self._give_up(error)
+        chunk.since_ns = self._patience.now_ns()
         self._flying.append(chunk)
 
-    def _free_stage(self, row_bytes: int) -> Stage | None:
-        if self._ring and self._ring[0].size_bytes >= row_bytes:
-            return self._ring.popleft()
-        if self._flying and (len(self._all) >= STAGES or self._all[0].size_bytes < row_bytes):
-            return None  # larger pages than the stages': they are made anew once all have landed
+    def _stage(self, row_bytes: int) -> Stage | None:
         try:
-            if self._all and self._all[0].size_bytes < row_bytes:
-                self.close()
-            while len(self._all) < STAGES:
-                self._ring.append(self._make_stage(max(self._stage_bytes, row_bytes)))
+            return self.stages.take(row_bytes, idle=not self._flying)
         except DriverError as error:
-            if not self._ring:
-                self.dead = self.dead or f"no memory for copies: {error}"
-                return None
-        return self._ring.popleft()
-
-    def _make_stage(self, size_bytes: int) -> Stage:
-        rows = max(1, min(size_bytes // LEAST_ROW_BYTES, ROWS_MAX))
-        driver = self._driver
-        table = driver.allocate_host(rows * 4 * 8)
-        stage = Stage(
-            host=driver.allocate_host(size_bytes),
-            device=driver.allocate(size_bytes),
-            table=table.view(np.int64),
-            device_table=driver.allocate(table.nbytes),
-            scratch=driver.allocate(size_bytes // 16 + 64 * rows),
-            event=driver.event(),
-            size_bytes=size_bytes,
-        )
-        self._all.append(stage)
-        return stage
+            self.dead = self.dead or f"no memory for copies: {error}"
+            return None
 
     # --- landing
 
@@ -272,12 +284,14 @@ class Lane:
             chunk = self._flying[0]
             try:
                 if not self.dead and not self._driver.ready(chunk.stage.event):
+                    self._patience.check(max(chunk.since_ns, self._landed_ns))
                     return happened
             except DriverError as error:
                 self._fail(chunk, error)
             self._flying.popleft()
             self._settle(chunk)
-            self._ring.append(chunk.stage)
+            self._landed_ns = self._patience.now_ns()
+            self.stages.give(chunk.stage)
             chunk.job.flying -= 1
             happened = True
         return happened
@@ -350,13 +364,13 @@ class Lane:
         chunk.problem = chunk.problem or str(error)
         self.counts.faults += 1
         if error.fatal:
-            self.dead = self.dead or f"the device was given up: {error}"
+            self._give_up(error)
 
-
-#: Chunks in flight at a time: one is filled or emptied by the host while one is copied and one waits.
-STAGES = 3
-#: A stage's tables have room for so many rows.
-LEAST_ROW_BYTES, ROWS_MAX = 512, 4096
+    def _give_up(self, error: DriverError) -> None:
+        self.silent = self.silent or isinstance(error, Unanswered)
+        if not self.dead:
+            self.dead = f"the device was given up: {error}"
+            _log.error("%s: %s; its pages are lost, and it gets no new ones", self._driver.name, self.dead)
 
 
 def _rows(stage: Stage, count: int, row_bytes: int) -> Array:

@@ -19,8 +19,9 @@ Chosen = npt.NDArray[np.bool_]
 class Loan:
     """Slots, their addresses and their checksums, an entry a page.
 
-    Nothing is held back for it: a slot may be freed, overwritten, its segment closed. ``still`` tells. The memory stays
-    readable while the store is open (the segments are referred to from here). ``lock`` is the store's.
+    Nothing but memory is held back for it: a slot may be freed, overwritten, its segment closed. ``still`` tells. The
+    memory of a closed segment is not used for another, which may be another tenant's, before ``end``. ``lock`` is the
+    store's; the store stays open.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Loan:
         with lock:
             for extent in extents:
                 segment, at = extent.segment, extent.positions
+                segment.loans += 1
                 self.addresses[at] = segment.address + extent.indices * slot_stride(segment.page_bytes)
                 self.checksums[at] = segment.checksums[extent.indices]
                 self._writes[at] = segment.writes[extent.indices]
@@ -56,6 +58,16 @@ class Loan:
                 same = extent.segment.writes[extent.indices] == self._writes[extent.positions]
                 found[extent.positions] = self._held[extent.positions] & same
         return found
+
+    def end(self) -> None:
+        """Nothing reads the slots any more."""
+        with self._lock:
+            for extent in self._extents:
+                extent.segment.loans -= 1
+            segments = [extent.segment for extent in self._extents if not extent.segment.loans]
+            unused = [segment.unused for segment in segments if segment.unused is not None]
+        for call in unused:
+            call()
 
     def empty(self, pages: Indices) -> None:
         """Pages whose bytes are not what was recorded are not held any longer, unless others took their slots."""

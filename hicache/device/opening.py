@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+from hicache.device.cuda import CudaDevice
+from hicache.device.cuda_mover import CudaMover
+from hicache.device.engines import Choice
 from hicache.device.host_mover import HostMover
 from hicache.device.imports import CLIENT_COPIES, HostImports, OpenKv, close_descriptor
 from hicache.device.kv import MemoryKind, PagedKv
@@ -14,7 +17,7 @@ from hicache.device.loans import Loan
 from hicache.device.streams import CopyStream
 from hicache.device.tasks import Task
 from hicache.device.transfers import DevicePages, KvHandle, Transfer, TransferDone, Transfers
-from hicache.errors import InvalidArgumentError, UnavailableError, UnsupportedError
+from hicache.errors import HicacheError, InvalidArgumentError, UnavailableError, UnsupportedError
 from hicache.types import Notify, PageStore
 
 
@@ -43,17 +46,24 @@ class KvTransfers:
     def __init__(
         self, store: object | None, notify: Notify, now_ns: Callable[[], int], *, threaded: bool = True
     ) -> None:
-        self._lender = store if isinstance(store, Lender) else None
         self._notify = notify
         self._host = HostMover(now_ns) if threaded else HostMover(now_ns, threads=0)
+        self._movers = _cuda_movers(store, self._host, now_ns, threaded=threaded)
+        self._lender = store if isinstance(store, Lender) and not self._movers else None
         self._host_imports = HostImports()
         self._lock = threading.Lock()  # the handles' users and ends
         self._opened: set[OpenKv] = set()
         self._done: collections.deque[TransferDone] = collections.deque()
         self._unmapping = CopyStream("hicache-unmap", lambda: None) if threaded else None
         self._closed = False
-        self.memory_kinds: tuple[str, ...] = (MemoryKind.MEMFD.value,)
-        self.device_uuids: tuple[bytes, ...] = ()
+        kinds = (MemoryKind.MEMFD, MemoryKind.CUDA_IPC, MemoryKind.CUDA_FD)
+        self.memory_kinds = tuple(kind.value for kind in (kinds if self._movers else kinds[:1]))
+        self.device_uuids = tuple(self._movers)
+
+    @property
+    def choices(self) -> dict[tuple[str, int, str], Choice]:
+        """The copy engines that were chosen for strips of KV regions, and what was measured; from any thread."""
+        return {shape: found for mover in self._movers.values() for shape, found in mover.choices.items()}
 
     # --- regions
 
@@ -67,12 +77,12 @@ class KvTransfers:
                 raise InvalidArgumentError(
                     f"the memory of a KV region must be of one kind, not {sorted(kinds)}"
                 )
-            self._check_kind(*kinds)
+            opens = self._opener(kv)
         except BaseException:
             for memory in kv.memories:
                 close_descriptor(memory)
             raise
-        handle = self._host_imports.open(kv)
+        handle = opens(kv)
         if not self._keep(handle):
             handle.unmap()
             raise UnavailableError("the sidecar is closing")
@@ -84,12 +94,19 @@ class KvTransfers:
                 self._opened.add(handle)
             return not self._closed
 
-    def _check_kind(self, kind: MemoryKind) -> None:
-        if kind.value not in self.memory_kinds:
+    def _opener(self, kv: PagedKv) -> Callable[[PagedKv], OpenKv]:
+        memory = kv.memories[0]
+        if memory.kind is MemoryKind.MEMFD:
+            return self._host_imports.open
+        if not self._movers:
             raise UnsupportedError(
-                f"memory of kind {kind} cannot be mapped here: the sidecar serves no CUDA device",
-                hint=f"start it with --device cuda:<n>, {CLIENT_COPIES}",
+                f"memory of kind {memory.kind} cannot be mapped here: the sidecar serves no CUDA device with kernels",
+                hint=f"start it with --device cuda:<n>, with triton installed, {CLIENT_COPIES}",
             )
+        mover = self._movers.get(memory.device_uuid) or next(
+            iter(self._movers.values())
+        )  # which says why not
+        return mover.open
 
     def close_kv(self, handle: KvHandle, then: Callable[[], None]) -> None:
         """See Transfers. Packs that wait for a layer wait no more."""
@@ -104,8 +121,8 @@ class KvTransfers:
 
     def check(self, handle: KvHandle, device_pages: bool) -> None:  # noqa: FBT001
         """See Transfers."""
-        self._find(handle)
-        if device_pages and self._lender is None:
+        found = self._find(handle)
+        if device_pages and not found.device_uuid and self._lender is None:
             raise UnsupportedError(
                 "pages of this device tier cannot be moved into a KV region in host memory",
                 hint=f"fetch without device=True, {CLIENT_COPIES}",
@@ -117,7 +134,12 @@ class KvTransfers:
         """See Transfers. Raises InvalidArgumentError for pages, places or layers that do not go together."""
         pages = transfer.pages
         loan = self._lend(transfer, pages) if isinstance(pages, DevicePages) else None
-        self._start(transfer, loan, pack=False)
+        try:
+            self._start(transfer, loan, pack=False)
+        except HicacheError:
+            if loan is not None:
+                loan.end()
+            raise
 
     def pack(self, transfer: Transfer) -> None:
         """See Transfers, and ``load``. Raises UnsupportedError for slots of a device: a new page goes to the host."""
@@ -126,11 +148,15 @@ class KvTransfers:
         self._start(transfer, None, pack=True)
 
     def _lend(self, transfer: Transfer, pages: DevicePages) -> Loan:
-        if self._lender is None:
-            raise UnsupportedError("there is no device tier that lends its slots")
-        loan = self._lender.lend(pages.slots)
+        mover = self._movers.get(self._find(transfer.kv).device_uuid)
+        lender = mover.store if mover else self._lender
+        if lender is None:
+            self.check(transfer.kv, device_pages=True)
+            raise UnsupportedError("no device tier lends its slots")
+        loan = lender.lend(pages.slots)
         sizes = loan.page_bytes
         if sizes not in (set(), {transfer.page_bytes}):
+            loan.end()
             raise InvalidArgumentError(
                 f"transfer {transfer.id}: pages of {transfer.page_bytes} bytes, slots of {sorted(sizes)}"
             )
@@ -145,7 +171,8 @@ class KvTransfers:
                     "the sidecar is closing" if self._closed else "the KV region is closed"
                 )
             found.users += 1
-        self._host.start(task)
+        mover = self._movers.get(found.device_uuid)
+        (mover or self._host).start(task)
 
     def _ended(self, task: Task) -> None:
         """From a mover's thread: nothing of the task is under way any more."""
@@ -163,7 +190,7 @@ class KvTransfers:
 
     def step(self) -> bool:
         """Without threads: do what can be done now. True if anything happened."""
-        return self._host.step()
+        return any([self._host.step(), *[mover.step() for mover in self._movers.values()]])
 
     def close(self) -> None:
         """See Transfers. ``poll`` still gives the rest."""
@@ -171,6 +198,8 @@ class KvTransfers:
             if self._closed:
                 return
             self._closed = True
+        for mover in self._movers.values():
+            mover.end()
         self._host.close()
         with self._lock:
             left = [handle for handle in self._opened if not handle.closing]
@@ -180,6 +209,8 @@ class KvTransfers:
             self._unmap(handle)
         if self._unmapping is not None:
             self._unmapping.close()
+        for mover in self._movers.values():
+            mover.close()
 
     def _find(self, handle: KvHandle) -> OpenKv:
         if not isinstance(handle, OpenKv) or handle not in self._opened:
@@ -200,3 +231,15 @@ class KvTransfers:
             self._unmapping.launch(work)
         else:
             work()
+
+
+def _cuda_movers(
+    store: object | None, host: HostMover, now_ns: Callable[[], int], *, threaded: bool
+) -> dict[bytes, CudaMover]:
+    """One for each CUDA device with kernels, by UUID."""
+    devices = getattr(store, "devices", [store])
+    return {
+        device.driver.uuid: CudaMover(device, host, now_ns, threaded=threaded)
+        for device in devices
+        if isinstance(device, CudaDevice) and device.driver.has_kernels
+    }

@@ -8,6 +8,7 @@ the runtime refuses stays on the bounce path, and one warning says what to chang
 from __future__ import annotations
 
 import bisect
+import collections
 import logging
 import queue
 import threading
@@ -41,8 +42,12 @@ class Registrar(Protocol):
         """See Driver."""
 
 
+#: Registered pieces that somebody copies from or to, which are not unregistered before they are let go.
+Hold = tuple[int, ...]
+
+
 class Pins:
-    """Registered host memory. ``add`` and ``remove`` from the owner, ``cover`` from any thread."""
+    """Registered host memory. ``add``, ``remove`` and ``hold`` from the owner, the rest from any thread."""
 
     def __init__(
         self,
@@ -54,12 +59,14 @@ class Pins:
     ) -> None:
         self._driver = driver
         self._advice = advice
-        self._lock = threading.Lock()  # _pieces change in the thread and in the owner's
         self.piece_bytes = piece_bytes
         self._pieces: tuple[tuple[int, int], ...] = ()  # (start, end), sorted; replaced whole
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._warned = False
-        self._closed = False
+        self._closed = self._left = False
+        self._lock = threading.Lock()  # _pieces as they change, and the two below
+        self._held: collections.Counter[int] = collections.Counter()
+        self._waiting: list[Callable[[], None]] = []  # until something is let go
         self._thread: threading.Thread | None = None
         if threaded:
             self._thread = threading.Thread(target=self._run, name="hicache-pin", daemon=True)
@@ -80,22 +87,47 @@ class Pins:
         No batch with pages there may be in flight.
         """
         if self._closed:
-            then()
+            if not self._left:
+                then()
             return
         gone = self._take(address, size_bytes)
         self._work.put(lambda: self._unregister(address, size_bytes, gone, then))
 
+    def later(self, task: Callable[[], None]) -> None:
+        """Have something done in the background that may wait for the device."""
+        self._work.put(lambda: _try(task))
+
     def cover(self, pages: Sequence[npt.NDArray[np.uint8]]) -> bool:
         """Whether every page lies in one registered piece."""
+        return self._find(pages) is not None
+
+    def hold(self, pages: Sequence[npt.NDArray[np.uint8]]) -> Hold | None:
+        """Have the pages' memory stay registered until ``let_go``, whatever ``remove`` says. None: it is not."""
+        found = self._find(pages)
+        if found is not None:
+            with self._lock:
+                self._held.update(found)
+        return found
+
+    def let_go(self, hold: Hold) -> None:
+        """Undo one ``hold``. From any thread."""
+        with self._lock:
+            self._held.subtract(hold)
+            waiting, self._waiting = self._waiting, []
+        for task in waiting:
+            self._work.put(task)
+
+    def _find(self, pages: Sequence[npt.NDArray[np.uint8]]) -> Hold | None:
+        """The pieces that the pages lie in, by where they start; None where one does not lie in one piece."""
         pieces = self._pieces
-        if not pieces:
-            return False
+        found = set()
         for page in pages:
             start = page.ctypes.data
             at = bisect.bisect_right(pieces, (start, 1 << 63)) - 1
             if at < 0 or start + page.nbytes > pieces[at][1]:
-                return False
-        return True
+                return None
+            found.add(pieces[at][0])
+        return tuple(found) if pieces else None
 
     def work(self) -> None:
         """Do what is queued, on this thread; for owners without one."""
@@ -104,9 +136,15 @@ class Pins:
             if task is not None:
                 task()
 
-    def close(self) -> None:
-        """Unregister everything. No copies are in flight."""
-        self._closed = True
+    def close(self, *, leave: bool = False) -> None:
+        """Unregister everything. No copies are in flight, nothing is held.
+
+        ``leave``: a device may still copy: nothing is given back, and ``remove`` does not say that it may be.
+        """
+        self._closed, self._left = True, leave
+        if leave:
+            self._work.put(None)
+            return
         if self._thread is not None:
             self._work.put(None)
             self._thread.join()
@@ -146,10 +184,21 @@ class Pins:
         self, address: int, size_bytes: int, gone: Sequence[tuple[int, int]], then: Callable[[], None]
     ) -> None:
         # what ``add`` had queued may have been registered since ``remove`` looked
-        late = self._take(address, size_bytes)
-        for start, _ in {*gone, *late}:
+        gone = [*{*gone, *self._take(address, size_bytes)}]
+        with self._lock:
+            if any(self._held[start] for start, _ in gone):
+                self._waiting.append(lambda: self._unregister(address, size_bytes, gone, then))
+                return
+        for start, _ in gone:
             try:
                 self._driver.unregister(start)
             except DriverError as error:
                 _log.warning("host memory was not unregistered: %s", error)
         then()
+
+
+def _try(task: Callable[[], None]) -> None:
+    try:
+        task()
+    except DriverError as error:
+        _log.warning("device memory was not given back: %s", error)

@@ -10,13 +10,14 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from hicache.device.kv import SharedMemory
 from hicache.device.loans import Loan
 from hicache.device.plan import Extent, locate, plan
 from hicache.device.result import Result
-from hicache.device.segment import Columns
+from hicache.device.segment import Columns, Layout, Sums
 from hicache.device.store import check_room
-from hicache.errors import InvalidArgumentError, UnavailableError
-from hicache.types import Batch, Completion, Notify, Op, TierSpec
+from hicache.errors import InvalidArgumentError, UnavailableError, UnsupportedError
+from hicache.types import Batch, Completion, Notify, Op, TierSpec, slot_stride
 
 S = TypeVar("S", bound=Columns)
 
@@ -38,10 +39,20 @@ class SegmentTable(ABC, Generic[S]):
         self._segments: dict[int, S] = {}
         self._done: collections.deque[Completion] = collections.deque()
         self._closed = False
+        self._memory_bytes = spec.segment_bytes  # of one segment
+
+    @property
+    def problem(self) -> str:
+        """Why the device was given up; empty while it serves."""
+        return ""
 
     @abstractmethod
     def _start(self, extents: list[Extent[S]], result: Result) -> None:
         """Move a batch's pages, then ``_finish``."""
+
+    @abstractmethod
+    def shared(self, segment: int) -> SharedMemory:
+        """See DeviceStore."""
 
     @abstractmethod
     def _pass(self, batch: Batch, then: Callable[[], None]) -> None:
@@ -56,9 +67,7 @@ class SegmentTable(ABC, Generic[S]):
 
     def _take_out(self, segment: int) -> S:
         """The segment, which is open no more. Raises as ``close_segment`` does."""
-        found = self._segments.get(segment)
-        if found is None:
-            raise InvalidArgumentError(f"segment {segment} is not open")
+        found = self._segment(segment)
         with self._lock:
             moving = found.batches_in_flight
         if moving:
@@ -75,6 +84,47 @@ class SegmentTable(ABC, Generic[S]):
         with self._lock:
             extents = locate(slots, self._segments)
         return Loan(extents, len(slots), self._lock)
+
+    def layout(self, segment: int) -> Layout:
+        """See DeviceStore."""
+        found = self._segment(segment)
+        return Layout(self._memory_bytes, found.page_bytes, found.slots, slot_stride(found.page_bytes))
+
+    def fd(self, segment: int) -> int:
+        """See DeviceStore."""
+        fd = self.shared(segment).fd
+        if fd < 0:
+            raise UnsupportedError(
+                f"segment {segment}: its memory is mapped by its handle, not by a descriptor"
+            )
+        return fd
+
+    def checksums(self, slots: Sequence[int]) -> list[int]:
+        """See DeviceStore."""
+        return self._column(slots, lambda extent: extent.segment.checksums[extent.indices])
+
+    def generations(self, slots: Sequence[int]) -> list[int]:
+        """See DeviceStore."""
+        return self._column(slots, lambda extent: extent.segment.writes[extent.indices].astype(np.uint64))
+
+    def _column(self, slots: Sequence[int], column: Callable[[Extent[S]], Sums]) -> list[int]:
+        found = np.zeros(len(slots), np.uint64)
+        with self._lock:
+            for extent in locate(slots, self._segments):
+                found[extent.positions] = column(extent)
+        return found.tolist()
+
+    def _segment(self, segment: int) -> S:
+        found = self._segments.get(segment)
+        if found is None:
+            raise InvalidArgumentError(f"segment {segment} is not open")
+        return found
+
+    def _require_sharing(self, *, on: bool) -> None:
+        if not on:
+            raise UnsupportedError(
+                f"tier {self._spec.name!r} does not share its memory", hint="start with --share-device"
+            )
 
     def free(self, slots: Sequence[int]) -> None:
         """See DeviceStore."""
@@ -96,6 +146,12 @@ class SegmentTable(ABC, Generic[S]):
             for extent in extents:
                 extent.segment.batches_in_flight += 1
         self._start(extents, Result(batch))
+
+    def check(self, batch: Batch) -> None:
+        """Raise InvalidArgumentError for a batch that ``submit`` would refuse."""
+        if batch.op is not Op.FLUSH:
+            with self._lock:
+                plan(batch, self._segments)
 
     def poll(self) -> list[Completion]:
         """Completions since the last call, in order within a lane; never blocks."""

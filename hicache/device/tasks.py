@@ -7,6 +7,7 @@ ends once. Whatever fails shows in the counter at once, so that nobody who waits
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable
@@ -96,6 +97,11 @@ class Task:
         return self.loan.checksums if self.loan and pages.verify else None
 
     @property
+    def rows(self) -> Addresses:
+        """Where the pages' slots begin."""
+        return self.loan.addresses if self.loan else addresses(self.host)
+
+    @property
     def failed(self) -> bool:
         """Whether a page or more has failed."""
         return self._failed
@@ -123,6 +129,14 @@ class Task:
                 with contextlib.suppress(ValueError, OSError):  # a timeline that is closed has nobody to tell
                     self._tell(FAILED)
 
+    def rotten(self, pages: Indices) -> None:
+        """The bytes of these pages are not what they must be. A slot that was overwritten meanwhile is only gone."""
+        if self.loan is not None:
+            self.fail(np.flatnonzero(~self.loan.still()).tolist(), Outcome.MISS)
+        self.fail(pages.tolist(), Outcome.CORRUPT)
+        if self.loan is not None:
+            self.loan.empty(pages)
+
     def fault(self, reason: str) -> None:
         """All pages have failed."""
         self.fail(range(self.shape.pages), Outcome.FAULT, reason)
@@ -148,9 +162,10 @@ class Task:
 
     def finish(self) -> None:
         """End the transfer: nothing of it touches anybody's memory any more."""
+        assert not self._over, "a transfer ends once"
         if self.loan is not None:
             self.fail(np.flatnonzero(~self.loan.still()).tolist(), Outcome.MISS)
-        assert not self._over, "a transfer ends once"
+            self.loan.end()
         self._over = True
         self._ended(self)
         self.host = []
@@ -182,6 +197,11 @@ def _buffers(transfer: Transfer, *, pack: bool) -> list[Bytes]:
     if len(sums) not in {0, len(found)}:
         raise InvalidArgumentError(f"transfer {transfer.id}: {len(found)} pages, {len(sums)} checksums")
     return found
+
+
+def memory_at(address: int, size_bytes: int) -> Bytes:
+    """Memory that somebody else keeps."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
 
 
 def addresses(arrays: Iterable[Bytes]) -> Addresses:

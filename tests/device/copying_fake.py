@@ -107,7 +107,11 @@ class Code(Step):
     def __init__(self, driver, move, coding, refused):
         self.driver, self.what, self.coding, self.refused = driver, move, coding, refused
         units = move.pages * move.units
-        self.touches = [(move.planes, 8 * move.plane_count), (move.places, 8 * units), (move.rows, 8 * move.pages)]
+        self.touches = [
+            (move.planes, 8 * move.plane_count),
+            (move.places, 8 * units),
+            (move.rows, 8 * move.pages),
+        ]
         if refused is not None:
             self.touches.append((refused, 4 * move.pages))
 

@@ -24,6 +24,7 @@ POSITIONAL_ARGS_MAX = 5
 BROAD_HANDLERS: dict[str, str] = {
     "hicache/device/copying/jobs.py:_caught": "a copying thread's edge: the job ends with it; nobody waits for ever",
     "hicache/device/host_mover.py:HostMover._advance": "a mover's step: the transfer ends with FAULT, others go on",
+    "hicache/device/kv_lane.py:KvLane._advance": "a lane's step: the transfer ends with FAULT, others go on",
     "hicache/integrations/vllm/loads.py:Load._guard": "a thread's edge: the load fails, the engine computes its blocks",
     "hicache/rpc/server/edge.py:Edge.guard": "the RPC edge: logged with the request id, answered INTERNAL",
     "hicache/runtime/loop.py:EngineLoop._step": "the loop's edge: the service fails and says so",
