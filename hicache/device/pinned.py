@@ -157,6 +157,7 @@ class Pins:
         self._driver.bind()
         while (task := self._work.get()) is not None:
             task()
+            del task  # it may be what keeps memory mapped
 
     def _register(self, address: int, size_bytes: int) -> None:
         for start in range(address, address + size_bytes, self.piece_bytes):

@@ -20,6 +20,7 @@ class CopyFake(FakeDriver):
         super().__init__(*arguments, **shape)
         self.takes_read_only = read_only
         self.engine = self.stream(0)
+        self.engines_memory = 0
 
     @alone
     def register_read_only(self, address, size_bytes):
@@ -29,23 +30,25 @@ class CopyFake(FakeDriver):
 
     @alone
     def mark(self, stream):
-        made = self.event()
-        self.record(made, self.engine if stream is None else stream)
+        made = Mark()
+        self._queue(self.engine if stream is None else stream, made)
         return made
 
     @alone
     def follow(self, stream, mark):
         self._maybe_fail("follow")
-        self._queue(stream, Wait(self, mark))
+        self._queue(stream, Wait(mark))
 
     fence = mark
 
     @alone
     def hold(self, stream, fence):
-        self._queue(self.engine if stream is None else stream, Wait(self, fence))
+        self._queue(self.engine if stream is None else stream, Wait(fence))
 
     def _run(self, handle, step):
-        if isinstance(step, Wait) and not step.reached:
+        if isinstance(step, Mark):
+            step.reached = True  # also behind what failed, which later events tell of
+        elif isinstance(step, Wait) and not step.mark.reached:
             self.streams[handle].appendleft(step)
         else:
             super()._run(handle, step)
@@ -65,26 +68,34 @@ class CopyFake(FakeDriver):
         self._maybe_fail("decode_units")
         self._queue(stream, Code(self, move, coding, None))
 
-    def settle(self, event):
+    @alone
+    def close(self):
+        """All but the engine's own memory must have been given back."""
+        theirs = self.memory.pop(self.engines_memory)
+        self.run_all()
+        super().close()
+        self.memory[self.engines_memory] = theirs
+
+    def settle(self, mark):
         """Until a mark of an engine's stream is reached."""
         for _ in range(100_000):
-            try:
-                if self.ready(event):
-                    return
-            except DriverError:
+            if mark.reached:
                 return
+            with self.lock:
+                self._advance()
         raise AssertionError("the engine's stream stands still")
+
+
+class Mark(Step):
+    name = "mark"
+    reached = False
 
 
 class Wait(Step):
     name = "wait"
 
-    def __init__(self, driver, mark):
-        self.driver, self.mark = driver, mark
-
-    @property
-    def reached(self):
-        return self.driver.events[self.mark][0] is not None
+    def __init__(self, mark):
+        self.mark = mark
 
     def run(self, halves):
         pass

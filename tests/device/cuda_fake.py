@@ -32,9 +32,9 @@ def alone(method):
     """One thread at a time, so that a stream's order is one."""
 
     @functools.wraps(method)
-    def locked(self, *arguments):
+    def locked(self, *arguments, **named):
         with self.lock:
-            return method(self, *arguments)
+            return method(self, *arguments, **named)
 
     return locked
 

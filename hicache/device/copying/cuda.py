@@ -167,12 +167,16 @@ class _Jobs:
         """Queue it, wait for it, compare."""
         raise AssertionError(f"{type(self).__name__} copies nothing")
 
-    def _time(self, lane: Lane, pages: int, way: str, layers: int, *, timed: bool) -> None:
-        """A plain job was drained: its speed counts where nothing but the device was in the way."""
-        taken_ns = lane.clock_ns() if timed and pages else 0
-        if taken_ns:
-            moved_bytes = pages * layers * lane.kv.plane_bytes * lane.kv.planes_per_layer
-            self.ways.note(pages, way, moved_bytes / taken_ns)
+    def _way(self, lane: Lane, job: LoadJob | StoreJob, *, timed: bool) -> tuple[str, bool]:
+        """The way of a plain job, and whether its time is taken: where nothing but the device is in the way."""
+        timed = timed and job.pages > 0 and self.ways.measuring(job.pages)
+        if timed:
+            lane.start_clock()
+        return self.ways.way(job.pages), timed
+
+    def _note(self, lane: Lane, job: LoadJob | StoreJob, way: str, layers: int) -> None:
+        moved_bytes = job.pages * layers * lane.kv.plane_bytes * lane.kv.planes_per_layer
+        self.ways.note(job.pages, way, moved_bytes / lane.stop_clock())
 
 
 class _Loads(_Jobs):
@@ -183,18 +187,14 @@ class _Loads(_Jobs):
         pages = job.pages
         lane.begin(job.places.size + (len(job.layers) + 4) * pages + 64, _hashing(lane, pages))
         lane.follow(job.after)
-        spot = lane.spot(job.places)
-        on_device = self._on_device(lane, job)
-        clock, found = None, []
+        on_device, found = self._on_device(lane, job), []
         if lane.kv.codec:
-            found = self._quantised(lane, job, using, spot)
+            found = self._quantised(lane, job, using)
         else:
-            clock = self._plain(lane, job, using, spot)
+            spot = self._plain(lane, job, using)
             for first, end in _spells(on_device):
                 found += _hash_planes(lane, spot.part(first, end - first))
         lane.drain()
-        if clock is not None:
-            clock()
         if job.verify:
             sums = np.zeros(pages, np.uint64)
             if on_device.any():
@@ -210,10 +210,10 @@ class _Loads(_Jobs):
             return np.full(job.pages, fits)
         return np.asarray((job.places >= 0).all(1) & (len(job.layers) == lane.kv.layers))
 
-    def _plain(self, lane: Lane, job: LoadJob, using: Using, spot: Spot) -> Callable[[], None]:
-        """Layer by layer. Answers what is to be done with the clock, once drained."""
-        way = self.ways.way(job.pages)
-        lane.start_clock()
+    def _plain(self, lane: Lane, job: LoadJob, using: Using) -> Spot:
+        """Layer by layer. Answers where the pages lie in the planes."""
+        way, timed = self._way(lane, job, timed=using.ready)
+        spot = lane.spot(job.places)
         for slab in slabs(lane, job, using):
             transfer = Transfer(lane, way, spot, slab, job.layers)
             for layer in job.layers:
@@ -221,12 +221,13 @@ class _Loads(_Jobs):
                 transfer.layer(layer, pack=False)
                 if slab.end == job.pages:
                     job.handle.pass_layer(layer, lane.driver.fence(lane.stream))
-        lane.stop_clock()
-        return functools.partial(self._time, lane, job.pages, way, len(job.layers), timed=using.ready)
+        if timed:
+            self._note(lane, job, way, len(job.layers))
+        return spot
 
-    def _quantised(self, lane: Lane, job: LoadJob, using: Using, spot: Spot) -> list[Addresses]:
+    def _quantised(self, lane: Lane, job: LoadJob, using: Using) -> list[Addresses]:
         """Whole pages through the stage. Answers their checksums, to be read once drained."""
-        found = []
+        found, spot = [], lane.spot(job.places)
         size = lane.kv.page_bytes
         for slab in slabs(lane, job, using, lane.stage_bytes // size):
             job.handle.go_on()
@@ -249,46 +250,43 @@ class _Stores(_Jobs):
         pages, handle = job.pages, job.handle
         lane.begin(job.places.size + (len(handle.layers) + 5) * pages + 64, _hashing(lane, pages))
         lane.follow(job.after)
-        spot = lane.spot(job.places)
         on_device = job.verify and kernels.can_hash(lane.kv.page_bytes)
-        clock: Callable[[], None] | None = None
         refused: list[npt.NDArray[np.int32]] = []
         if lane.kv.codec:
-            found, refused = self._quantised(lane, job, using, spot)
+            found, refused = self._quantised(lane, job, using)
         else:
-            clock = self._plain(lane, job, using, spot)
+            spot = self._plain(lane, job, using)
             found = _hash_planes(lane, spot) if on_device else []
         lane.drain()
-        if clock is not None:
-            clock()
-        elif pages:
+        if refused:
             handle.refused[:] = np.concatenate(refused) != 0
         if job.verify and pages:
             handle.checksums[:] = (
                 np.concatenate(found).view(np.uint64) if on_device else hash_spans(job.spans)
             )
 
-    def _plain(self, lane: Lane, job: StoreJob, using: Using, spot: Spot) -> Callable[[], None]:
-        """Layer by layer, each when it may be read. Answers what is to be done with the clock, once drained."""
-        handle, way = job.handle, self.ways.way(job.pages)
-        lane.start_clock()
+    def _plain(self, lane: Lane, job: StoreJob, using: Using) -> Spot:
+        """Layer by layer, each when it may be read. Answers where the pages lie in the planes."""
+        handle = job.handle
+        way, timed = self._way(lane, job, timed=using.ready and not handle.layered)
+        spot = lane.spot(job.places)
         for slab in slabs(lane, job, using):
             transfer = Transfer(lane, way, spot, slab, handle.layers)
             for layer in handle.layers:
                 handle.go_on()
                 lane.follow(handle.await_layer(layer))
                 transfer.layer(layer, pack=True)
-        lane.stop_clock()
-        timed = using.ready and not handle.layered
-        return functools.partial(self._time, lane, job.pages, way, len(handle.layers), timed=timed)
+        if timed:
+            self._note(lane, job, way, len(handle.layers))
+        return spot
 
     def _quantised(
-        self, lane: Lane, job: StoreJob, using: Using, spot: Spot
+        self, lane: Lane, job: StoreJob, using: Using
     ) -> tuple[list[Addresses], list[npt.NDArray[np.int32]]]:
         """Whole pages through the stage. Answers checksums and which are refused, to be read once drained."""
         found: list[Addresses] = []
         refused: list[npt.NDArray[np.int32]] = []
-        size, handle = lane.kv.page_bytes, job.handle
+        size, handle, spot = lane.kv.page_bytes, job.handle, lane.spot(job.places)
         for slab in slabs(lane, job, using, lane.stage_bytes // size):
             count = len(slab.at)
             stage = lane.stage_rows(count, size)

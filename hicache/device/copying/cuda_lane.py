@@ -219,23 +219,20 @@ class Lane:
             self.driver.follow(self.stream, mark)
 
     def start_clock(self) -> None:
-        """Copies that are timed begin."""
+        """Copies that are timed begin. Only where nothing is under way: an event takes failures before it with it."""
         self.driver.record(self._ends[0], self.stream)
 
-    def stop_clock(self) -> None:
-        """They have been queued."""
-        self.driver.record(self._ends[1], self.stream)
-
-    def clock_ns(self) -> int:
-        """What they took; once drained."""
-        if not (self.driver.ready(self._ends[0]) and self.driver.ready(self._ends[1])):
-            return 0
+    def stop_clock(self) -> int:
+        """Drain; what the copies took, in ns."""
+        self.drain(self._ends[1])
+        self.driver.ready(self._ends[0])
         return max(1, self.driver.elapsed_ns(*self._ends))
 
-    def drain(self) -> None:
+    def drain(self, event: int | None = None) -> None:
         """Until nothing is under way. Raises DriverError where some of it failed."""
-        self.driver.record(self._event, self.stream)
-        while not self.driver.ready(self._event):
+        event = self._event if event is None else event
+        self.driver.record(event, self.stream)
+        while not self.driver.ready(event):
             self._pause.wait(POLL_S)
 
     def quiet(self) -> bool:

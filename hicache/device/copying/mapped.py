@@ -106,9 +106,13 @@ class Mapped:
             for span in spans:
                 if span.memory is not None and not span.gone():
                     found.append(self._find(span.memory, span.gone, pins))
-            ready = len(found) == len(spans) and not any(held.leaving for held in found)
-            ready = ready and all(pins.cover(list(span.rows)) for span in spans)
-            return Using(found, ready, _pieces(spans, pins) if ready else np.empty(0, np.int64))
+            ready = len(found) == len(spans) and all(
+                not held.leaving
+                and (held.pins is self._writable or not writes)
+                and held.pins.cover(list(span.rows))
+                for held, span in zip(found, spans, strict=True)
+            )
+        return Using(found, ready, _pieces(spans, pins.piece_bytes) if ready else np.empty(0, np.int64))
 
     def done(self, using: Using) -> None:
         """No copy is under way there any more."""
@@ -165,9 +169,9 @@ class Mapped:
                 del self._held[key]
 
 
-def _pieces(spans: Sequence[Span], pins: Pins) -> npt.NDArray[np.int64]:
+def _pieces(spans: Sequence[Span], piece_bytes: int) -> npt.NDArray[np.int64]:
     each = [
-        (addresses([span]) - _key(span.memory)) // pins.piece_bytes + (number << 32)
+        (addresses([span]) - _key(span.memory)) // piece_bytes + (number << 32)
         for number, span in enumerate(spans)
         if span.memory is not None
     ]

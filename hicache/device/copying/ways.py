@@ -38,6 +38,10 @@ class Ways:
         """The way for so many pages."""
         return self._said if self._said != "auto" else self._choice(pages >= MANY_PAGES).way
 
+    def measuring(self, pages: int) -> bool:
+        """Whether the time of such a job is wanted."""
+        return self._said == "auto" and not self._choice(pages >= MANY_PAGES).settled
+
     def note(self, pages: int, way: str, gb_per_s: float) -> None:
         """A job has taken a way; 0: it could not be timed."""
         if gb_per_s:

@@ -42,3 +42,4 @@ class Workers:
         self._begin()
         while (work := self._work.get()) is not None:
             work()
+            del work  # what it refers to may be memory that is to be unmapped
