@@ -15,6 +15,7 @@ from hicache.rpc.client.results import (
     Grant,
     MatchResult,
     OperationResult,
+    PoolInfo,
     PrefetchResult,
     RegionInfo,
     Renewed,
@@ -161,24 +162,37 @@ def open_namespace(session_id: bytes, spec: Namespace) -> session_pb2.OpenNamesp
 def parse_arena_regions(message: region_pb2.ListRegionsResponse) -> list[RegionInfo]:
     """The arena regions of a listing, and those of a pool that are mapped as they are: host memory."""
     return [
-        RegionInfo(
-            region_id=region.region_id,
-            size_bytes=region.size_bytes,
-            page_bytes=region.page_bytes,
-            first_slot_offset=region.first_slot_offset,
-            slot_stride=region.slot_stride,
-            slots=region.slots,
-            counted=region.kind == region_pb2.Region.ARENA,
-        )
+        _region_info(region)
         for region in message.regions
         if region.kind == region_pb2.Region.ARENA
         or (region.kind == region_pb2.Region.POOL and not region.memory.device_uuid)
     ]
 
 
-def parse_gpu_pools(message: region_pb2.ListRegionsResponse) -> list[int]:
+def parse_gpu_pools(message: region_pb2.ListRegionsResponse) -> list[PoolInfo]:
     """The regions of a listing that are on a GPU."""
-    return [region.region_id for region in message.regions if region.memory.device_uuid]
+    return [
+        PoolInfo(
+            _region_info(region),
+            size_bytes=region.memory.size_bytes,
+            handle=region.memory.cuda_ipc,
+            device_uuid=region.memory.device_uuid,
+        )
+        for region in message.regions
+        if region.memory.device_uuid
+    ]
+
+
+def _region_info(region: region_pb2.Region) -> RegionInfo:
+    return RegionInfo(
+        region_id=region.region_id,
+        size_bytes=region.size_bytes,
+        page_bytes=region.page_bytes,
+        first_slot_offset=region.first_slot_offset,
+        slot_stride=region.slot_stride,
+        slots=region.slots,
+        counted=region.kind == region_pb2.Region.ARENA,
+    )
 
 
 # --- look-up and leases
