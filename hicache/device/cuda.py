@@ -20,8 +20,9 @@ from hicache.device import kernels
 from hicache.device.chores import Calibrate, Chore, Wipe
 from hicache.device.driver import Driver, DriverError
 from hicache.device.engines import Choice, available
+from hicache.device.jobs import Fate, Job
 from hicache.device.kv import MemoryKind, SharedMemory
-from hicache.device.lane import Job, Lane
+from hicache.device.lane import Lane
 from hicache.device.many import ManyDevices
 from hicache.device.patience import Patience
 from hicache.device.pinned import Pins
@@ -99,6 +100,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
         self._calibrates = options.copy_engine == "auto"
         self._sizes: set[int] = set()  # of pages, of which lanes were told
         self.patience = self._patience = Patience(now_ns, options.timeout_ms * 1_000_000)
+        self._fate = Fate()
         self._released = False
         driver.bind()
         self._own_pins = pins is None
@@ -111,6 +113,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
             engine=options.copy_engine,
             stage_bytes=options.cuda_staging_bytes,
             patience=self._patience,
+            fate=self._fate,
         )
         self._writes = make(priority=PROMOTION_PRIORITY, to_host=False)
         self._reads = make(priority=DEMOTION_PRIORITY, to_host=True)
@@ -143,7 +146,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
     @property
     def silent(self) -> bool:
         """It was given up without an answer: what it was given may still happen."""
-        return any(lane.silent for lane in self._lanes)
+        return self._fate.silent
 
     @property
     def problem(self) -> str:

@@ -30,6 +30,7 @@ from hicache.runtime.recorder import Recorder
 from hicache.runtime.recovery import Recoverer
 from hicache.runtime.regions import RegionRegistry
 from hicache.runtime.stores import Stores, open_stores
+from hicache.runtime.turns import Turns
 from hicache.runtime.watch import Watch
 from hicache.runtime.watchers import Watchers
 from hicache.runtime.workers import Wake, Workers, resolve
@@ -102,6 +103,11 @@ class House:
     def poll(self) -> int:
         """Hand out what workers, stores and transfers have finished; returns how many results there were."""
         return self._workers.poll() + sum(port.poll() for port in self.ports) + self.desk.poll()
+
+    def poll_by_turns(self) -> Callable[[], None]:
+        """``poll`` in turns: to be called whenever somebody rings."""
+        sources = [self._workers.poll, *[port.poll for port in self.ports], lambda _turn: self.desk.poll()]
+        return Turns(sources, self._clock.now_ns, self._wake.ring).take
 
     # --- namespaces
 
@@ -213,7 +219,9 @@ async def open_house(
 ) -> House:
     """Open the stores (on a thread: a lock, a file to map) and wire everything. Raises as ``open_stores`` does."""
     wake = Wake(asyncio.get_running_loop())
-    stores = await asyncio.to_thread(open_stores, options, wake.ring, lambda: int(clock.wall_s() * 1000))
+    stores = await asyncio.to_thread(
+        open_stores, options, wake.ring, lambda: int(clock.wall_s() * 1000), clock.now_ns
+    )
     device = next((port.store for port in stores.ports if port.spec.kind is TierKind.DEVICE), None)
     try:
         transfers = await asyncio.to_thread(open_transfers, device, wake.ring, now_ns=clock.now_ns)
@@ -222,7 +230,7 @@ async def open_house(
             port.store.close()
         raise
     house = House(options, clock, stores, wake, regions, transfers=transfers, door=door)
-    wake.call = house.poll
+    wake.call = house.poll_by_turns()
     try:
         house.start_recording(options, clock)
     except ConfigError:

@@ -89,7 +89,9 @@ class Performer:
         def closed() -> None:
             self._handle(events.SegmentClosed(port.index, segment))
 
-        self._regions.arena_retired(port.index, segment, lambda: port.close_segment(segment, closed))
+        self._regions.arena_retired(
+            port.index, segment, lambda sure: port.close_segment(segment, closed, reusable=sure)
+        )
 
     def _latched(self, port: TierPort) -> None:
         self._handle(events.TierLatched(port.index, port.health.readable))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import signal
 import subprocess
 import sys
@@ -31,6 +32,9 @@ from hicache.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from hicache.rpc.client import FetchQuery
+from hicache.rpc.server import ServerOptions, serve
+from hicache.runtime import Service, ServiceOptions
 
 PAGES = 6
 TOKENS = np.arange(PAGES * PAGE_TOKENS, dtype=np.int32)
@@ -41,6 +45,11 @@ FORMS = [
     Form("nhd", pairs=True, dtype=torch.uint8),
 ]
 FORM = FORMS[0]
+
+
+def salt() -> str:
+    """Of a namespace that no other test has."""
+    return secrets.token_hex(8)
 
 
 def blocks_of(form: Form, seed: int) -> Any:
@@ -65,7 +74,7 @@ LOADER = textwrap.dedent(
     with hicache.Client(sys.argv[2]) as client:
         for number, form in enumerate(FORMS):
             engine = Engine(form)
-            cache = client.namespace(**namespace_fields(form), salt=str(number))
+            cache = client.namespace(**namespace_fields(form), salt=sys.argv[3] + str(number))
             with client.register_kv(engine.tensors, layout=form.layout) as kv, cache.fetch(TOKENS) as lease:
                 places = kv.places(blocks_of(form, seed=77), PAGE_TOKENS)
                 loaded = lease.load(kv, places).result(20)
@@ -74,19 +83,21 @@ LOADER = textwrap.dedent(
 )
 
 
-def test_another_process_loads_what_this_one_stored(make_client: Any, sidecar: Any) -> None:
+@pytest.mark.parametrize("make_client", ["sync"], indirect=True)  # the other process takes its time
+def test_another_process_loads_what_this_one_stored(make_client: Any, lasting_sidecar: Any) -> None:
     """In all kinds of layouts, into other blocks, bit for bit; and the bytes between are those of the layout."""
     stored: list[bytes] = []
+    prefix = salt()
 
     async def scenario() -> None:
-        async with make_client(sidecar.target) as client:
+        async with make_client(lasting_sidecar.target) as client:
             for number, form in enumerate(FORMS):
                 engine = Engine(form, seed=number + 1)
                 kv = await client.register_kv(engine.tensors, layout=form.layout)
                 assert (kv.layers, kv.closed) == (form.layers, False)
                 places = kv.places(blocks_of(form, seed=number), PAGE_TOKENS)
                 assert places.shape == (PAGES, max(1, PAGE_TOKENS // form.block))
-                cache = client.namespace(**namespace_fields(form), salt=str(number))
+                cache = client.namespace(**namespace_fields(form), salt=f"{prefix}{number}")
                 assert (await store(cache, kv, places)).stored_pages == PAGES
                 expected = engine.bytes_of(places)
                 out = np.zeros_like(expected)
@@ -100,7 +111,7 @@ def test_another_process_loads_what_this_one_stored(make_client: Any, sidecar: A
                     await store(cache, kv, places, TOKENS + 1)
 
     asyncio.run(scenario())
-    script = [sys.executable, "-c", LOADER, str(Path(__file__).parent), sidecar.target]
+    script = [sys.executable, "-c", LOADER, str(Path(__file__).parent), lasting_sidecar.target, prefix]
     found = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 0, found.stderr
     for line, expected in zip(found.stdout.splitlines(), stored, strict=True):
@@ -108,13 +119,18 @@ def test_another_process_loads_what_this_one_stored(make_client: Any, sidecar: A
         assert ok and pages == PAGES and bytes.fromhex(raw) == expected
 
 
-def test_layers_are_stored_as_they_are_computed_and_loaded_one_by_one(make_client: Any, sidecar: Any) -> None:
+def test_layers_are_stored_as_they_are_computed_and_loaded_one_by_one(
+    make_client: Any, lasting_sidecar: Any
+) -> None:
     async def scenario() -> None:
         source, target, truth = Engine(FORM), Engine(FORM), Engine(FORM, seed=3)
-        async with make_client(sidecar.target) as client:
+        async with make_client(lasting_sidecar.target) as client:
             a = await client.register_kv(source.tensors, layout=FORM.layout)
             b = await client.register_kv(target.tensors, layout=FORM.layout)
-            cache, places = client.namespace(**namespace_fields(FORM)), a.places(range(PAGES), PAGE_TOKENS)
+            cache, places = (
+                client.namespace(**namespace_fields(FORM), salt=salt()),
+                a.places(range(PAGES), PAGE_TOKENS),
+            )
             async with await cache.reserve(TOKENS) as room:
                 outward = await room.store_kv(a, places, layered=True, wait_ms=20_000)
                 for layer in range(FORM.layers):
@@ -142,14 +158,17 @@ def test_layers_are_stored_as_they_are_computed_and_loaded_one_by_one(make_clien
     asyncio.run(scenario())
 
 
-def test_some_layers_some_pages_and_places_that_are_left_out(make_client: Any, sidecar: Any) -> None:
+def test_some_layers_some_pages_and_places_that_are_left_out(make_client: Any, lasting_sidecar: Any) -> None:
     async def scenario() -> None:
         form = FORMS[1]
         source, target = Engine(form, seed=5), Engine(form)
-        async with make_client(sidecar.target) as client:
+        async with make_client(lasting_sidecar.target) as client:
             a = await client.register_kv(source.tensors, layout=form.layout)
             b = await client.register_kv(target.tensors, layout=form.layout)
-            cache, places = client.namespace(**namespace_fields(form)), a.places(range(12), PAGE_TOKENS)
+            cache, places = (
+                client.namespace(**namespace_fields(form), salt=salt()),
+                a.places(range(12), PAGE_TOKENS),
+            )
             async with await cache.reserve(TOKENS) as room:  # in parts, and one page by itself
                 await room.write(4, source.bytes_of(places)[4].tobytes())
                 with pytest.raises(InvalidArgumentError, match="written already"):
@@ -191,12 +210,15 @@ def test_some_layers_some_pages_and_places_that_are_left_out(make_client: Any, s
     asyncio.run(scenario())
 
 
-def test_a_refused_store_leaves_its_pages_to_be_stored(make_client: Any, sidecar: Any) -> None:
+def test_a_refused_store_leaves_its_pages_to_be_stored(make_client: Any, lasting_sidecar: Any) -> None:
     async def scenario() -> None:
         engine = Engine(FORM, seed=2)
-        async with make_client(sidecar.target) as client:
+        async with make_client(lasting_sidecar.target) as client:
             kv = await client.register_kv(engine.tensors, layout=FORM.layout)
-            cache, places = client.namespace(**namespace_fields(FORM)), kv.places(range(PAGES), PAGE_TOKENS)
+            cache, places = (
+                client.namespace(**namespace_fields(FORM), salt=salt()),
+                kv.places(range(PAGES), PAGE_TOKENS),
+            )
             async with await cache.reserve(TOKENS) as room:
                 refused = await room.store_kv(kv, places + 1)
                 with pytest.raises(InvalidArgumentError, match="does not lie in one block"):
@@ -208,12 +230,17 @@ def test_a_refused_store_leaves_its_pages_to_be_stored(make_client: Any, sidecar
     asyncio.run(scenario())
 
 
-def test_a_region_that_settles_cuts_stores_that_wait_for_layers(make_client: Any, sidecar: Any) -> None:
+def test_a_region_that_settles_cuts_stores_that_wait_for_layers(
+    make_client: Any, lasting_sidecar: Any
+) -> None:
     async def scenario() -> None:
         engine = Engine(FORM, seed=2)
-        async with make_client(sidecar.target) as client:
+        async with make_client(lasting_sidecar.target) as client:
             kv = await client.register_kv(engine.tensors, layout=FORM.layout)
-            cache, places = client.namespace(**namespace_fields(FORM)), kv.places(range(PAGES), PAGE_TOKENS)
+            cache, places = (
+                client.namespace(**namespace_fields(FORM), salt=salt()),
+                kv.places(range(PAGES), PAGE_TOKENS),
+            )
             async with await cache.reserve(TOKENS) as room:
                 outward = await room.store_kv(kv, places, layered=True)
                 with pytest.raises(UnavailableError, match="has not ended"):
@@ -240,7 +267,10 @@ def test_a_sidecar_that_dies_lets_go_of_whoever_waits(make_client: Any, sidecar:
         engine = Engine(FORM, seed=2)
         async with make_client(sidecar.target, timeout_s=10) as client:
             kv = await client.register_kv(engine.tensors, layout=FORM.layout)
-            cache, places = client.namespace(**namespace_fields(FORM)), kv.places(range(PAGES), PAGE_TOKENS)
+            cache, places = (
+                client.namespace(**namespace_fields(FORM), salt=salt()),
+                kv.places(range(PAGES), PAGE_TOKENS),
+            )
             await store(cache, kv, places, layered=False)
             lease = await cache.fetch(TOKENS)
             assert (await (await lease.load(kv, places, layered=True)).result(20)).ok
@@ -265,12 +295,12 @@ def test_a_sidecar_that_dies_lets_go_of_whoever_waits(make_client: Any, sidecar:
     asyncio.run(scenario())
 
 
-def test_threads_load_and_store_at_once(sidecar: Any) -> None:
+def test_threads_load_and_store_at_once(lasting_sidecar: Any) -> None:
     source = Engine(FORM, seed=4)
-    with hicache.Client(sidecar.target) as client:
+    with hicache.Client(lasting_sidecar.target) as client:
         a = client.register_kv(source.tensors, layout=FORM.layout)
-        cache = client.namespace(**namespace_fields(FORM))
-        failures: list[str] = []
+        cache = client.namespace(**namespace_fields(FORM), salt=salt())
+        good: list[bool] = []
 
         def work(number: int) -> None:
             mine = Engine(FORM)
@@ -285,16 +315,16 @@ def test_threads_load_and_store_at_once(sidecar: Any) -> None:
                         lease.load(b, whole[at : at + 1], first_page=at, layered=True) for at in range(PAGES)
                     ]
                     arrived = all(load.wait_layer(FORM.layers - 1, 30) for load in loads)
-                    good = all(load.result(30).ok for load in loads)
-                if not (arrived and good and (mine.bytes_of(whole) == source.bytes_of(places)).all()):
-                    failures.append(f"thread {number}")
+                    right = all(load.result(30).ok for load in loads)
+                same = (mine.bytes_of(whole) == source.bytes_of(places)).all()
+                good.append(arrived and right and bool(same))
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(60)
-        assert not failures and not any(thread.is_alive() for thread in threads)
+        assert good == [True] * 6
         assert len(client.core.timelines._made) == 1
         assert client.core.timelines._made[0].free == len(client.core.timelines._made[0].values)
 
@@ -306,7 +336,10 @@ def test_one_registration_serves_many_threads(sidecar: Any) -> None:
         sidecar.restart()
         client.connect()
         seen: list[Any] = []
-        cache, places = client.namespace(**namespace_fields(FORM)), kv.places(range(PAGES), PAGE_TOKENS)
+        cache, places = (
+            client.namespace(**namespace_fields(FORM), salt=salt()),
+            kv.places(range(PAGES), PAGE_TOKENS),
+        )
 
         def work(number: int) -> None:
             with cache.reserve(TOKENS + 1000 * number) as room:
@@ -321,20 +354,20 @@ def test_one_registration_serves_many_threads(sidecar: Any) -> None:
         assert len(seen) == 6 and len(set(seen)) == 1
 
 
-def test_closing_the_client_ends_its_transfers(sidecar: Any) -> None:
+def test_closing_the_client_ends_its_transfers(lasting_sidecar: Any) -> None:
     engine = Engine(FORM, seed=4)
-    client = hicache.Client(sidecar.target)
+    client = hicache.Client(lasting_sidecar.target)
     kv = client.register_kv(engine.tensors, layout=FORM.layout)
-    room = client.namespace(**namespace_fields(FORM)).reserve(TOKENS)
+    room = client.namespace(**namespace_fields(FORM), salt=salt()).reserve(TOKENS)
     outward = room.store_kv(kv, kv.places(range(PAGES), PAGE_TOKENS), layered=True)
     client.close()
     with pytest.raises((UnavailableError, StaleError, NotFoundError)):
         outward.result(10)
 
     async def scenario() -> None:
-        client = hicache.aio.Client(sidecar.target)
+        client = hicache.aio.Client(lasting_sidecar.target)
         kv = await client.register_kv(engine.tensors, layout=FORM.layout)
-        room = await client.namespace(**namespace_fields(FORM)).reserve(TOKENS)
+        room = await client.namespace(**namespace_fields(FORM), salt=salt()).reserve(TOKENS)
         outward = await room.store_kv(kv, kv.places(range(PAGES), PAGE_TOKENS), layered=True)
         unborn = await room.store_kv(kv, kv.places([], PAGE_TOKENS), last=False)
         await client.close()
@@ -345,9 +378,11 @@ def test_closing_the_client_ends_its_transfers(sidecar: Any) -> None:
     asyncio.run(scenario())
 
 
-def test_memory_that_cannot_be_shared_is_refused_with_what_to_do(make_client: Any, sidecar: Any) -> None:
+def test_memory_that_cannot_be_shared_is_refused_with_what_to_do(
+    make_client: Any, lasting_sidecar: Any
+) -> None:
     async def scenario() -> None:
-        async with make_client(sidecar.target) as client:
+        async with make_client(lasting_sidecar.target) as client:
             plain = [torch.zeros(FORM.shape, dtype=FORM.dtype)]
             with pytest.raises(UnsupportedError, match=r"client\.kv_memory"):
                 await client.register_kv(plain, layout="kv-nhd")
@@ -362,12 +397,110 @@ def test_memory_that_cannot_be_shared_is_refused_with_what_to_do(make_client: An
                 await client.register_kv(kv.kv, layout="kv-nhd")
             again = await client.register_kv(kv.kv)  # ready words
             assert await kv.close() and await again.close()
-            async with make_client(sidecar.target, data_plane="stream") as other:
+            async with make_client(lasting_sidecar.target, data_plane="stream") as other:
                 with pytest.raises(UnsupportedError, match="over the sidecar's unix socket"):
                     await other.register_kv([tensor], layout="kv-nhd")
                 kv = await client.register_kv([tensor], layout="kv-nhd")
-                room = await other.namespace(**namespace_fields(FORM)).reserve(TOKENS)
+                room = await other.namespace(**namespace_fields(FORM), salt=salt()).reserve(TOKENS)
                 with pytest.raises(InvalidArgumentError, match="another client's"):
                     await room.store_kv(kv, kv.places([0], PAGE_TOKENS))
+
+    asyncio.run(scenario())
+
+
+# --- the device tier
+
+
+def test_leases_in_the_device_tier_are_loaded_and_read(make_client: Any, device_sidecar: Any) -> None:
+    async def scenario() -> None:
+        source, target = Engine(FORM, seed=6), Engine(FORM)
+        async with make_client(device_sidecar.target) as client:
+            a = await client.register_kv(source.tensors, layout=FORM.layout)
+            b = await client.register_kv(target.tensors, layout=FORM.layout)
+            cache, places = (
+                client.namespace(**namespace_fields(FORM), salt=salt()),
+                a.places(range(PAGES), PAGE_TOKENS),
+            )
+            await store(cache, a, places)
+            expected = source.bytes_of(places)
+            there = b.places(range(10, 10 + PAGES), PAGE_TOKENS)
+            async with await cache.fetch(TOKENS, device=True, wait_ms=5000) as lease:
+                assert len(lease) == PAGES and lease.tier_pages == {"device": PAGES}
+                load = await lease.load(b, there, layered=True)
+                assert await load.wait_layer(FORM.layers - 1, 20) and (await load.result(20)).ok
+                assert (target.bytes_of(there) == expected).all()
+                out = np.zeros_like(expected)
+                assert await lease.copy_into(out) == PAGES and (out == expected).all()
+                assert [bytes(view) for view in await lease.views()] == [row.tobytes() for row in expected]
+            host = FetchQuery(unwrapped(cache), TOKENS)
+            device = FetchQuery(unwrapped(cache), TOKENS, device=True)
+            target.wipe()
+            for each in await client.fetch_many([host, device], wait_ms=5000):
+                assert (await (await each.load(b, there)).result(20)).ok
+                assert (target.bytes_of(there) == expected).all()
+                await each.release()
+            lease, room = await cache.fetch_and_reserve(TOKENS, device=True, wait_ms=5000)
+            assert len(lease) == PAGES and not room.missing_pages
+            await lease.release()
+
+    asyncio.run(scenario())
+
+
+def unwrapped(found: Any) -> Any:
+    return getattr(found, "_inner", found)
+
+
+def test_without_a_device_tier_device_leases_are_refused(make_client: Any, lasting_sidecar: Any) -> None:
+    async def scenario() -> None:
+        async with make_client(lasting_sidecar.target) as client:
+            cache = client.namespace(**namespace_fields(FORM), salt=salt())
+            with pytest.raises(UnsupportedError, match="no device tier"):
+                await cache.fetch(TOKENS, device=True)
+            query = FetchQuery(unwrapped(cache), TOKENS, device=True)
+            good = FetchQuery(unwrapped(cache), TOKENS)
+            refused, found = await client.fetch_many([query, good])
+            assert isinstance(refused, UnsupportedError) and len(found) == 0
+
+    asyncio.run(scenario())
+
+
+# --- rot
+
+
+def test_a_page_that_went_bad_is_named_and_the_others_are_right(tmp_path: Path) -> None:
+    """The server is in this process, so that a slot can be spoilt."""
+
+    async def scenario() -> None:
+        source, target = Engine(FORM, seed=7), Engine(FORM)
+        service = Service(ServiceOptions(host_bytes=8 << 20, prefault=False))
+        await service.start()
+        server = await serve(service, ServerOptions(socket_path=str(tmp_path / "s")))
+        async with hicache.aio.Client(f"unix://{tmp_path / 's'}") as client:
+            a = await client.register_kv(source.tensors, layout=FORM.layout)
+            b = await client.register_kv(target.tensors, layout=FORM.layout)
+            cache, places = (
+                client.namespace(**namespace_fields(FORM), salt=salt()),
+                a.places(range(PAGES), PAGE_TOKENS),
+            )
+            await store(cache, a, places)
+            expected = source.bytes_of(places)
+            assert service._house is not None
+            memory = service._house.ports[0].addressable
+            assert memory is not None
+            bad = expected[2].tobytes()
+            (slot,) = [slot for slot in range(PAGES) if bytes(memory.views([slot])[0]) == bad]
+            memory.views([slot])[0][17] ^= 2
+            async with await cache.fetch(TOKENS) as lease:
+                load = await lease.load(b, places, layered=True)
+                loaded = await load.result(20)
+                assert not loaded.ok and loaded.corrupt == (2,) and loaded.pages == PAGES - 1
+                assert load.failed and await load.wait_layer(0) is False
+                moved = target.bytes_of(places)
+                others = [0, 1, 3, 4, 5]
+                assert (moved[others] == expected[others]).all()
+                assert lease.still_valid()
+            assert (await cache.match(TOKENS)).matched_pages == 2  # the sidecar gave it up
+        await server.stop(0)
+        await service.close()
 
     asyncio.run(scenario())

@@ -22,6 +22,7 @@ POSITIONAL_ARGS_MAX = 5
 # "file:function" -> why it may catch everything. Only loop and RPC edges belong here; each must report
 # what it caught.
 BROAD_HANDLERS: dict[str, str] = {
+    "hicache/device/copying/jobs.py:_caught": "a copying thread's edge: the job ends with it; nobody waits for ever",
     "hicache/device/host_mover.py:HostMover._advance": "a mover's step: the transfer ends with FAULT, others go on",
     "hicache/device/kv_lane.py:KvLane._advance": "a lane's step: the transfer ends with FAULT, others go on",
     "hicache/integrations/vllm/loads.py:Load._guard": "a thread's edge: the load fails, the engine computes its blocks",

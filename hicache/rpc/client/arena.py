@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -86,9 +86,10 @@ class Arena:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._regions: dict[int, ArenaRegion] = {}
-        self.elsewhere: set[int] = set()  # regions that this host's memory does not hold: pools on a GPU
         self._incarnation = 0
         self.unmapped: deque[int] = deque()  # retired regions whose memory has gone: to be confirmed
+        #: Called with each region that leaves the table: whoever registered its memory with a device lets go of it.
+        self.watchers: list[Callable[[ArenaRegion], None]] = []
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -98,8 +99,8 @@ class Arena:
         return self._regions.get(region_id)
 
     def unknown(self, region_ids: Iterable[int]) -> set[int]:
-        """Those that are not mapped yet, and may be."""
-        return {region_id for region_id in region_ids if region_id not in self._regions} - self.elsewhere
+        """Those that are not mapped yet."""
+        return {region_id for region_id in region_ids if region_id not in self._regions}
 
     def add(self, info: RegionInfo, fd: int, incarnation: int = 0) -> ArenaRegion:
         """Map a region; the descriptor stays the caller's. A region that is mapped already wins.
@@ -128,18 +129,25 @@ class Arena:
             self.unmapped.append(region_id)
         else:
             region.fate.retired = True
+            self._tell([region])
 
     def begin(self, incarnation: int) -> None:
         """Forget all regions: the session that was given them is gone, and this one has begun."""
         with self._lock:
             self._incarnation = incarnation
+            gone = list(self._regions.values())
             self._regions.clear()
-            self.elsewhere.clear()
             self.unmapped.clear()
+        self._tell(gone)
 
     def clear(self) -> None:
         """Forget all regions (the client is closed)."""
         self.begin(self._incarnation)
+
+    def _tell(self, gone: Iterable[ArenaRegion]) -> None:
+        for region in gone:
+            for watcher in list(self.watchers):
+                watcher(region)
 
 
 def _gone(fate: _Fate, unmapped: deque[int]) -> None:

@@ -303,6 +303,16 @@ class RegionInfo:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """A segment of a device tier's pool on a GPU. ``handle``: of CUDA IPC; empty where it is mapped by descriptor."""
+
+    region: RegionInfo
+    size_bytes: int
+    handle: bytes
+    device_uuid: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Extent:
     """Consecutive leased pages in consecutive slots of one region."""
 
