@@ -16,12 +16,13 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
 
 from hicache.cli import config, publishing, units
 from hicache.cli.settings import ClientConfig, ServeConfig, settings_of
 from hicache.errors import ConfigError
+from hicache.policy import make_admission, make_policy
 from hicache.types import TierKind, TierSpec, WritePolicy
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ settings.
 
 READY_WORD = "SERVING"
 _SETTING_NAME = re.compile(r"(?<![\w/.-])[a-z]+(?:_[a-z]+)+(?![\w/-])")  # not within a path
+#: Settings that name one of several, by the last word of their own name.
+_NAMED: dict[str, Callable[[str], object]] = {"policy": make_policy, "admission": make_admission}
 log = logging.getLogger("hicache.serve")
 
 
@@ -102,9 +105,23 @@ def service_options(settings: ServeConfig) -> ServiceOptions:
     """The service's part of the settings. Raises ConfigError."""
     from hicache.runtime import ServiceOptions
 
+    for found in settings_of(ServeConfig):
+        make = _NAMED.get(found.name.rpartition("_")[2])
+        if make is not None and not found.choices:
+            check_name(found.flag, make, getattr(settings, found.name))
     return ServiceOptions(
         **_part(settings, ServiceOptions) | {"write_policy": WritePolicy(settings.write_policy)}
     )
+
+
+def check_name(flag: str, make: Callable[[str], object], name: str) -> None:
+    """Refuse an unknown policy or admission by its flag, of a tier that is not configured, too. Raises ConfigError."""
+    if not name:
+        return
+    try:
+        make(name)
+    except ConfigError as error:
+        raise ConfigError(f"{flag}: {error.message}", hint=error.hint) from error
 
 
 def server_options(settings: ServeConfig) -> ServerOptions:

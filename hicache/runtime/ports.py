@@ -16,7 +16,7 @@ from typing import Protocol, cast
 
 from hicache.errors import HicacheError
 from hicache.runtime.busy import BusySegments
-from hicache.runtime.mapping import Mappable, SharedPool
+from hicache.runtime.mapping import Mappable, SharedPool, Slots
 from hicache.runtime.pace import Pace
 from hicache.runtime.turns import Turn
 from hicache.types import (
@@ -105,6 +105,7 @@ class TierPort:
         self.addressable = addressable
         self.mappable = mappable
         self.shared = shared  # a device's pool, where other processes may map it
+        self.mapped: Slots | None = mappable or shared  # where clients can read leased pages in place
         self.health = Health()
         self.bytes_in = 0
         self.bytes_out = 0

@@ -66,6 +66,9 @@ def test_a_lease_that_ends_meanwhile_makes_all_pages_missing(tmp_path: Path, how
                 session.load(lease.lease_id, region, TARGETS, timeline_id=timeline, counter=1), house
             )
             stepped.step()
+            idle: list[bool] = []  # the segment that the load reads stays, whatever becomes of the lease
+            port = house.service._house.ports[0]
+            port.busy.when_idle(0, lambda: idle.append(True))
             if how == "released":
                 await session.release(lease.lease_id)
             elif how == "expired":
@@ -74,7 +77,10 @@ def test_a_lease_that_ends_meanwhile_makes_all_pages_missing(tmp_path: Path, how
                 house.server._sessions.end(
                     house.server._sessions.find(session.id), dead=True, why="a test's doing"
                 )
+            await asyncio.sleep(0.02)
+            assert not idle
             await stepped.finish()
+            assert idle == [True]
             answer = await load
             assert (answer.loaded_pages, [*answer.missing_pages]) == (0, [0, 1, 2])
             assert f"lease {lease.lease_id}" in answer.reason
