@@ -86,7 +86,8 @@ def _move_units(
         return
     geometry = paged.check(planes, places, rows, *page)
     where, tables, aligned_to = _tables(planes, places, rows)
-    _load("paged_triton").move_units(geometry, where, aligned_to=aligned_to, pack=name == "pack")
+    launch = _load("paged_triton").move_units
+    launch(geometry, where, aligned_to=aligned_to, pack=name == "pack", host_rows=not rows.is_cuda)
     del tables  # torch's allocator reuses their memory in stream order
 
 
@@ -206,7 +207,9 @@ def move_units_at(move: UnitMove, *, pack: bool) -> None:
         first_byte=0,
     )
     tables = (move.planes, move.places, move.rows, move.plane_count)
-    _load("paged_triton").move_units(geometry, tables, aligned_to=move.aligned_to, pack=pack)
+    _load("paged_triton").move_units(
+        geometry, tables, aligned_to=move.aligned_to, pack=pack, host_rows=move.host_rows
+    )
 
 
 def hash_rows_at(constants: int, table: int, rows: int, row_bytes: int, *, scratch: int, out: int) -> None:
