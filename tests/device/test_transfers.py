@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import fcntl
 import os
 import random
@@ -22,7 +23,7 @@ pytest.importorskip("torch", reason="the device room needs torch")
 
 from transfer_rig import Count, Form, Planes, forms, part, same, sealed, sums, twin
 
-from hicache.device import DeviceOptions, open_device
+from hicache.device import DeviceOptions, open_device, units
 from hicache.device.kv import FAILED, MemoryKind, SharedMemory
 from hicache.device.opening import open_transfers
 from hicache.device.transfers import DevicePages, HostPages, Transfer
@@ -164,6 +165,30 @@ def test_transfers_do_what_the_twin_does(shape, data):
     made.close()
 
 
+@settings(max_examples=60, deadline=None)
+@given(forms(), st.integers(1, 200), st.permutations([0, 1, 2]))
+def test_a_unit_that_is_moved_in_pieces_is_the_same(shape, piece_bytes, order):
+    form, _, tokens, _ = shape
+    sizes, strides, step = (tokens, form.heads, form.dim), [0, 0, 0], 1
+    for axis in order:
+        strides[axis] = step
+        step *= sizes[axis]
+    kv = dataclasses.make_dataclass("Kv", ["element_bytes", "heads", "head_size", "strides"])
+    kv = kv(form.width, form.heads, form.dim, (0, *strides))
+    plane = np.random.default_rng(1).integers(0, 256, step * form.width, np.uint8)
+    page, back = np.zeros_like(plane), np.zeros_like(plane)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(units, "PIECE_BYTES_MAX", piece_bytes)
+        view = units.UnitView.of(kv, tokens)
+    ends = [np.array([memory.ctypes.data], np.int64) for memory in (plane, page, back)]
+    view.move(ends[0], ends[1], pack=True)
+    items = plane.view(f"V{form.width}")
+    wanted = np.lib.stride_tricks.as_strided(items, sizes, [stride * form.width for stride in strides])
+    assert np.ascontiguousarray(wanted).tobytes() == page.tobytes()
+    view.move(ends[2], ends[1], pack=False)
+    assert np.array_equal(back, plane)
+
+
 def test_units_of_more_bytes_than_a_chunk_and_many_chunks():
     form = Form(blocks=40, block_tokens=64, heads=8, dim=128)
     made = Rig(form, pages=10, page_tokens=64, unit_tokens=64)
@@ -274,7 +299,7 @@ def test_what_does_not_go_together_is_refused(rig, more, why):
 
 
 def descriptors():
-    return len(os.listdir("/proc/self/fd"))
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -298,7 +323,7 @@ def test_memory_that_may_be_torn_or_cannot_be_written_is_refused(rig, make, why)
 
 def test_cuda_memory_is_refused_where_there_is_no_cuda_device(rig):
     memory = SharedMemory(MemoryKind.CUDA_IPC, 1 << 20, handle=bytes(64), device_uuid=bytes(16))
-    with pytest.raises(UnsupportedError, match="no CUDA device.*client copy"):
+    with pytest.raises(UnsupportedError, match=r"no CUDA device.*client copy"):
         rig.moves.open_kv(rig.planes.kv([memory]))
 
 
