@@ -4,10 +4,10 @@
 
 The whole service in this process: engine, runtime, stores. A device tier full of pages gets as many again, in prompts
 of 250 pages that all come at once; each page that comes makes one leave, by a copy to the host tier. Every callback of
-the event loop is timed, and within it every event of the engine, every hand-out of completions (poll) and every
-batch given to a store (submit): by the clock, and by the thread's own CPU time, which no other process disturbs.
-Two devices in turn: ``cpu``, and the CUDA store on a driver in ordinary memory whose copies are done when they are
-asked for. Writes ``bench/results/demotion_burst.json``. Bar: no step takes more than 1 ms of the owner's time.
+the event loop is timed, and within it every event of the engine, every turn (in which completions are handed out and
+copies started) and every batch given to a store (submit): by the clock, and by the thread's own CPU time, which other
+processes disturb less. Two devices take turns: ``cpu``, and the CUDA store on a driver in ordinary memory whose copies
+are done when they are asked for. Writes ``bench/results/demotion_burst.json``. Bar: no step of more than 1 ms.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import collections
 import ctypes
+import gc
 import os
 import statistics
 import sys
@@ -38,7 +39,7 @@ from hicache.types import Namespace, Notify, TierSpec, WritePolicy  # noqa: E402
 PROMPT_PAGES, PAGE_TOKENS = 250, 4
 DEVICE, HOST = 0, 1
 BAR_MS = 1.0
-STEPS = ("callback", "event", "poll", "submit")
+STEPS = ("callback", "event", "turn", "submit")
 
 
 class Instant:
@@ -127,7 +128,7 @@ def watch(service: Service, times: Times) -> None:
     assert house is not None
     engine = house.engine
     engine.handle = times.wrap("event", engine.handle)  # type: ignore[method-assign]
-    house._wake.call = times.wrap("poll", house._wake.call)
+    house._wake.call = times.wrap("turn", house._wake.call)
     for port in house.ports:
         port.store.submit = times.wrap("submit", port.store.submit)  # type: ignore[method-assign]
 
@@ -176,6 +177,7 @@ async def burst(options: argparse.Namespace, times: Times) -> dict[str, Any]:
     await service.start()
     try:
         watch(service, times)
+        gc.freeze()  # as ``hicache serve`` does
         house = service._house
         assert house is not None
         session = service.open_session("default", "bench")

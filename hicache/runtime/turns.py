@@ -46,3 +46,26 @@ class Turns:
             if turn.over():
                 self._again()
                 return
+
+
+class Backlog:
+    """Things to do, in order, as many at a time as a turn takes. ``ring`` asks for turns."""
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self._ring = ring
+        self._calls: deque[Callable[[], None]] = deque()
+
+    def add(self, call: Callable[[], None]) -> None:
+        """It is done soon, behind all that was added before."""
+        self._calls.append(call)
+        self._ring()
+
+    def poll(self, turn: Turn | None = None) -> int:
+        """Do what is there, or as much as a turn takes; returns how much that was."""
+        found = 0
+        while self._calls:
+            self._calls.popleft()()
+            found += 1
+            if turn is not None and turn.over():
+                break
+        return found
