@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import xxhash
@@ -209,7 +209,7 @@ def _bring_in(driver: Driver, stream: int, chunk: Chunk, bay: Bay, rows: Address
             ctypes.memmove(start + at * chunk.pitch, row, chunk.width)
         driver.copy(stream, [bay.stage.device], [start], [len(rows) * chunk.pitch])
         return
-    for at, count, pitch in runs(rows, chunk.width):
+    for at, count, pitch in runs(rows, chunk.width, chunk.course.hold or ()):
         target = bay.stage.device + at * chunk.pitch
         driver.copy_strips(stream, Strips(target, chunk.pitch, int(rows[at]), pitch, chunk.width, count))
 
@@ -219,7 +219,7 @@ def _bring_out(driver: Driver, stream: int, chunk: Chunk, bay: Bay, rows: Addres
     if chunk.engine == "bounce":
         driver.copy(stream, [bay.host_address], [bay.stage.device], [len(rows) * chunk.pitch])
         return
-    for at, count, pitch in runs(rows, chunk.width):
+    for at, count, pitch in runs(rows, chunk.width, chunk.course.hold or ()):
         source = bay.stage.device + at * chunk.pitch
         driver.copy_strips(stream, Strips(int(rows[at]), pitch, source, chunk.pitch, chunk.width, count))
 
@@ -241,9 +241,14 @@ def hashes(chunk: Chunk, bay: Bay) -> Addresses:
     return np.array([xxhash.xxh3_64_intdigest(page.data) for page in pages], np.uint64).view(np.int64)
 
 
-def runs(rows: Addresses, width: int) -> list[tuple[int, int, int]]:
-    """Rows, sorted, as runs of equal distance: (first, count, distance), each of which one copy of strips takes."""
-    found, steps, at = [], np.diff(rows).tolist(), 0
+def runs(rows: Addresses, width: int, pieces: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Rows, sorted, as runs of equal distance: (first, count, distance), each of which one copy of strips takes.
+
+    ``pieces``: where registered memory begins; no copy may reach from one into another.
+    """
+    owner = np.searchsorted(np.sort(np.array(pieces, np.int64)), rows, "right")
+    steps = np.where(np.diff(owner) == 0, np.diff(rows), 0).tolist()
+    found, at = [], 0
     while at < len(rows):
         end = at + 1
         pitch = steps[at] if at < len(steps) else width

@@ -24,7 +24,6 @@ from hicache.device.imports import CudaImports, OpenKv
 from hicache.device.kv import PagedKv
 from hicache.device.kv_lane import KvLane, Shape
 from hicache.device.tasks import Task
-from hicache.errors import InvalidArgumentError
 from hicache.types import Outcome
 
 LOAD_PRIORITY, PACK_PRIORITY = -1, 0
@@ -75,11 +74,7 @@ class CudaMover:
         return {shape: choice for lane in self._lanes.values() for shape, choice in lane.choices.items()}
 
     def open(self, kv: PagedKv) -> OpenKv:
-        """Map a region. Raises UnsupportedError; InvalidArgumentError for pages that are not whole elements."""
-        if kv.page_offset % kv.element_bytes:
-            raise InvalidArgumentError(
-                f"paged KV: page_offset {kv.page_offset} must be whole elements of {kv.element_bytes} bytes"
-            )
+        """Map a region. Raises UnsupportedError."""
         opened = self._imports.open(kv)
         unmap = opened.unmap
 

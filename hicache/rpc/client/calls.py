@@ -23,6 +23,7 @@ from hicache.rpc.client.results import (
     TierInfo,
     Welcome,
 )
+from hicache.rpc.common import namespaces
 from hicache.rpc.pb import cache_pb2, region_pb2, session_pb2
 from hicache.types import NO_USE, Namespace, Use
 
@@ -151,25 +152,7 @@ def open_namespace(session_id: bytes, spec: Namespace) -> session_pb2.OpenNamesp
     """Names a namespace. The tenant is the server's to say."""
     return session_pb2.OpenNamespaceRequest(
         session_id=session_id,
-        namespace=session_pb2.NamespaceSpec(
-            model=spec.model,
-            revision=spec.revision,
-            adapter=spec.adapter,
-            salt=spec.salt,
-            kv_dtype=spec.kv_dtype,
-            layout=spec.layout,
-            codec=spec.codec,
-            layers=spec.layers,
-            kv_heads=spec.kv_heads,
-            head_size=spec.head_size,
-            page_tokens=spec.page_tokens,
-            world_size=spec.world_size,
-            engine_version=spec.engine_version,
-            page_bytes=spec.page_bytes,
-            symbol_kind=spec.symbol_kind.value,
-            symbol_hash_bytes=spec.symbol_hash_bytes,
-            extra_key_bytes=spec.extra_key_bytes,
-        ),
+        namespace=namespaces.to_message(spec),
     )
 
 
