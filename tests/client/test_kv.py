@@ -450,6 +450,51 @@ def unwrapped(found: Any) -> Any:
     return getattr(found, "_inner", found)
 
 
+def test_pages_in_a_shared_pool_are_read_in_place(make_client: Any, device_sidecar: Any) -> None:
+    """Of a device in host memory; nothing but the lease's time says how long they are what they were."""
+
+    async def scenario() -> None:
+        source = Engine(FORM, seed=8)
+        async with make_client(device_sidecar.target) as client:
+            a = await client.register_kv(source.tensors, layout=FORM.layout)
+            cache = client.namespace(**namespace_fields(FORM), salt=salt())
+            places = a.places(range(PAGES), PAGE_TOKENS)
+            await store(cache, a, places)
+            lease = await cache.fetch(TOKENS, device=True, wait_ms=5000)
+            assert lease.zero_copy and len(lease) == PAGES
+            state = unwrapped(lease)._state
+            assert all(not run.region.info.counted for run in state.runs)
+            views = await lease.views()
+            assert all(view.readonly for view in views)
+            assert [bytes(view) for view in views] == [row.tobytes() for row in source.bytes_of(places)]
+            with pytest.raises(UnsupportedError, match=r"views\(\) or numpy"):
+                await lease.tensors()
+            ticket = lease.ticket()
+            reader = await client.reader(ticket)
+            assert reader.unsound(0, PAGES) == [] and reader.still_valid()
+            assert lease.still_valid()
+            await lease.renew(60)  # less the client's margin
+            await asyncio.sleep(0.05)
+            assert not lease.still_valid()
+            await lease.release()
+
+    asyncio.run(scenario())
+
+
+def test_pages_that_no_memory_is_shared_of_are_no_tensors(make_client: Any, lasting_sidecar: Any) -> None:
+    async def scenario() -> None:
+        engine = Engine(FORM, seed=8)
+        async with make_client(lasting_sidecar.target, data_plane="stream") as client:
+            cache = client.namespace(**namespace_fields(FORM), salt=salt())
+            await cache.store(TOKENS, engine.bytes_of(np.arange(PAGES)[:, None] * PAGE_TOKENS))
+            async with await cache.fetch(TOKENS) as lease, await cache.fetch(TOKENS + 1) as none:
+                assert await none.tensors() == []
+                with pytest.raises(UnsupportedError, match="share-device"):
+                    await lease.tensors()
+
+    asyncio.run(scenario())
+
+
 def test_without_a_device_tier_device_leases_are_refused(make_client: Any, lasting_sidecar: Any) -> None:
     async def scenario() -> None:
         async with make_client(lasting_sidecar.target) as client:
