@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -86,7 +86,8 @@ def _move_units(
         return
     geometry = paged.check(planes, places, rows, *page)
     where, tables, aligned_to = _tables(planes, places, rows)
-    _load("paged_triton").move_units(geometry, where, aligned_to=aligned_to, pack=name == "pack")
+    launch = _load("paged_triton").move_units
+    launch(geometry, where, aligned_to=aligned_to, pack=name == "pack", host_rows=not rows.is_cuda)
     del tables  # torch's allocator reuses their memory in stream order
 
 
@@ -206,7 +207,9 @@ def move_units_at(move: UnitMove, *, pack: bool) -> None:
         first_byte=0,
     )
     tables = (move.planes, move.places, move.rows, move.plane_count)
-    _load("paged_triton").move_units(geometry, tables, aligned_to=move.aligned_to, pack=pack)
+    _load("paged_triton").move_units(
+        geometry, tables, aligned_to=move.aligned_to, pack=pack, host_rows=move.host_rows
+    )
 
 
 def hash_rows_at(constants: int, table: int, rows: int, row_bytes: int, *, scratch: int, out: int) -> None:
@@ -222,6 +225,15 @@ def hash_constants() -> Tensor:
 def hash_scratch_bytes(rows: int, row_bytes: int) -> int:
     """What ``hash_rows_at`` needs beside the rows."""
     return rows * ((row_bytes - 1) // 1024 + 1) * 64
+
+
+def warm() -> Iterator[None]:
+    """Compile, a step each time it is asked, what stores launch for nearly all pages; launch nothing."""
+    table, page_bytes = 1 << 40, 2 << 20  # an address as they are
+    _load("paged_triton").move_rows(table, table, 1, page_bytes, aligned_to=16, warm=True)
+    yield
+    _load("xxh3_triton").hash_rows(table, table, 1, page_bytes, scratch=table, out=table, warm=True)
+    yield
 
 
 def has_triton() -> bool:
