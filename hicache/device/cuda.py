@@ -30,7 +30,7 @@ from hicache.device.plan import Extent
 from hicache.device.result import Result
 from hicache.device.segment import DeviceSegment
 from hicache.device.store import DeviceOptions, DeviceStore
-from hicache.device.table import SegmentTable
+from hicache.device.table import SegmentTable, require_sharing
 from hicache.errors import ConfigError, ExhaustedError, UnavailableError, UnsupportedError
 from hicache.types import Batch, Notify, Op, TierSpec
 
@@ -195,7 +195,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
 
     def shared(self, segment: int) -> SharedMemory:
         """See DeviceStore."""
-        self._require_sharing(on=self._share)
+        require_sharing(self._spec, on=self._share)
         found = self._segment(segment)
         if not found.clean:
             raise UnavailableError(

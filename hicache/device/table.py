@@ -126,12 +126,6 @@ class SegmentTable(ABC, Lends[S]):
             raise InvalidArgumentError(f"segment {segment} is not open")
         return found
 
-    def _require_sharing(self, *, on: bool) -> None:
-        if not on:
-            raise UnsupportedError(
-                f"tier {self._spec.name!r} does not share its memory", hint="start with --share-device"
-            )
-
     def free(self, slots: Sequence[int]) -> None:
         """See DeviceStore."""
         with self._lock:
@@ -193,3 +187,11 @@ class SegmentTable(ABC, Lends[S]):
     def _complete(self, completion: Completion) -> None:
         self._done.append(completion)
         self._notify()
+
+
+def require_sharing(spec: TierSpec, *, on: bool) -> None:
+    """Raise UnsupportedError where the store does not share its memory."""
+    if not on:
+        raise UnsupportedError(
+            f"tier {spec.name!r} does not share its memory", hint="start with --share-device"
+        )

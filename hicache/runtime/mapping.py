@@ -32,23 +32,27 @@ class Layout(Protocol):
         """From slot to slot, in bytes."""
 
 
-class Mappable(Protocol):
-    """The store's side of shared memory."""
+class Slots(Protocol):
+    """What a store tells of its slots, to go with where they are."""
 
     def layout(self, segment: int) -> Layout:
         """Of an open segment."""
-
-    def fd(self, segment: int) -> int:
-        """Its descriptor; the store's own."""
 
     def checksums(self, slots: Sequence[int]) -> list[int]:
         """Recorded checksums."""
 
     def generations(self, slots: Sequence[int]) -> list[int]:
-        """As clients see them in the segment's header."""
+        """How often each slot has changed; what clients see in the segment's header, where it has one."""
 
 
-class SharedPool(Mappable, Protocol):
+class Mappable(Slots, Protocol):
+    """The store's side of shared memory."""
+
+    def fd(self, segment: int) -> int:
+        """Its descriptor; the store's own."""
+
+
+class SharedPool(Slots, Protocol):
     """A device store's side, where its pool may be mapped by other processes: slots without counters.
 
     ``generations``: the store's own counts, which stand in no mapping.

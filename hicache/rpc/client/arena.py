@@ -44,7 +44,8 @@ class ArenaRegion:
         self.fate = fate
         self.memory = memoryview(memory)
         self.bytes: Bytes = np.frombuffer(memory, dtype=np.uint8)
-        self.generations: npt.NDArray[np.uint64] = self.bytes[: info.slots * GENERATION_BYTES].view("<u8")
+        counted_bytes = info.slots * GENERATION_BYTES if info.counted else 0
+        self.generations: npt.NDArray[np.uint64] = self.bytes[:counted_bytes].view("<u8")
 
     def check(self, extent: Extent, page_bytes: int) -> None:
         """Raise HicacheError for an extent that does not lie in the region's slots."""
@@ -72,7 +73,9 @@ class ArenaRegion:
         return [memory[at : at + info.page_bytes] for at in range(begin, end, info.slot_stride)]
 
     def unchanged(self, first_slot: int, expected: npt.NDArray[np.uint64]) -> bool:
-        """Whether these slots still hold what was leased."""
+        """Whether these slots still hold what was leased, as far as counters tell; without, the deadline alone does."""
+        if not self.info.counted:
+            return True
         now = self.generations[first_slot : first_slot + len(expected)]
         return bool(np.array_equal(now, expected))
 
@@ -157,7 +160,7 @@ def _check_region(info: RegionInfo, fd: int) -> None:
     if (
         info.page_bytes < 1
         or info.page_bytes > info.slot_stride
-        or info.slots * GENERATION_BYTES > info.first_slot_offset
+        or (info.counted and info.slots * GENERATION_BYTES > info.first_slot_offset)
         or slots_end > info.size_bytes
     ):
         raise UnsupportedError(f"arena region {info.region_id}: its layout does not fit it: {info}")

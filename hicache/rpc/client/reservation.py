@@ -54,6 +54,7 @@ class ReservationState:
         self.reservation = reserved.reservation
         self.present_pages = reserved.present_pages
         self.missing_pages = reserved.missing_pages
+        self.expires_in_ms = reserved.expires_in_ms
         self.incarnation = incarnation
         self.page_bytes = page_bytes
         self.ended = not reserved.reservation
@@ -162,6 +163,25 @@ class ReservationState:
                 )
             self._done.update(chosen)
             return {page: self._prepared.pop(page) for page in chosen}
+
+    def claim(self, first: int, pages: int) -> None:
+        """Take pages for a Commit out of an engine's KV, all or none. Raises InvalidArgumentError, NotFoundError."""
+        with self._lock:
+            for page in range(first, first + pages):
+                self._require_missing(page)
+                if page in self._prepared:
+                    raise InvalidArgumentError(f"page {page} was written already")
+            self._done.update(range(first, first + pages))
+            ahead = {
+                page: self._ahead.pop(page) for page in range(first, first + pages) if page in self._ahead
+            }
+        self._free(ahead)
+
+    def unclaim(self, first: int, pages: int) -> None:
+        """Undo ``claim``: that Commit was refused."""
+        with self._lock:
+            self._done.difference_update(range(first, first + pages))
+            self._open = self.present_pages
 
     def committed(self, sent: dict[int, PageBuffer]) -> None:
         """The Commit was answered: its buffers are free."""
