@@ -58,7 +58,7 @@ class CudaMover:
             True: lane(pack=True, priority=PACK_PRIORITY),
         }
         self._pumps = {
-            pack: Pump(f"hicache-kv-{'pack' if pack else 'load'}", each, store.driver.bind)
+            pack: Pump(f"hicache-kv-{'pack' if pack else 'load'}", each, store.driver.bind, each.pause_s)
             for pack, each in self._lanes.items()
             if threaded
         }
