@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import threading
 import weakref
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from hicache.device.copying.mapped import Span  # noqa: E402
 from hicache.errors import CorruptError, HicacheError, NotFoundError, UnavailableError, UnsupportedError  # noqa: E402
 
 LAYERS, HEADS, DIM, BLOCK, BLOCKS, TOKENS = 3, 2, 32, 8, 24, 16
-WAIT_S = 60
+WAIT_S = 15
 
 
 class Region:
@@ -60,12 +61,12 @@ class Rig:
         self.leaks = []
         self.stage_bytes = stage_pages * self.kv.page_bytes + 100
         self.copies = CudaCopies(
-            self.kv, self.driver, stage_bytes=self.stage_bytes, way=way, piece_bytes=1 << 15
+            self.kv, self.driver, stage_bytes=self.stage_bytes, way=way, piece_bytes=4 * self.kv.page_bytes
         )
-        self.copies._load._workers.put(lambda: self.copies._load._lane)  # made before anything fails
-        self.copies._store._workers.put(lambda: self.copies._store._lane)
-        while self.copies._load._made is None or self.copies._store._made is None:
-            pass
+        for jobs in (self.copies._load, self.copies._store):  # lanes are made before anything fails
+            made = threading.Event()
+            jobs._workers.put(lambda jobs=jobs, made=made: (jobs._lane, made.set()))
+            assert made.wait(WAIT_S)
         self.driver.fault_rate = rate
 
     def unmapped(self, address):
@@ -125,10 +126,9 @@ class Rig:
     def settle_pins(self):
         """Until what was to be registered is."""
         for pins in (self.copies.mapped._readable, self.copies.mapped._writable):
-            done = []
-            pins._work.put(lambda done=done: done.append(1))
-            while not done:
-                pass
+            done = threading.Event()
+            pins._work.put(done.set)
+            assert done.wait(WAIT_S)
 
     def finish(self):
         self.driver.fault_rate = 0.0
