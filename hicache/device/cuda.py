@@ -30,7 +30,7 @@ from hicache.device.plan import Extent
 from hicache.device.result import Result
 from hicache.device.segment import DeviceSegment
 from hicache.device.store import DeviceOptions, DeviceStore
-from hicache.device.table import SegmentTable
+from hicache.device.table import SegmentTable, require_sharing
 from hicache.errors import ConfigError, ExhaustedError, UnavailableError, UnsupportedError
 from hicache.types import Batch, Notify, Op, TierSpec
 
@@ -195,7 +195,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
 
     def shared(self, segment: int) -> SharedMemory:
         """See DeviceStore."""
-        self._require_sharing(on=self._share)
+        require_sharing(self._spec, on=self._share)
         found = self._segment(segment)
         if not found.clean:
             raise UnavailableError(
@@ -327,11 +327,18 @@ class Stepped(Protocol):
 
 
 class Pump:
-    """The thread that runs a lane's steps."""
+    """The thread that runs a lane's steps. ``pause_s``: until it is asked again, where it is not idle."""
 
-    def __init__(self, name: str, lane: Stepped, bind: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        lane: Stepped,
+        bind: Callable[[], None],
+        pause_s: Callable[[], float] = lambda: POLL_S,
+    ) -> None:
         self._lane = lane
         self._bind = bind
+        self._pause_s = pause_s
         self._work = threading.Event()
         self._ending = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -359,7 +366,7 @@ class Pump:
             if self._lane.step():
                 continue
             if not self._lane.idle:
-                self._work.wait(POLL_S)
+                self._work.wait(self._pause_s())
             elif self._ending:
                 return
             else:

@@ -277,7 +277,7 @@ class Lane:
     def _accept(self, chunk: Chunk) -> None:
         """The pages lie in their slots: hold those whose bytes are right and whose slots were not taken."""
         extent, result = chunk.extent, chunk.job.result
-        sums = self._sums(chunk)
+        sums = _sums(chunk)
         sound = np.ones(len(sums), np.bool_)
         if result.batch.checksums:
             given = [result.batch.checksums[position] for position in extent.positions.tolist()]
@@ -315,13 +315,6 @@ class Lane:
                 np.copyto(chunk.pages[row], landed[row])
         result.moved(extent.positions[sound], arrived[sound])
 
-    def _sums(self, chunk: Chunk) -> Sums:
-        count = len(chunk.pages)
-        if chunk.hashed:
-            return engines.hashes(chunk.stage, count)
-        rows = _rows(chunk.stage, count, chunk.extent.segment.page_bytes)
-        return np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], np.uint64)
-
     def _delete(self, job: Job) -> None:
         for extent in job.extents:
             with self._lock:
@@ -346,3 +339,12 @@ class Lane:
 
 def _rows(stage: Stage, count: int, row_bytes: int) -> Array:
     return stage.host[: count * row_bytes].reshape(count, row_bytes)
+
+
+def _sums(chunk: Chunk) -> Sums:
+    """Checksums of what lies in the slots."""
+    count = len(chunk.pages)
+    if chunk.hashed:
+        return engines.hashes(chunk.stage, count)
+    rows = _rows(chunk.stage, count, chunk.extent.segment.page_bytes)
+    return np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], np.uint64)

@@ -20,7 +20,7 @@ pytest.importorskip("torch", reason="an engine's KV is tensors")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from kv_kit import PAGE_TOKENS, Engine, Form, namespace_fields
+from kv_client_kit import PAGE_TOKENS, Engine, Form, namespace_fields
 
 import hicache
 import hicache.aio

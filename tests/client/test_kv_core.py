@@ -19,7 +19,7 @@ pytest.importorskip("torch", reason="an engine's KV is tensors")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from kv_kit import Engine, Form
+from kv_client_kit import Engine, Form
 
 from hicache.device import kernels
 from hicache.device.driver import DriverError

@@ -200,7 +200,7 @@ async def walk(house: House, stepped: Stepped, *, seed: int, steps: int) -> Coun
     return sum((walker.seen for walker in walkers), Counter())
 
 
-@pytest.mark.parametrize("steps", [12, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize("steps", [8, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
 @pytest.mark.parametrize("seed", [1, 1000])
 def test_no_wrong_page_whatever_happens(tmp_path: Path, seed: int, steps: int) -> None:
     async def main() -> None:
@@ -210,9 +210,9 @@ def test_no_wrong_page_whatever_happens(tmp_path: Path, seed: int, steps: int) -
         async with engine(tmp_path, open_transfers=stepped, server=patient, **small) as (house, _):
             seen = await walk(house, stepped, seed=seed, steps=steps)
             counters = house.service.stats().counters
-            assert seen["loaded"] > 10 * WALKERS
+            assert seen["loaded"] > 2 * WALKERS
             assert seen["bad"] > 0
-            assert seen["stored"] > 10 * WALKERS
+            assert seen["stored"] > 2 * WALKERS
             if steps > 100:
                 print(dict(seen), {name: counters[name] for name in ("loads", "failed_loads", "kv_commits")})
                 assert sum(house.service.stats().engine.counters.dropped_pages) > 0
