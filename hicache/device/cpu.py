@@ -6,38 +6,36 @@ as if events had been queried. The copies themselves are in ``copies.py``.
 
 from __future__ import annotations
 
-import collections
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from hicache.device import copies
 from hicache.device.copies import Staging
-from hicache.device.plan import Extent, locate, plan
+from hicache.device.kv import MemoryKind, SharedMemory
+from hicache.device.memfd import SealedMemory
+from hicache.device.plan import Extent
 from hicache.device.result import Result
 from hicache.device.segment import Segment
-from hicache.device.store import DeviceOptions, check_room
+from hicache.device.store import DeviceOptions
 from hicache.device.streams import CopyStream
-from hicache.errors import ExhaustedError, InvalidArgumentError, UnavailableError
-from hicache.types import Batch, Completion, Notify, Op, TierSpec
+from hicache.device.table import SegmentTable, require_sharing
+from hicache.errors import ExhaustedError
+from hicache.types import Batch, Notify, Op, TierSpec
 
 Step = Callable[[Extent[Segment], Result, Staging, threading.Lock], None]
 STEPS: dict[Op, Step] = {Op.PUT: copies.put, Op.GET: copies.get, Op.DELETE: copies.delete}
 
 
-class CpuDevice:
-    """The DeviceStore of ``cpu``. One thread owns it: all calls come from there."""
+class CpuDevice(SegmentTable[Segment]):
+    """The DeviceStore of ``cpu``."""
 
     def __init__(self, spec: TierSpec, notify: Notify, options: DeviceOptions) -> None:
-        self._spec = spec
-        self._notify = notify
-        self._lock = threading.Lock()  # the segments' columns and counts
-        self._segments: dict[int, Segment] = {}
-        self._done: collections.deque[Completion] = collections.deque()
-        self._closed = False
+        super().__init__(spec, notify)
+        self.name = "cpu"
+        self._share = options.share
         self._put_staging = Staging(options.staging_bytes)
         self._get_staging = Staging(options.staging_bytes)
         threads = torch.get_num_threads()
@@ -45,74 +43,61 @@ class CpuDevice:
         self._reads = CopyStream(f"hicache-{spec.name}-get", _use_one_core)
         torch.set_num_threads(threads)  # the streams keep theirs; threads to come get the process's again
 
-    # --- segments ------------------------------------------------------------------------------------------
+    # --- segments
 
     def open_segment(self, segment: int, domain: str, page_bytes: int, slots: int) -> None:
         """See DeviceStore."""
-        self._check_open()
-        check_room(self._spec, segment, page_bytes, slots, self._segments)
+        self._check_room(segment, page_bytes, slots)
         try:
-            opened = Segment(domain, page_bytes, slots)
-        except RuntimeError as error:
+            memory = SealedMemory(self._memory_bytes) if self._share else None
+            opened = Segment(domain, page_bytes, slots, memory)
+        except (OSError, MemoryError) as error:
             raise ExhaustedError(f"no memory for segment {segment}: {error}") from error
         self._segments[segment] = opened
 
-    def close_segment(self, segment: int) -> None:
+    def close_segment(self, segment: int, *, reusable: bool = True) -> None:
+        """See DeviceStore. The memory goes back to the system, so that it need not be fit for another segment."""
+        found = self._take_out(segment)
+        if found.shared is not None:
+            found.shared.close()
+
+    def shared(self, segment: int) -> SharedMemory:
         """See DeviceStore."""
-        found = self._segments.get(segment)
-        if found is None:
-            raise InvalidArgumentError(f"segment {segment} is not open")
-        with self._lock:
-            moving = found.batches_in_flight
-        if moving:
-            raise InvalidArgumentError(
-                f"segment {segment}: {moving} batches move its pages", hint="close it after their completions"
-            )
-        del self._segments[segment]
+        require_sharing(self._spec, on=self._share)
+        memory = self._segment(segment).shared
+        assert memory is not None, "a store that shares has a segment that it cannot share"
+        return SharedMemory(MemoryKind.MEMFD, memory.size_bytes, fd=memory.fd)
 
-    def free(self, slots: Sequence[int]) -> None:
-        """See DeviceStore."""
-        with self._lock:
-            for extent in locate(slots, self._segments):
-                extent.segment.empty(extent.indices)
-                extent.segment.frees[extent.indices] += np.uint32(1)
+    # --- the port
 
-    # --- the port ------------------------------------------------------------------------------------------
-
-    def submit(self, batch: Batch) -> None:
-        """Queue a batch. Raises InvalidArgumentError where it does not fit, UnavailableError once closed."""
-        self._check_open()
-        if batch.op is Op.FLUSH:
-            self._flush(batch)
-            return
-        with self._lock:
-            extents = plan(batch, self._segments)
-            for extent in extents:
-                extent.segment.batches_in_flight += 1
-        stream, staging = self._writes, self._put_staging
-        if batch.op is Op.GET:
-            stream, staging = self._reads, self._get_staging
-        stream.launch(functools.partial(self._move, extents, Result(batch), staging))
-
-    def poll(self) -> list[Completion]:
-        """Completions since the last call, in order within a stream; never blocks."""
-        return [self._done.popleft() for _ in range(len(self._done))]
-
-    def close(self) -> None:
-        """Finish what was submitted, end the streams, give all memory back. ``poll`` still gives the rest."""
+    def settle(self) -> None:
+        """Finish what was submitted; from now on only ``poll`` and ``close`` are called. Idempotent."""
         if self._closed:
             return
         self._closed = True
         self._writes.close()
         self._reads.close()
+
+    def close(self) -> None:
+        """Finish what was submitted, end the streams, give all memory back. ``poll`` still gives the rest."""
+        self.settle()
+        for segment in self._segments.values():
+            if segment.shared is not None:
+                segment.shared.close()
         self._segments.clear()
         self._put_staging = self._get_staging = Staging(0)
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UnavailableError(f"tier {self._spec.name!r} is closed")
+    def _start(self, extents: list[Extent[Segment]], result: Result) -> None:
+        stream, staging = self._writes, self._put_staging
+        if result.batch.op is Op.GET:
+            stream, staging = self._reads, self._get_staging
+        stream.launch(functools.partial(self._move, extents, result, staging))
 
-    # --- on the streams ------------------------------------------------------------------------------------
+    def _pass(self, batch: Batch, then: Callable[[], None]) -> None:
+        for stream in (self._writes, self._reads):
+            stream.launch(then)
+
+    # --- on the streams
 
     def _move(self, extents: list[Extent[Segment]], result: Result, staging: Staging) -> None:
         for extent in extents:
@@ -120,30 +105,7 @@ class CpuDevice:
                 STEPS[result.batch.op](extent, result, staging, self._lock)
             except copies.COPY_FAULTS as error:
                 result.fault(f"{type(error).__name__}: {error}")
-        with self._lock:
-            for extent in extents:
-                extent.segment.batches_in_flight -= 1
-        self._complete(result)
-
-    def _flush(self, batch: Batch) -> None:
-        streams = [self._writes, self._reads]
-        waiting = len(streams)
-
-        def pass_by() -> None:
-            nonlocal waiting
-            with self._lock:
-                waiting -= 1
-                last = not waiting
-            if last:
-                self._done.append(Completion(batch.id, ()))
-                self._notify()
-
-        for stream in streams:
-            stream.launch(pass_by)
-
-    def _complete(self, result: Result) -> None:
-        self._done.append(result.completion())
-        self._notify()
+        self._finish(extents, result)
 
 
 def _use_one_core() -> None:

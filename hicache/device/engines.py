@@ -19,6 +19,7 @@ import numpy as np
 
 from hicache.device import kernels
 from hicache.device.driver import Addresses, Bytes, Driver, DriverError
+from hicache.device.patience import ENDLESS, Patience, Unanswered
 
 ENGINES = ("kernel", "staged", "batch", "dma")
 #: Those that leave the multiprocessors alone, and how near they must come to the fastest to be taken.
@@ -41,6 +42,7 @@ class Stage:
     scratch: int
     event: int
     size_bytes: int
+    begun: int = 0  # an event, for those who measure
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -157,7 +159,8 @@ def best(gb_per_s: Mapping[str, float]) -> str:
 class Chooser:
     """The engines of one lane. Used by its thread; ``choices`` may be read from any."""
 
-    def __init__(self, driver: Driver, stream: int, engine: str) -> None:
+    def __init__(self, driver: Driver, stream: int, engine: str, patience: Patience = ENDLESS) -> None:
+        self._patience = patience
         self._driver = driver
         self._stream = stream
         self._said = engine
@@ -172,11 +175,13 @@ class Chooser:
         shape = ("to host" if to_host else "to device", row_bytes, "few" if few else "many")
         choice = self.choices.get(shape)
         if choice is None:
-            room = stage.size_bytes // row_bytes
+            room = min(stage.size_bytes // row_bytes, len(stage.table) // 4)
             try:
                 choice = self._measure(
                     max(1, min(room, MANY_ROWS // 2) if few else room), row_bytes, stage, to_host
                 )
+            except Unanswered:
+                raise
             except DriverError:  # it will show in the copy itself; the shape is measured another time
                 return "dma"
             self.choices[shape] = choice
@@ -185,6 +190,7 @@ class Chooser:
     def _measure(self, count: int, row_bytes: int, stage: Stage, to_host: bool) -> Choice:  # noqa: FBT001
         """Time every engine on rows of memory that holds nothing."""
         slots = self._driver.allocate(stage.size_bytes)
+        silent = False
         try:
             order = np.arange(count, dtype=np.int64)
             device = slots + np.random.default_rng(0).permutation(order) * row_bytes
@@ -192,9 +198,13 @@ class Chooser:
             ends = (host, device) if to_host else (device, host)
             rows = Rows(ends[0], ends[1], row_bytes, to_host)
             found = {name: self._time(name, rows, stage) for name in available(self._driver)}
+        except Unanswered:
+            silent = True  # it may still copy
+            raise
         finally:
-            self._wait()
-            self._driver.release(slots)
+            if not silent:
+                self._wait()
+                self._driver.release(slots)
         speeds = {name: round(count * row_bytes / ns, 2) for name, ns in found.items()}
         return Choice(best(speeds), speeds)
 
@@ -205,8 +215,7 @@ class Chooser:
             driver.record(self._ends[0], self._stream)
             copy_rows(engine, driver, self._stream, rows, stage)
             driver.record(self._ends[1], self._stream)
-            while not driver.ready(self._ends[1]):
-                pass
+            self._patience.wait(lambda: driver.ready(self._ends[1]))
             driver.ready(self._ends[0])
             taken.append(max(driver.elapsed_ns(*self._ends), 1))
         return min(taken[1:])
@@ -216,8 +225,9 @@ class Chooser:
         while True:
             try:
                 self._driver.record(self._ends[1], self._stream)
-                while not self._driver.ready(self._ends[1]):
-                    pass
+                self._patience.wait(lambda: self._driver.ready(self._ends[1]))
+            except Unanswered:
+                raise
             except DriverError as error:
                 if error.call == "record" and not error.fatal:
                     continue

@@ -93,12 +93,15 @@ class PagedKv:
             (min(sizes) > 0, "sizes must be positive"),
             (0 < planes <= MAX_PLANES and planes == len(self.plane_offset), f"1 to {MAX_PLANES} planes"),
             (
-                planes % self.planes_per_layer == 0,
+                planes % max(self.planes_per_layer, 1) == 0,
                 f"{planes} planes are not layers of {self.planes_per_layer}",
             ),
             (self.element_bytes in {1, 2, 4, 8}, "elements have 1, 2, 4 or 8 bytes"),
             (min(self.strides) >= 0, "four strides, none negative"),
-            (self.page_offset >= 0, "page_offset must not be negative"),
+            (
+                self.page_offset >= 0 and not self.page_offset % max(1, self.element_bytes),
+                "page_offset must be whole elements, and not negative",
+            ),
         )
         for ok, problem in checks:
             if not ok:

@@ -14,64 +14,25 @@ A stage is used again only when its event is ready; if the runtime will not even
 from __future__ import annotations
 
 import collections
-import contextlib
-import dataclasses
+import logging
 import threading
-from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from hicache.device import engines
+from hicache.device.chores import Chore
 from hicache.device.driver import Driver, DriverError
-from hicache.device.engines import Chooser, Rows, Stage
+from hicache.device.engines import MANY_ROWS, Chooser, Rows, Stage
+from hicache.device.jobs import Array, Chunk, Counts, Fate, Job
+from hicache.device.patience import Patience, Unanswered
 from hicache.device.pinned import Pins
 from hicache.device.plan import Extent
-from hicache.device.result import Result
 from hicache.device.segment import DeviceSegment, Sums
+from hicache.device.stages import Stages
 from hicache.types import Op, Outcome, slot_stride
 
-Array = npt.NDArray[np.uint8]
-Done = Callable[[], None]
-
-
-@dataclasses.dataclass(slots=True)
-class Job:
-    """A batch on its way. ``finish`` is called in its turn, when all its pages are settled."""
-
-    op: Op
-    extents: list[Extent[DeviceSegment]]
-    result: Result
-    finish: Done
-    left: collections.deque[Extent[DeviceSegment]] = dataclasses.field(default_factory=collections.deque)
-    flying: int = 0
-
-
-@dataclasses.dataclass(slots=True)
-class Chunk:
-    """Some pages of a job in flight."""
-
-    job: Job
-    extent: Extent[DeviceSegment]
-    stage: Stage
-    hashed: bool  # on the device
-    writes: npt.NDArray[np.uint32]
-    recorded: Sums
-    pages: list[Array] = dataclasses.field(
-        default_factory=list
-    )  # the buffers, kept until the copies are over
-    direct: bool = False  # the copies read or write the buffers themselves
-    problem: str = ""
-
-
-@dataclasses.dataclass
-class Counts:
-    """What a lane has done; bytes by the way they took."""
-
-    direct_bytes: int = 0
-    bounced_bytes: int = 0
-    faults: int = 0
+_log = logging.getLogger(__name__)
 
 
 class Lane:
@@ -84,28 +45,40 @@ class Lane:
         lock: threading.Lock,
         *,
         priority: int,
+        to_host: bool,
         engine: str,
         stage_bytes: int,
+        patience: Patience,
+        fate: Fate,
     ) -> None:
+        self._fate = fate
         self._driver = driver
+        self._patience = patience
         self._pins = pins
         self._lock = lock
-        self._stream = driver.stream(priority)
-        self._stage_bytes = stage_bytes
-        self._ring: collections.deque[Stage] = collections.deque()
+        self.stream = driver.stream(priority)
+        self.stages = Stages(driver, stage_bytes)
+        self.to_host = to_host
         self._waiting: collections.deque[Job] = collections.deque()
         self._launched: collections.deque[Job] = collections.deque()  # of these nothing is left to launch
         self._flying: collections.deque[Chunk] = collections.deque()
-        self._all: list[Stage] = []
-        self.chooser = Chooser(driver, self._stream, engine)
+        self._landed_ns = 0
+        self.chooser = Chooser(driver, self.stream, engine, patience)
         self.counts = Counts()
-        self.dead = ""
+        self.steps = 0
+        self._lost = ""  # why this lane's own events tell nothing any more
+        self._abandoned = False
 
     # --- from the owner
 
     def submit(self, job: Job) -> None:
         """Queue a job; returns at once."""
         self._waiting.append(job)
+
+    @property
+    def dead(self) -> str:
+        """Why nothing is launched any more; empty while it is."""
+        return self._lost or self._fate.reason
 
     @property
     def idle(self) -> bool:
@@ -116,20 +89,21 @@ class Lane:
 
     def step(self) -> bool:
         """Land and launch what can be. True if anything happened."""
+        self.steps += 1
         landed = self._land()
         finished = self._finish()
         return self._launch() or landed or finished
 
-    def close(self) -> None:
-        """Give the stages back; the lane is idle. A device that was lost has taken them with it."""
-        for stage in self._all:
-            with contextlib.suppress(DriverError):
-                self._driver.release_host(stage.host)
-                self._driver.release_host(stage.table.view(np.uint8))
-                for address in (stage.device, stage.device_table, stage.scratch):
-                    self._driver.release(address)
-        self._all.clear()
-        self._ring.clear()
+    def abandon(self) -> None:
+        """The lane's thread does not come back from a call of the driver: end what there is, from another thread."""
+        self._give_up(Unanswered(self._patience.timeout_ns))
+        self._abandoned = True
+        jobs = [*self._launched, *self._waiting]
+        for queue in (self._launched, self._waiting, self._flying):
+            queue.clear()
+        for job in jobs:
+            job.result.fault(self.dead)
+            job.finish()
 
     # --- launching
 
@@ -137,20 +111,29 @@ class Lane:
         happened = False
         while self._waiting:
             job = self._waiting[0]
-            if job.op in {Op.PUT, Op.GET}:
-                if job.left and self.dead:
-                    job.result.fault(self.dead)
-                    job.left.clear()
-                if job.left and not self._start(job):
-                    break
-            elif self._flying:
-                break  # in its turn: what it follows must have landed
-            elif job.op is Op.DELETE:
-                self._delete(job)
-            if not job.left or job.op not in {Op.PUT, Op.GET}:
+            moved = self._move_on(job)
+            if not moved or self._abandoned:
+                break
+            if not job.left:
                 self._launched.append(self._waiting.popleft())
             happened = True
         return self._finish() or happened
+
+    def _move_on(self, job: Job) -> bool:
+        """Launch some of what is left of the job in front; False where it must wait."""
+        if job.op in {Op.PUT, Op.GET}:
+            if job.left and self.dead:
+                job.result.fault(self.dead)
+                job.left.clear()
+            return not job.left or self._start(job)
+        if self._flying:
+            return False  # in its turn: what it follows must have landed
+        if job.chore is not None:
+            return self._do(job.chore)
+        if job.op is Op.DELETE:
+            self._delete(job)
+            job.left.clear()
+        return True
 
     def _finish(self) -> bool:
         """Complete the jobs whose pages are all settled, in order."""
@@ -160,10 +143,31 @@ class Lane:
             happened = True
         return happened
 
+    def _do(self, chore: Chore) -> bool:
+        """A step of it; True when it is over."""
+        try:
+            return bool(self.dead) or chore.step()
+        except DriverError as error:
+            self._give_up(error)
+            return True
+
+    def calibrate(self, row_bytes: int) -> bool:
+        """Find the engines for pages of a size; False where no stage is free. Raises DriverError as a chore does."""
+        stage = self._stage(row_bytes)
+        if stage is None:
+            return bool(self.dead)
+        for count in (1, MANY_ROWS):
+            self.chooser.engine(count, row_bytes, stage, to_host=self.to_host)
+        self.stages.give(stage)
+        return True
+
     def _start(self, job: Job) -> bool:
         """Launch some of the job's pages; False where no stage is free."""
+        if job.left[0].segment.problem:
+            job.result.fault(job.left.popleft().segment.problem)
+            return True
         row_bytes = job.left[0].segment.page_bytes
-        stage = self._free_stage(row_bytes)
+        stage = self._stage(row_bytes)
         if stage is None:
             return False
         extent = job.left.popleft()
@@ -219,50 +223,26 @@ class Lane:
                     np.copyto(row, page)
         ends = (host, slots) if to_host else (slots, host)
         rows = Rows(ends[0], ends[1], row_bytes, to_host)
-        engines.copy_rows(engine, self._driver, self._stream, rows, stage)
+        engines.copy_rows(engine, self._driver, self.stream, rows, stage)
         if chunk.hashed:
-            engines.hash_rows(self._driver, self._stream, slots, row_bytes, stage)
+            engines.hash_rows(self._driver, self.stream, slots, row_bytes, stage)
 
     def _record(self, chunk: Chunk) -> None:
         """Put the chunk in flight. Without an event nobody knows when its memory is free: the device is given up."""
         try:
-            self._driver.record(chunk.stage.event, self._stream)
+            self._driver.record(chunk.stage.event, self.stream)
         except DriverError as error:
             self._fail(chunk, error)
-            self.dead = self.dead or f"the device was given up: {error}"
+            self._give_up(error)
+        chunk.since_ns = self._patience.now_ns()
         self._flying.append(chunk)
 
-    def _free_stage(self, row_bytes: int) -> Stage | None:
-        if self._ring and self._ring[0].size_bytes >= row_bytes:
-            return self._ring.popleft()
-        if self._flying and (len(self._all) >= STAGES or self._all[0].size_bytes < row_bytes):
-            return None  # larger pages than the stages': they are made anew once all have landed
+    def _stage(self, row_bytes: int) -> Stage | None:
         try:
-            if self._all and self._all[0].size_bytes < row_bytes:
-                self.close()
-            while len(self._all) < STAGES:
-                self._ring.append(self._make_stage(max(self._stage_bytes, row_bytes)))
+            return self.stages.take(row_bytes, idle=not self._flying)
         except DriverError as error:
-            if not self._ring:
-                self.dead = self.dead or f"no memory for copies: {error}"
-                return None
-        return self._ring.popleft()
-
-    def _make_stage(self, size_bytes: int) -> Stage:
-        rows = max(1, min(size_bytes // LEAST_ROW_BYTES, ROWS_MAX))
-        driver = self._driver
-        table = driver.allocate_host(rows * 4 * 8)
-        stage = Stage(
-            host=driver.allocate_host(size_bytes),
-            device=driver.allocate(size_bytes),
-            table=table.view(np.int64),
-            device_table=driver.allocate(table.nbytes),
-            scratch=driver.allocate(size_bytes // 16 + 64 * rows),
-            event=driver.event(),
-            size_bytes=size_bytes,
-        )
-        self._all.append(stage)
-        return stage
+            self._lost = self._lost or f"no memory for copies: {error}"
+            return None
 
     # --- landing
 
@@ -271,20 +251,24 @@ class Lane:
         while self._flying:
             chunk = self._flying[0]
             try:
-                if not self.dead and not self._driver.ready(chunk.stage.event):
+                if not self._lost and not self._driver.ready(chunk.stage.event):
+                    self._patience.check(max(chunk.since_ns, self._landed_ns))
                     return happened
             except DriverError as error:
                 self._fail(chunk, error)
+            if self._abandoned:
+                return False
             self._flying.popleft()
             self._settle(chunk)
-            self._ring.append(chunk.stage)
+            self._landed_ns = self._patience.now_ns()
+            self.stages.give(chunk.stage)
             chunk.job.flying -= 1
             happened = True
         return happened
 
     def _settle(self, chunk: Chunk) -> None:
-        if chunk.problem or self.dead:
-            chunk.job.result.fault(self.dead or chunk.problem)
+        if chunk.problem or self._lost:
+            chunk.job.result.fault(self._lost or chunk.problem)
         elif chunk.job.op is Op.PUT:
             self._accept(chunk)
         else:
@@ -293,7 +277,7 @@ class Lane:
     def _accept(self, chunk: Chunk) -> None:
         """The pages lie in their slots: hold those whose bytes are right and whose slots were not taken."""
         extent, result = chunk.extent, chunk.job.result
-        sums = self._sums(chunk)
+        sums = _sums(chunk)
         sound = np.ones(len(sums), np.bool_)
         if result.batch.checksums:
             given = [result.batch.checksums[position] for position in extent.positions.tolist()]
@@ -331,13 +315,6 @@ class Lane:
                 np.copyto(chunk.pages[row], landed[row])
         result.moved(extent.positions[sound], arrived[sound])
 
-    def _sums(self, chunk: Chunk) -> Sums:
-        count = len(chunk.pages)
-        if chunk.hashed:
-            return engines.hashes(chunk.stage, count)
-        rows = _rows(chunk.stage, count, chunk.extent.segment.page_bytes)
-        return np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], np.uint64)
-
     def _delete(self, job: Job) -> None:
         for extent in job.extents:
             with self._lock:
@@ -350,14 +327,24 @@ class Lane:
         chunk.problem = chunk.problem or str(error)
         self.counts.faults += 1
         if error.fatal:
-            self.dead = self.dead or f"the device was given up: {error}"
+            self._give_up(error)
 
-
-#: Chunks in flight at a time: one is filled or emptied by the host while one is copied and one waits.
-STAGES = 3
-#: A stage's tables have room for so many rows.
-LEAST_ROW_BYTES, ROWS_MAX = 512, 4096
+    def _give_up(self, error: DriverError) -> None:
+        self._lost = self._lost or f"the device was given up: {error}"
+        self._fate.silent = self._fate.silent or isinstance(error, Unanswered)
+        if not self._fate.reason:
+            self._fate.reason = self._lost
+            _log.error("%s: %s; its pages are lost, and it gets no new ones", self._driver.name, self._lost)
 
 
 def _rows(stage: Stage, count: int, row_bytes: int) -> Array:
     return stage.host[: count * row_bytes].reshape(count, row_bytes)
+
+
+def _sums(chunk: Chunk) -> Sums:
+    """Checksums of what lies in the slots."""
+    count = len(chunk.pages)
+    if chunk.hashed:
+        return engines.hashes(chunk.stage, count)
+    rows = _rows(chunk.stage, count, chunk.extent.segment.page_bytes)
+    return np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], np.uint64)

@@ -8,15 +8,17 @@ the runtime refuses stays on the bounce path, and one warning says what to chang
 from __future__ import annotations
 
 import bisect
+import collections
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hicache.device.driver import Driver, DriverError
+from hicache.device.driver import DriverError
 
 _log = logging.getLogger(__name__)
 
@@ -27,16 +29,44 @@ ADVICE = (
 )
 
 
-class Pins:
-    """Registered host memory. ``add`` and ``remove`` from the owner, ``cover`` from any thread."""
+class Registrar(Protocol):
+    """Who registers: a Driver, or a part of one."""
 
-    def __init__(self, driver: Driver, *, threaded: bool = True, piece_bytes: int = PIECE_BYTES) -> None:
+    def bind(self) -> None:
+        """See Driver."""
+
+    def register(self, address: int, size_bytes: int) -> None:
+        """See Driver."""
+
+    def unregister(self, address: int) -> None:
+        """See Driver."""
+
+
+#: Registered pieces that somebody copies from or to, which are not unregistered before they are let go.
+Hold = tuple[int, ...]
+
+
+class Pins:
+    """Registered host memory. ``add``, ``remove`` and ``hold`` from the owner, the rest from any thread."""
+
+    def __init__(
+        self,
+        driver: Registrar,
+        *,
+        threaded: bool = True,
+        piece_bytes: int = PIECE_BYTES,
+        advice: str = ADVICE,
+    ) -> None:
         self._driver = driver
-        self._piece_bytes = piece_bytes
+        self._advice = advice
+        self.piece_bytes = piece_bytes
         self._pieces: tuple[tuple[int, int], ...] = ()  # (start, end), sorted; replaced whole
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._warned = False
-        self._closed = False
+        self._closed = self._left = False
+        self._lock = threading.Lock()  # _pieces as they change, and the two below
+        self._held: collections.Counter[int] = collections.Counter()
+        self._waiting: list[Callable[[], None]] = []  # until something is let go
         self._thread: threading.Thread | None = None
         if threaded:
             self._thread = threading.Thread(target=self._run, name="hicache-pin", daemon=True)
@@ -57,23 +87,47 @@ class Pins:
         No batch with pages there may be in flight.
         """
         if self._closed:
-            then()
+            if not self._left:
+                then()
             return
-        gone = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
-        self._pieces = tuple(piece for piece in self._pieces if piece not in gone)
+        gone = self._take(address, size_bytes)
         self._work.put(lambda: self._unregister(address, size_bytes, gone, then))
+
+    def later(self, task: Callable[[], None]) -> None:
+        """Have something done in the background that may wait for the device."""
+        self._work.put(lambda: _try(task))
 
     def cover(self, pages: Sequence[npt.NDArray[np.uint8]]) -> bool:
         """Whether every page lies in one registered piece."""
+        return self._find(pages) is not None
+
+    def hold(self, pages: Sequence[npt.NDArray[np.uint8]]) -> Hold | None:
+        """Have the pages' memory stay registered until ``let_go``, whatever ``remove`` says. None: it is not."""
+        found = self._find(pages)
+        if found is not None:
+            with self._lock:
+                self._held.update(found)
+        return found
+
+    def let_go(self, hold: Hold) -> None:
+        """Undo one ``hold``. From any thread."""
+        with self._lock:
+            self._held.subtract(hold)
+            waiting, self._waiting = self._waiting, []
+        for task in waiting:
+            self._work.put(task)
+
+    def _find(self, pages: Sequence[npt.NDArray[np.uint8]]) -> Hold | None:
+        """The pieces that the pages lie in, by where they start; None where one does not lie in one piece."""
         pieces = self._pieces
-        if not pieces:
-            return False
+        found = set()
         for page in pages:
             start = page.ctypes.data
             at = bisect.bisect_right(pieces, (start, 1 << 63)) - 1
             if at < 0 or start + page.nbytes > pieces[at][1]:
-                return False
-        return True
+                return None
+            found.add(pieces[at][0])
+        return tuple(found) if pieces else None
 
     def work(self) -> None:
         """Do what is queued, on this thread; for owners without one."""
@@ -82,9 +136,15 @@ class Pins:
             if task is not None:
                 task()
 
-    def close(self) -> None:
-        """Unregister everything. No copies are in flight."""
-        self._closed = True
+    def close(self, *, leave: bool = False) -> None:
+        """Unregister everything. No copies are in flight, nothing is held.
+
+        ``leave``: a device may still copy: nothing is given back, and ``remove`` does not say that it may be.
+        """
+        self._closed, self._left = True, leave
+        if leave:
+            self._work.put(None)
+            return
         if self._thread is not None:
             self._work.put(None)
             self._thread.join()
@@ -97,28 +157,49 @@ class Pins:
         self._driver.bind()
         while (task := self._work.get()) is not None:
             task()
+            del task  # it may be what keeps memory mapped
 
     def _register(self, address: int, size_bytes: int) -> None:
-        for start in range(address, address + size_bytes, self._piece_bytes):
-            end = min(start + self._piece_bytes, address + size_bytes)
+        for start in range(address, address + size_bytes, self.piece_bytes):
+            end = min(start + self.piece_bytes, address + size_bytes)
             try:
                 self._driver.register(start, end - start)
             except DriverError as error:
                 if not self._warned:
-                    _log.warning("host memory was not registered with the device (%s): %s", error, ADVICE)
+                    _log.warning(
+                        "host memory was not registered with the device (%s): %s", error, self._advice
+                    )
                 self._warned = True
                 return
-            self._pieces = tuple(sorted((*self._pieces, (start, end))))
+            with self._lock:
+                self._pieces = tuple(sorted((*self._pieces, (start, end))))
+
+    def _take(self, address: int, size_bytes: int) -> list[tuple[int, int]]:
+        """Forget the pieces there; answers them."""
+        with self._lock:
+            gone = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
+            self._pieces = tuple(piece for piece in self._pieces if piece not in gone)
+        return gone
 
     def _unregister(
         self, address: int, size_bytes: int, gone: Sequence[tuple[int, int]], then: Callable[[], None]
     ) -> None:
         # what ``add`` had queued may have been registered since ``remove`` looked
-        late = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
-        self._pieces = tuple(piece for piece in self._pieces if piece not in late)
-        for start, _ in {*gone, *late}:
+        gone = [*{*gone, *self._take(address, size_bytes)}]
+        with self._lock:
+            if any(self._held[start] for start, _ in gone):
+                self._waiting.append(lambda: self._unregister(address, size_bytes, gone, then))
+                return
+        for start, _ in gone:
             try:
                 self._driver.unregister(start)
             except DriverError as error:
                 _log.warning("host memory was not unregistered: %s", error)
         then()
+
+
+def _try(task: Callable[[], None]) -> None:
+    try:
+        task()
+    except DriverError as error:
+        _log.warning("device memory was not given back: %s", error)

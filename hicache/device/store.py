@@ -8,11 +8,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-from collections.abc import Collection, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from hicache.errors import ConfigError, ExhaustedError, InvalidArgumentError
 from hicache.types import SLOTS_PER_SEGMENT, Notify, PageStore, TierSpec, segment_slots
+
+if TYPE_CHECKING:
+    from hicache.device.kv import SharedMemory
+    from hicache.device.segment import Layout
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,11 +31,17 @@ class DeviceOptions:
     Large is better: a large copy reaches the speed of the link.
 
     ``copy_engine``: how a CUDA device copies: ``auto`` (measured), ``kernel``, ``staged``, ``batch`` or ``dma``.
+
+    ``share``: segments can be handed out to other processes (``DeviceStore.shared``).
+
+    ``timeout_ms``: a CUDA device that gives no answer for so long is given up; 0: never.
     """
 
     staging_bytes: int = 4 << 20
     cuda_staging_bytes: int = 64 << 20
     copy_engine: str = "auto"
+    share: bool = False
+    timeout_ms: int = 30_000
 
 
 class DeviceStore(PageStore, Protocol):
@@ -49,32 +59,58 @@ class DeviceStore(PageStore, Protocol):
         ``capacity_bytes // segment_bytes`` segments or without memory.
         """
 
-    def close_segment(self, segment: int) -> None:
-        """Give the segment's memory back. Raises InvalidArgumentError while batches move its pages."""
+    def close_segment(self, segment: int, *, reusable: bool = True) -> None:
+        """Give the segment's memory back. Raises InvalidArgumentError while batches move its pages.
+
+        ``reusable``: nobody who was handed the segment's memory can have it mapped any more.
+        """
+
+    def layout(self, segment: int) -> Layout:
+        """Where the slots of an open segment lie in its memory."""
+
+    def shared(self, segment: int) -> SharedMemory:
+        """How other processes map an open segment's memory. A descriptor is the store's own: never close it.
+
+        Raises UnsupportedError where the store does not share, UnavailableError before the memory has been wiped: no
+        byte of an earlier segment can be read in what is handed out.
+        """
+
+    def fd(self, segment: int) -> int:
+        """The descriptor of ``shared``. Raises UnsupportedError where it has none."""
+
+    def checksums(self, slots: Sequence[int]) -> list[int]:
+        """Of the pages that the slots hold; of others, anything."""
+
+    def generations(self, slots: Sequence[int]) -> list[int]:
+        """How often each slot has ceased to be what it was."""
 
     def free(self, slots: Sequence[int]) -> None:
         """The slots hold nothing from now on; a PUT submitted before and not finished ends as FAULT."""
 
 
 def open_device(
-    name: str, spec: TierSpec, notify: Notify, options: DeviceOptions | None = None
+    name: str,
+    spec: TierSpec,
+    notify: Notify,
+    options: DeviceOptions | None = None,
+    *,
+    now_ns: Callable[[], int] = lambda: 0,
 ) -> DeviceStore:
     """Open the store of a device tier.
 
     Args:
-        name: ``cpu``, or ``cuda:<n>`` (``cuda`` is ``cuda:0``).
-        spec: the tier; its capacity bounds the pool.
+        name: ``cpu``, or CUDA devices: see ``device_indices``.
+        spec: the tier; its capacity bounds the pool, of several devices together.
         notify: called from a copy thread when ``poll`` has something to give; must not raise.
-        options: staging size, copy engine.
+        options: staging size, copy engine, sharing.
+        now_ns: the clock of ``options.timeout_ms``; without one devices are waited for.
 
     Raises:
         InvalidArgumentError: no such device, or a spec that is not a slotted tier.
         UnsupportedError: a CUDA device that this machine does not have.
-        ConfigError: torch is not installed, or the copy engine is not known.
+        ConfigError: torch is not installed, the copy engine is not known, or fewer segments than devices.
     """
-    cuda = re.fullmatch(r"cuda(?::(\d+))?", name)
-    if name != "cpu" and not cuda:
-        raise InvalidArgumentError(f"no device is called {name!r}", hint="known devices: 'cpu', 'cuda:<n>'")
+    indices = device_indices(name) if name != "cpu" else []
     options = options or DeviceOptions()
     _check(spec, options)
     try:
@@ -82,14 +118,34 @@ def open_device(
     except ImportError as error:
         hint = "pip install hicache[torch]"
         raise ConfigError(f"device {name!r} needs torch: {error}", hint=hint) from error
-    if cuda:
-        from hicache.device.cuda import CudaDevice
+    if indices:
+        from hicache.device.cuda import open_cuda
         from hicache.device.cuda_driver import CudaDriver
 
-        return CudaDevice(spec, notify, options, CudaDriver(int(cuda[1] or 0)))
+        return open_cuda(spec, notify, options, [CudaDriver(index) for index in indices], now_ns=now_ns)
     from hicache.device.cpu import CpuDevice
 
     return CpuDevice(spec, notify, options)
+
+
+def device_indices(name: str) -> list[int]:
+    """The CUDA devices of a name: ``cuda`` (the first), ``cuda:1``, ``cuda:0,cuda:1``, ``cuda:0-3``.
+
+    Raises InvalidArgumentError for any other, and for a device that is named twice.
+    """
+    found: list[int] = []
+    for part in name.split(","):
+        match = re.fullmatch(r"cuda(?::(\d{1,3})(?:-(\d{1,3}))?)?", part)
+        if not match:
+            raise InvalidArgumentError(
+                f"no device is called {part!r}",
+                hint="known devices: 'cpu', 'cuda:<n>', 'cuda:0,cuda:1', 'cuda:0-3'",
+            )
+        first = int(match[1] or 0)
+        found += range(first, int(match[2] or first) + 1)
+    if not found or len(set(found)) < len(found):
+        raise InvalidArgumentError(f"device {name!r} names a device twice, or none")
+    return found
 
 
 def check_room(spec: TierSpec, segment: int, page_bytes: int, slots: int, opened: Collection[int]) -> None:
@@ -113,6 +169,7 @@ def _check(spec: TierSpec, options: DeviceOptions) -> None:
         (spec.segment_bytes > 0, "segment_bytes must be positive"),
         (spec.capacity_bytes >= 0, "capacity_bytes must not be negative"),
         (options.staging_bytes > 0, "staging_bytes must be positive"),
+        (options.timeout_ms >= 0, "timeout_ms must not be negative"),
         (options.cuda_staging_bytes > 0, "cuda_staging_bytes must be positive"),
     )
     for ok, problem in checks:

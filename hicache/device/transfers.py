@@ -1,8 +1,8 @@
-"""Copies between slots and engines' paged KV: what ``runtime`` asks for, and who does it.
+"""Copies between slots and engines' paged KV: what ``runtime`` asks for. ``opening.open_transfers`` has who does it.
 
     open_kv ─► KvHandle     maps the engine's memory (blocks: on a worker)
     load    slots ─► planes     layer after layer; a counter tells of each
-    pack    planes ─► host buffers, or slots of the device     waits for each layer's counter
+    pack    planes ─► host buffers     waits for each layer's counter
     close_kv ─► unmaps when the last transfer has ended
 
 A transfer ends exactly once, whatever happens, and touches the engine's memory no more once it has. Nothing here blocks
@@ -94,16 +94,23 @@ class Transfers(Protocol):
         """
 
     def close_kv(self, handle: KvHandle, then: Callable[[], None]) -> None:
-        """Unmap when no transfer uses it any more, then call ``then`` (from any thread). Never blocks."""
+        """Unmap when no transfer uses it any more, then call ``then`` (from any thread). Never blocks.
+
+        Packs that wait for a layer fail now. Raises UnavailableError where it was called already.
+        """
 
     def check(self, handle: KvHandle, device_pages: bool) -> None:  # noqa: FBT001
         """Raise UnsupportedError where pages of that tier cannot be moved to or from that memory."""
 
     def load(self, transfer: Transfer) -> None:
-        """Queue a transfer to an engine. Raises UnavailableError once closed."""
+        """Queue a transfer to an engine.
+
+        Raises UnavailableError once closed (also the region), InvalidArgumentError for pages, places and layers that do
+        not go together.
+        """
 
     def pack(self, transfer: Transfer) -> None:
-        """Queue a transfer from an engine. Raises UnavailableError once closed."""
+        """Queue a transfer from an engine, into host buffers. Raises as ``load``; UnsupportedError for device slots."""
 
     def poll(self) -> list[TransferDone]:
         """What has ended since the last call; never blocks."""

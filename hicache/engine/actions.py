@@ -111,7 +111,7 @@ class Piece:
 
 @dataclasses.dataclass(slots=True)
 class FetchResult:
-    """``lease`` 0: nothing granted and nothing coming. ``operation`` 0: nothing more is coming.
+    """``lease`` 0: nothing granted and nothing coming, else it is in ``tier``. ``operation`` 0: nothing more is coming.
 
     ``tier_pages``: by tier, from where each matched page was served (its best tier when asked). ``reserved``: where
     that was asked for, what a Reserve would have been answered; None: there was no room at once.
@@ -126,6 +126,7 @@ class FetchResult:
     tier_pages: Sequence[int]
     page_bytes: int = 0
     reserved: ReserveResult | None = None
+    tier: int = -1
 
 
 @dataclasses.dataclass(slots=True)

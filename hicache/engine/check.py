@@ -19,6 +19,7 @@ def check(core: Core) -> None:
     for run in runs:
         _check_run(core, run)
     _check_pins(core, runs)
+    _check_leases(core)
     _check_ledger(core, runs)
     _check_counts(core, runs)
     _check_stranded(core, runs)
@@ -94,6 +95,30 @@ def _check_pins(core: Core, runs: list[Run]) -> None:
     for job in core.copies.values():
         for run in job.runs:
             _require(run.state[job.src] in {RESIDENT, DRAINING}, f"{run}: copied from a tier where it is not")
+
+
+def _check_leases(core: Core) -> None:
+    for lease in core.leases.values():
+        name = f"lease {lease.id} in tier {lease.tier}"
+        keyed = core.tiers[lease.tier].keyed
+        mine = not keyed or lease.tier == core.lease_tier or not lease.session
+        _require(mine, f"{name}: it is a session's, and has no slots")
+        path: Run | None = None
+        for run in lease.runs:
+            _require(namespace_of(run) is lease.namespace, f"{name}: {run} is of another namespace")
+            _require(run.tree.parent_run(run) is path, f"{name}: {run} does not follow the run before it")
+            path = run
+        operation = core.operations.get(lease.operation)
+        if operation is not None:
+            _require(
+                operation.tier == lease.tier, f"{name}: it waits for promotions to tier {operation.tier}"
+            )
+            _require(operation.lease == lease.id, f"{name}: its operation is lease {operation.lease}'s")
+    for ident, tier in core.condemned:
+        pinned = ident in core.runs and core.runs[ident].pins[tier]
+        _require(bool(pinned), f"run {ident} is condemned in tier {tier}, and no pin keeps it there")
+    for run in core.warmed:
+        _require(run.state[core.lease_tier] == RESIDENT, f"{run}: prefetched, and not in the usual tier")
 
 
 def _check_ledger(core: Core, runs: list[Run]) -> None:

@@ -39,6 +39,25 @@ def _call(core: Core, event: ev.Fetch | ev.Reserve | ev.Prefetch) -> bool:
     return event.namespace in core.namespaces or _namespace(core, event)
 
 
+def _fetch(core: Core, event: ev.Fetch) -> bool:
+    if event.tier < 0 and event.session in core.sessions and event.namespace in core.namespaces:
+        return True  # hot
+    return _call(core, event) and (event.tier < 0 or _slotted(core, event))
+
+
+def _slotted(core: Core, event: ev.Fetch) -> bool:
+    """Whether a Fetch names a tier in whose slots a lease can hold pages."""
+    if event.tier < len(core.tiers) and not core.tiers[event.tier].keyed:
+        return True
+    names = [f"{index} ({spec.name})" for index, spec in enumerate(core.tiers) if not spec.keyed]
+    problem = f"there is no tier {event.tier}"
+    if event.tier < len(core.tiers):
+        problem = f"no lease can be in tier {event.tier} ({core.tiers[event.tier].name}), which has no slots"
+    hint = f"name none, or one of {', '.join(names)}" if names else "name none"
+    core.fail(event.request, ErrorCode.INVALID, problem, hint)
+    return False
+
+
 def _tier(core: Core, event: ev.Prefetch | ev.Pin | ev.Evict, lowest: int = 0) -> bool:
     if lowest <= event.tier < len(core.tiers):
         return True
@@ -60,7 +79,7 @@ def _recovered(core: Core, event: ev.Recovered) -> bool:
 #: Whether an event of a type may change the engine; if not, this has answered it. Types that are not here always may.
 DOORS: dict[type, Callable[[Core, Any], bool]] = {
     ev.Touch: lambda core, event: event.namespace in core.namespaces,
-    ev.Fetch: _call,
+    ev.Fetch: _fetch,
     ev.Reserve: _call,
     ev.Prefetch: lambda core, event: _call(core, event) and _tier(core, event),
     ev.Pin: lambda core, event: _namespace(core, event) and _tier(core, event),

@@ -77,8 +77,9 @@ class Touch:
 class Fetch:
     """Match, lease what is readable, promote the rest. Answered at once with a FetchResult.
 
-    ``reserve_missing``: with it, a reservation for what does not match, if room can be had now: one call where a
-    Reserve would follow. ``reserve_ttl_ms`` is that one's.
+    ``tier``: the slotted tier in which the lease is, and to which the rest is promoted; -1: the leases' usual one, the
+    first that clients can map. ``reserve_missing``: with it, a reservation for what does not match, if room can be had
+    now: one call where a Reserve would follow. ``reserve_ttl_ms`` is that one's.
     """
 
     request: int
@@ -91,6 +92,7 @@ class Fetch:
     use: Use = NO_USE
     reserve_missing: bool = False
     reserve_ttl_ms: int = 0
+    tier: int = -1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

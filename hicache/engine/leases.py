@@ -19,6 +19,7 @@ from hicache.engine.events import (
 )
 from hicache.engine.holders import CopyJob, Lease, LeaseStage, NamespaceState, Operation
 from hicache.engine.pools import Pool
+from hicache.engine.sound import leasable
 from hicache.tree import Run
 from hicache.types import WritePolicy
 
@@ -45,13 +46,16 @@ def fetch(core: Core, event: Fetch) -> None:
     """Match, lease, and start promoting what the client cannot read where it is."""
     namespace = core.namespaces[event.namespace]
     tree, prompt = namespace.tree, event.prompt
+    tier = event.tier
+    if tier < 0:
+        tier = core.lease_tier
     if event.max_pages:
         prompt = prompt[: event.max_pages * tree.symbol_bytes]
     match = tree.match(prompt)
     runs, pages = core.cut(namespace, match), match.pages
     if core.condemned:
-        runs, pages = _sound(core, runs)
-    result, as_matched = _answer(core, event, namespace, runs, pages)
+        runs, pages = leasable(core, runs, tier)
+    result, as_matched = _answer(core, event, namespace, tier, (runs, pages))
     core.counters.fetches += 1
     core.counters.missed_pages += len(prompt) // tree.symbol_bytes - pages
     if event.reserve_missing:
@@ -61,29 +65,20 @@ def fetch(core: Core, event: Fetch) -> None:
     core.reply(event.request, result)
 
 
-def _sound(core: Core, runs: list[Run]) -> tuple[list[Run], int]:
-    """The runs before the first whose bytes are known to be wrong: no new lease may keep those from leaving."""
-    tier, pages = core.lease_tier, 0
-    for index, run in enumerate(runs):
-        if (run.id, tier) in core.condemned:
-            return runs[:index], pages
-        pages += run.pages
-    return runs, pages
-
-
 def _answer(
-    core: Core, event: Fetch, namespace: NamespaceState, runs: list[Run], pages: int
+    core: Core, event: Fetch, namespace: NamespaceState, tier: int, match: tuple[list[Run], int]
 ) -> tuple[FetchResult, bool]:
-    """Lease a match; also whether the tree is still as it was matched."""
+    """Lease a match (its runs and pages) in a tier; also whether the tree is still as it was matched."""
     tier_pages = [0] * len(core.tiers)
+    runs, pages = match
     if not runs:
         return FetchResult(0, 0, 0, 0, (), 0, tier_pages), True
     core.touch(runs, event.use)
-    tier = core.lease_tier
     namespace.pools[tier].tick = core.tick
     if core.warmed:
         warming.used(core, runs)
-    missing = _count_hits(core, runs, tier_pages, pages, namespace.page_bytes)
+    tier_pages[tier] = pages
+    missing = _count_hits(core, runs, tier, tier_pages, namespace.page_bytes)
     if core.options.write_policy is WritePolicy.SELECTIVE and len(core.tiers) > 1:
         _save_hot(core, runs)
     if missing and not event.promote:
@@ -98,20 +93,24 @@ def _answer(
     return view(core, lease) if lease.runs else _empty(lease), not missing
 
 
-def _count_hits(core: Core, runs: list[Run], tier_pages: list[int], pages: int, page_bytes: int) -> bool:
-    """Count from where each page is served; whether some are not in the leases' tier. No run is DRAINING any more."""
-    tier = core.lease_tier
+def _count_hits(core: Core, runs: list[Run], tier: int, tier_pages: list[int], page_bytes: int) -> bool:
+    """Count from where each page is served; whether some are not in the lease's tier. No run is DRAINING any more.
+
+    ``tier_pages`` comes with all of them in the lease's tier.
+    """
+    hits, hit_bytes = core.counters.hit_pages, core.counters.hit_bytes
     elsewhere = [run for run in runs if run.state[tier] != RESIDENT]
-    tier_pages[tier] = pages
+    if not elsewhere:
+        hits[tier] += tier_pages[tier]
+        hit_bytes[tier] += tier_pages[tier] * page_bytes
+        return False
     for run in elsewhere:
         tier_pages[tier] -= run.pages
         tier_pages[run.state.index(RESIDENT)] += run.pages
-    missing = bool(elsewhere)
-    hits, hit_bytes = core.counters.hit_pages, core.counters.hit_bytes
     for index, pages in enumerate(tier_pages):
         hits[index] += pages
         hit_bytes[index] += pages * page_bytes
-    return missing
+    return True
 
 
 def _empty(lease: Lease) -> FetchResult:
@@ -334,6 +333,8 @@ def view(core: Core, lease: Lease) -> FetchResult:
         waiting,
         lease.tier_pages,
         lease.namespace.page_bytes,
+        None,
+        tier,
     )
 
 

@@ -56,3 +56,17 @@ def sound_below(core: Core, run: Run) -> Iterator[Run]:
         if sound(core, each):
             yield each
             todo.extend(each.tree.child_runs(each))
+
+
+def leasable(core: Core, runs: list[Run], tier: int) -> tuple[list[Run], int]:
+    """The runs before the first whose bytes in the lease's tier are known to be wrong.
+
+    No new lease may keep those from leaving it. A copy that is wrong in another tier is no reason to stop: it is not
+    promoted from, and if there is no other, the lease ends before it.
+    """
+    pages = 0
+    for index, run in enumerate(runs):
+        if (run.id, tier) in core.condemned:
+            return runs[:index], pages
+        pages += run.pages
+    return runs, pages

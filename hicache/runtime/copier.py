@@ -4,6 +4,11 @@
     from addressable memory  PUT from the source's slots, with their recorded checksums
     neither                  GET into bounce buffers, then PUT
     from a client            a worker reads into slots (or bounce buffers), checksums the copy; then seal (or PUT)
+    from an engine's KV      a transfer packs them into slots (or bounce buffers) and checksums them there
+
+Pages of an engine may have to wait for the layers that are still being computed. So where they go to slots, which the
+engine has given them already, they hold nothing else meanwhile: no worker, no lane. Where they must go through bounce
+buffers, their commit is not begun before all layers are there (``storing``).
 
 A copy is worked on in chunks of bounded size; it is done when every page has its outcome. PUTs to one tier happen in
 the order in which the engine asked for the copies, whatever order their pages became ready in: that keeps a durable
@@ -16,18 +21,18 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from hicache.device.transfers import HostPages
 from hicache.engine.actions import Copy, CopyIn
 from hicache.engine.events import CopyDone
 from hicache.errors import HicacheError
 from hicache.runtime.bounce import BouncePool, Lane, Slab, Turnstile
 from hicache.runtime.ports import TierPort
-from hicache.runtime.sources import PageSource, filler
+from hicache.runtime.sources import Filled, PageSource, StartedSource, filler
 from hicache.runtime.workers import Workers
 from hicache.types import Completion, Op, Outcome
 
 _log = logging.getLogger(__name__)
 
-Filled = list[tuple[Outcome, int]]
 T = TypeVar("T")
 
 
@@ -84,7 +89,10 @@ class Job:
 
 
 class Copier:
-    """Starts copies in the order given; ``done`` gets each one's CopyDone, later, on the loop's thread."""
+    """Starts copies in the order given; ``done`` gets each one's CopyDone, later, on the loop's thread.
+
+    ``soon`` makes PUTs happen, in order: many may become ready at once.
+    """
 
     def __init__(
         self,
@@ -96,6 +104,7 @@ class Copier:
         bounce_bytes: int,
         lanes: int,
         now_ns: Callable[[], int],
+        soon: Callable[[Callable[[], None]], None],
     ) -> None:
         self._ports = ports
         self._workers = workers
@@ -104,7 +113,7 @@ class Copier:
         self._chunk_bytes = chunk_bytes
         self._bounce = BouncePool(max(1, bounce_bytes // chunk_bytes), chunk_bytes)
         self._lane = Lane(lanes)
-        self._turns = [Turnstile() for _ in ports]
+        self._turns = [Turnstile(soon) for _ in ports]
         self.in_flight = 0
 
     @property
@@ -213,11 +222,14 @@ class Copier:
     # --- from clients
 
     def copy_in(self, action: CopyIn) -> None:
-        """Start copying a client's pages in. ``action.source`` is a PageSource."""
-        source: PageSource = action.source  # type: ignore[assignment]  # opaque to the engine, made by the service
+        """Start copying a client's pages in. ``action.source`` is a PageSource or a StartedSource."""
+        source: PageSource | StartedSource = action.source  # type: ignore[assignment]  # opaque to the engine
         target = self._ports[action.tier]
         source.hold()
         job = self._job(action.copy, len(action.pages), target, source.release)
+        if isinstance(source, StartedSource) and source.direct:
+            self._pack_slots(job, action, source)
+            return
         for part in self._parts(len(action.pages), action.page_bytes):
             if target.addressable is not None:
                 self._lane.enter(lambda part=part: self._fill_slots(job, action, part))  # type: ignore[misc]
@@ -237,28 +249,62 @@ class Copier:
             self._lane.leave()
             return
 
-        def filled(result: Filled | None) -> None:
-            pages = result if result is not None else [(Outcome.FAULT, 0)] * len(part)
-            good = [at for at, (outcome, _) in enumerate(pages) if outcome is Outcome.OK]
-            memory.seal([slots[at] for at in good], [pages[at][1] for at in good])
-            target.bytes_in += len(good) * action.page_bytes
-            job.settle(part, [outcome for outcome, _ in pages], source=True)
+        def filled(pages: Filled) -> None:
+            self._seal(job, action, part, pages)
             self._lane.leave()
 
-        source: PageSource = action.source  # type: ignore[assignment]
-        self._workers.run(filler(source, _some(action.pages, part), views), filled)
+        self._fill(action, part, views, filled)
+
+    def _pack_slots(self, job: Job, action: CopyIn, source: StartedSource) -> None:
+        """All pages at once, however long their layers take: they hold their slots, and nothing else."""
+        target, everything = self._ports[action.tier], range(len(action.pages))
+        assert target.addressable is not None, "no memory to copy into"
+        try:
+            into = HostPages(target.addressable.views(action.slots))
+        except HicacheError as error:
+            _log.error("copy into tier %s: %s", target.spec.name, error)
+            job.fail(everything)
+            return
+        target.busy.take(action.slots)
+
+        def packed(pages: Filled) -> None:
+            self._seal(job, action, everything, pages)
+            target.busy.leave(action.slots)
+
+        source.start(action.pages, into, packed)
+
+    def _seal(self, job: Job, action: CopyIn, part: range, pages: Filled) -> None:
+        """Pages are in their slots."""
+        target, slots = self._ports[action.tier], _some(action.slots, part)
+        good = [at for at, (outcome, _) in enumerate(pages) if outcome is Outcome.OK]
+        assert target.addressable is not None, "no memory to seal"
+        target.addressable.seal([slots[at] for at in good], [pages[at][1] for at in good])
+        target.bytes_in += len(good) * action.page_bytes
+        job.settle(part, [outcome for outcome, _ in pages], source=True)
+
+    def _fill(
+        self, action: CopyIn, part: range, buffers: list[memoryview], then: Callable[[Filled], None]
+    ) -> None:
+        """Fill buffers with pages of a client: by themselves, or on a worker."""
+        source: PageSource | StartedSource = action.source  # type: ignore[assignment]
+        pages = _some(action.pages, part)
+        if isinstance(source, StartedSource):
+            source.start(pages, HostPages(buffers), then)
+            return
+
+        def filled(result: Filled | None) -> None:
+            then(result if result is not None else [(Outcome.FAULT, 0)] * len(part))
+
+        self._workers.run(filler(source, pages, buffers), filled)
 
     def _fill_bounce(self, job: Job, action: CopyIn, part: range) -> None:
         place = self._turns[action.tier].ticket()
-        source: PageSource = action.source  # type: ignore[assignment]
 
         def take(slab: Slab) -> None:
-            def filled(result: Filled | None) -> None:
-                pages = result if result is not None else [(Outcome.FAULT, 0)] * len(part)
+            def filled(pages: Filled) -> None:
                 self._put_filled(job, action, (part, pages, slab, place))
 
-            buffers = slab.pages(len(part))
-            self._workers.run(filler(source, _some(action.pages, part), buffers), filled)
+            self._fill(action, part, slab.pages(len(part)), filled)
 
         self._bounce.take(len(part), action.page_bytes, take)
 

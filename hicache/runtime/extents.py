@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,20 +30,22 @@ def lease_slots(result: FetchResult) -> list[int]:
     return [slot for piece in result.pieces for slot in piece.slots]
 
 
-def extents(regions: RegionRegistry, port: TierPort, result: FetchResult) -> ExtentColumns:
-    """The granted pages of a lease; empty where the lease's tier cannot be mapped.
+def extents(regions: RegionRegistry, ports: Sequence[TierPort], result: FetchResult) -> ExtentColumns:
+    """The granted pages of a lease; empty where the tier that it is in cannot be mapped.
 
     Slots that follow each other within one segment are one extent.
     """
-    if port.mappable is None or not result.granted_pages:
+    if not result.granted_pages:
         return ExtentColumns()
-    slots = lease_slots(result)
+    port = ports[result.tier]
+    memory = port.mapped
+    if memory is None:
+        return ExtentColumns()
+    # A lease has one piece, an array: it becomes numpy columns without a loop over its slots.
+    slots = result.pieces[0].slots if len(result.pieces) == 1 else lease_slots(result)
     assert len(slots) == result.granted_pages, "a lease's pieces are not its granted pages"
-    breaks = np.flatnonzero(np.diff(np.asarray(slots, dtype=np.int64)) != 1) + 1
-    starts = [0, *breaks.tolist()]
-    columns = ExtentColumns(
-        checksums=port.mappable.checksums(slots), generations=port.mappable.generations(slots)
-    )
+    columns = ExtentColumns(checksums=memory.checksums(slots), generations=memory.generations(slots))
+    starts = [0, *(np.flatnonzero(np.diff(np.asarray(slots, dtype=np.int64)) != 1) + 1).tolist()]
     for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
         segment, index = divmod(slots[start], SLOTS_PER_SEGMENT)
         arena = regions.arena_at(port.index, segment)

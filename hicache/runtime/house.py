@@ -4,36 +4,61 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
+from hicache.device.opening import open_transfers
+from hicache.device.transfers import Transfers
 from hicache.engine import Engine, events
 from hicache.engine.actions import Action, Announce, SurveyDone
-from hicache.errors import ConfigError
+from hicache.errors import ConfigError, HicacheError
 from hicache.runtime.clock import Clock
 from hicache.runtime.copier import Copier
+from hicache.runtime.desk import TransferDesk
+from hicache.runtime.door import Door
 from hicache.runtime.heat import HeatTeller
+from hicache.runtime.kv_regions import KvRegions
+from hicache.runtime.loading import LoadCalls
 from hicache.runtime.loop import EngineLoop
 from hicache.runtime.namespaces import NamespaceBook
 from hicache.runtime.options import ServiceOptions
+from hicache.runtime.packing import PackCalls
 from hicache.runtime.perform import Performer
 from hicache.runtime.ports import TierPort
 from hicache.runtime.recorder import Recorder
 from hicache.runtime.recovery import Recoverer
 from hicache.runtime.regions import RegionRegistry
 from hicache.runtime.stores import Stores, open_stores
+from hicache.runtime.turns import Backlog, Turns
 from hicache.runtime.watch import Watch
 from hicache.runtime.watchers import Watchers
 from hicache.runtime.workers import Wake, Workers, resolve
-from hicache.types import Completion, Namespace, Op
+from hicache.types import Completion, Namespace, Notify, Op, PageStore, TierKind
 
 _log = logging.getLogger(__name__)
+
+
+class OpenTransfers(Protocol):
+    """``device.opening.open_transfers``."""
+
+    def __call__(self, store: PageStore | None, notify: Notify, *, now_ns: Callable[[], int]) -> Transfers:
+        """See there."""
 
 
 class House:
     """Use ``open_house``. The loop's thread owns it."""
 
     def __init__(
-        self, options: ServiceOptions, clock: Clock, stores: Stores, wake: Wake, regions: RegionRegistry
+        self,
+        options: ServiceOptions,
+        clock: Clock,
+        stores: Stores,
+        wake: Wake,
+        regions: RegionRegistry,
+        *,
+        transfers: Transfers,
+        door: Door,
     ) -> None:
         self.stores = stores
         self.ports = stores.ports
@@ -42,7 +67,10 @@ class House:
         self.loop = EngineLoop(self.engine, clock, self._perform)
         self.namespaces = NamespaceBook(stores.specs)
         self._wake = wake
+        self._backlog = Backlog(wake.ring)
         self._workers = Workers(options.workers, wake.ring)
+        self.desk = TransferDesk(transfers, self._workers, wake.ring)
+        self.kv_regions = KvRegions(self.desk, regions.next_id, door.require)
         self.copier = Copier(
             self.ports,
             self._workers,
@@ -51,8 +79,11 @@ class House:
             bounce_bytes=options.bounce_bytes,
             lanes=2 * options.workers,
             now_ns=clock.now_ns,
+            soon=self._backlog.add,
         )
-        self.performer = Performer(self.ports, self.copier, regions, self.loop.handle)
+        self.packs = PackCalls(self.desk, self.kv_regions, self.ports[0], clock)
+        self.loads: LoadCalls | None = None  # made with the calls that it needs
+        self.performer = Performer(self.ports, self.copier, regions, self.loop.handle, self._backlog.add)
         self.watchers = Watchers(
             self.loop.handle, lambda number: self.namespaces.find(number)[0].tenant, clock
         )
@@ -68,17 +99,19 @@ class House:
         self._recovering: asyncio.Task[None] | None = None
         self.recorder: Recorder | None = None
 
-    @property
-    def lease_port(self) -> TierPort:
-        """The tier that leases are in: the first that clients can read, else the first."""
-        return next((port for port in self.ports if port.spec.client_readable), self.ports[0])
-
     def _perform(self, action: Action) -> None:
         self.performer.perform(action)
 
     def poll(self) -> int:
-        """Hand out what workers and stores have finished; returns how many results there were."""
-        return self._workers.poll() + sum(port.poll() for port in self.ports)
+        """Hand out what workers, stores and transfers have finished; returns how many results there were."""
+        found = self._backlog.poll() + self._workers.poll()
+        return found + sum(port.poll() for port in self.ports) + self.desk.poll()
+
+    def poll_by_turns(self) -> Callable[[], None]:
+        """``poll`` in turns: to be called whenever somebody rings."""
+        ports = [port.poll for port in self.ports]
+        sources = [self._backlog.poll, self._workers.poll, *ports, lambda _turn: self.desk.poll()]
+        return Turns(sources, self._clock.now_ns, self._wake.ring).take
 
     # --- namespaces
 
@@ -162,8 +195,11 @@ class House:
         if self.recorder is not None:
             await asyncio.to_thread(self.recorder.close)
         self._wake.close()
+        self.kv_regions.cut("the service stopped")
         await asyncio.to_thread(self._workers.close)
         self.poll()  # a chunk that was read in may still go to its store; those that wait for a worker fail
+        await asyncio.to_thread(self.desk.finish)  # transfers use the stores' memory
+        self.desk.close()
         for port in reversed(
             self.ports
         ):  # what a lower tier has read goes to slots above it, which must be there
@@ -172,15 +208,33 @@ class House:
         while self.poll():
             pass  # each chunk that fails lets the next one in, to fail as well
         assert not self.copier.in_flight, "a copy was lost"
+        assert not self.desk.in_flight, "a transfer was lost"
+        self.kv_regions.close()
         self.regions.close()
 
 
-async def open_house(options: ServiceOptions, clock: Clock, regions: RegionRegistry) -> House:
+async def open_house(
+    options: ServiceOptions,
+    clock: Clock,
+    regions: RegionRegistry,
+    *,
+    door: Door,
+    open_transfers: OpenTransfers = open_transfers,
+) -> House:
     """Open the stores (on a thread: a lock, a file to map) and wire everything. Raises as ``open_stores`` does."""
     wake = Wake(asyncio.get_running_loop())
-    stores = await asyncio.to_thread(open_stores, options, wake.ring, lambda: int(clock.wall_s() * 1000))
-    house = House(options, clock, stores, wake, regions)
-    wake.call = house.poll
+    stores = await asyncio.to_thread(
+        open_stores, options, wake.ring, lambda: int(clock.wall_s() * 1000), clock.now_ns
+    )
+    device = next((port.store for port in stores.ports if port.spec.kind is TierKind.DEVICE), None)
+    try:
+        transfers = await asyncio.to_thread(open_transfers, device, wake.ring, now_ns=clock.now_ns)
+    except HicacheError:
+        for port in stores.ports:
+            port.store.close()
+        raise
+    house = House(options, clock, stores, wake, regions, transfers=transfers, door=door)
+    wake.call = house.poll_by_turns()
     try:
         house.start_recording(options, clock)
     except ConfigError:

@@ -13,6 +13,7 @@ from hicache.runtime.advice import Window
 from hicache.runtime.clock import Clock
 from hicache.runtime.counters import Latencies
 from hicache.runtime.door import Door
+from hicache.runtime.lease_tiers import LeaseTiers
 from hicache.runtime.loop import Answer, EngineLoop
 from hicache.runtime.namespaces import NamespaceBook
 from hicache.runtime.pages import after_wait
@@ -27,6 +28,7 @@ class Query:
     prompt: bytes
     max_pages: int = 0
     use: Use = NO_USE
+    device: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class ManyCalls:
         clock: Clock,
         latencies: Latencies,
         window: Window,
+        tiers: LeaseTiers,
     ) -> None:
         self._engine = engine
         self._loop = loop
@@ -66,6 +69,7 @@ class ManyCalls:
         self._clock = clock
         self._latencies = latencies
         self._window = window
+        self._tiers = tiers
 
     async def fetch_many(
         self,
@@ -115,12 +119,15 @@ class ManyCalls:
             self._door.admit(session)
             spec = self._namespaces.find(query.namespace)[0]
             prompt = self._namespaces.prompt(query.namespace, query.prompt)
+            tier = self._tiers.asked(device=query.device)
         except HicacheError as error:
             return error
         self._window.saw(query.namespace, prompt, spec.symbol_bytes, began_ns // 1_000_000)
         namespace, most, use = query.namespace, query.max_pages, query.use
         return self._loop.ask(
-            lambda request: events.Fetch(request, session, namespace, prompt, most, ttl_ms, True, use),  # noqa: FBT003
+            lambda request: events.Fetch(
+                request, session, namespace, prompt, most, ttl_ms, use=use, tier=tier
+            ),
             session,
         )
 

@@ -53,7 +53,7 @@ class Pace:
         return max(int(max(size_bytes, self.in_flight_bytes) * 1000 / self.bytes_per_s), 1)
 
 
-def pending(ports: Sequence[TierPort], lease_port: TierPort, result: FetchResult) -> tuple[int, int]:
+def pending(ports: Sequence[TierPort], result: FetchResult) -> tuple[int, int]:
     """Pages of a lease that are still on their way, and in how many ms the last may be there.
 
     By the measured pace of the slowest tier that they come from. 0 ms: nothing is pending, or nothing was promoted
@@ -65,7 +65,7 @@ def pending(ports: Sequence[TierPort], lease_port: TierPort, result: FetchResult
     sources = [
         port.pace
         for port, served in zip(ports, result.tier_pages, strict=True)
-        if served and port is not lease_port
+        if served and port.index != result.tier
     ]
     size_bytes = pages * result.page_bytes
     return pages, max((pace.wait_ms(size_bytes) for pace in sources), default=0)

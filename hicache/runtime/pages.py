@@ -13,6 +13,7 @@ from hicache.runtime.advice import Window
 from hicache.runtime.clock import Clock
 from hicache.runtime.counters import Latencies
 from hicache.runtime.door import Door
+from hicache.runtime.lease_tiers import LeaseTiers
 from hicache.runtime.loop import EngineLoop
 from hicache.runtime.namespaces import NamespaceBook
 from hicache.runtime.reader import PageReader
@@ -43,6 +44,7 @@ class PageCalls:
         clock: Clock,
         latencies: Latencies,
         window: Window,
+        tiers: LeaseTiers,
         on_reserved: Callable[[int, int, ReserveResult], object],
     ) -> None:
         self._engine = engine
@@ -53,6 +55,7 @@ class PageCalls:
         self._clock = clock
         self._latencies = latencies
         self._window = window
+        self._tiers = tiers
         self._on_reserved = on_reserved
 
     def match(
@@ -97,21 +100,24 @@ class PageCalls:
         promote: bool = True,
         use: Use = NO_USE,
         reserve: ReserveAlong = NO_RESERVE,
+        device: bool = False,
     ) -> FetchResult:
         """Lease what is readable and promote the rest; wait for that up to ``wait_ms``.
 
-        The result is the lease as it stands then; with ``reserve`` also the room for what does not match, where it was
-        to be had at once. A call that is cancelled gives both back; promotions that it started go on. Raises
-        UnavailableError, StaleError, NotFoundError, InvalidArgumentError.
+        ``device``: lease in the device tier and promote to it, whatever tier is usual. The result is the lease as it
+        stands then; with ``reserve`` also the room for what does not match, where it was to be had at once. A call that
+        is cancelled gives both back; promotions that it started go on. Raises UnavailableError, StaleError,
+        NotFoundError, InvalidArgumentError, UnsupportedError.
         """
         began = self._clock.now_ns()
         self._door.admit(session)
+        tier = self._tiers.asked(device=device)
         whole = self._namespaces.prompt(namespace, prompt)
         self._saw(namespace, whole, began)
         result = await self._loop.call(
             FetchResult,
             lambda request: events.Fetch(
-                request, session, namespace, whole, max_pages, ttl_ms, promote, use, *reserve
+                request, session, namespace, whole, max_pages, ttl_ms, promote, use, *reserve, tier
             ),
             session,
         )

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 from hicache.errors import HicacheError
-from hicache.runtime.mapping import Mappable
+from hicache.runtime.busy import BusySegments
+from hicache.runtime.mapping import Mappable, SharedPool, Slots
 from hicache.runtime.pace import Pace
+from hicache.runtime.turns import Turn
 from hicache.types import (
     SLOTS_PER_SEGMENT,
     AddressableStore,
@@ -95,12 +97,15 @@ class TierPort:
         *,
         addressable: AddressableStore | None = None,
         mappable: Mappable | None = None,
+        shared: SharedPool | None = None,
     ) -> None:
         self.index = index
         self.spec = spec
         self.store = store
         self.addressable = addressable
         self.mappable = mappable
+        self.shared = shared  # a device's pool, where other processes may map it
+        self.mapped: Slots | None = mappable or shared  # where clients can read leased pages in place
         self.health = Health()
         self.bytes_in = 0
         self.bytes_out = 0
@@ -114,11 +119,11 @@ class TierPort:
         self.on_local: Callable[[], None] = lambda: None  # something for ``poll`` that no store rang for
         self._ids = itertools.count(1)
         self._waiting: dict[int, tuple[Batch, Then]] = {}
+        self._taken: deque[Completion] = deque()  # from the store, not handed out yet
         self._local: deque[Completion] = deque()
         self._held: deque[Batch] | None = None
         self._unopened: dict[int, tuple[str, int, int]] = {}
-        self._moving: Counter[int] = Counter()  # batches under way, by segment
-        self._closing: dict[int, Callable[[], None]] = {}
+        self.busy = BusySegments()  # a transfer that goes past the store takes its slots here, too
         self._closed = False
         self._take_lost: Callable[[], list[bytes]] = getattr(store, "take_lost", list)
         self._given_ms: dict[int, int] = {}  # when the store got each batch, oldest first
@@ -158,8 +163,7 @@ class TierPort:
         """
         batch = Batch(next(self._ids), op, page_bytes, slots, keys, **columns)  # type: ignore[arg-type]
         self._waiting[batch.id] = (batch, then)
-        for segment in {slot // SLOTS_PER_SEGMENT for slot in slots}:
-            self._moving[segment] += 1
+        self.busy.take(slots)
         if self._held is not None and op is not Op.GET:
             self._held.append(batch)
         else:
@@ -193,16 +197,20 @@ class TierPort:
         self._local.append(Completion(batch.id, (outcome,) * pages, nothing, nothing, reason))
         self.on_local()
 
-    def poll(self) -> int:
-        """Hand every completion that is there to whom it belongs; returns how many."""
+    def poll(self, turn: Turn | None = None) -> int:
+        """Hand the completions that are there to whom they belong, all or as many as a turn takes; returns how many."""
         found = 0
-        for completion in self.store.poll():
+        self._taken.extend(self.store.poll())
+        while self._taken:
+            completion = self._taken.popleft()
             batch, then = self._settle(completion)
             self._count(batch, completion)
             if self.spec.durable:
                 self._watch(batch, completion)
             found += 1
             then(completion)
+            if turn is not None and turn.over():
+                return found
         lost = self._take_lost() if self._held is None else []  # before its recovery nobody knows these pages
         if lost:
             self.on_lost(self, lost)
@@ -265,13 +273,7 @@ class TierPort:
     def _settle(self, completion: Completion) -> tuple[Batch, Then]:
         batch, then = self._waiting.pop(completion.id)
         self._given_ms.pop(completion.id, None)
-        for segment in {slot // SLOTS_PER_SEGMENT for slot in batch.slots}:
-            self._moving[segment] -= 1
-            if not self._moving[segment]:
-                del self._moving[segment]
-                closing = self._closing.pop(segment, None)
-                if closing is not None:
-                    closing()
+        self.busy.leave(batch.slots)
         return batch, then
 
     def _count(self, batch: Batch, completion: Completion) -> None:
@@ -329,18 +331,21 @@ class TierPort:
             for segment in {slot // SLOTS_PER_SEGMENT for slot in slots} & self._unopened.keys():
                 self.open_segment(segment, *self._unopened[segment])
 
-    def close_segment(self, segment: int, then: Callable[[], None]) -> None:
-        """Close a segment once no batch moves its pages, then call ``then``."""
+    def close_segment(self, segment: int, then: Callable[[], None], *, reusable: bool = True) -> None:
+        """Close a segment once nobody moves its pages, then call ``then``.
+
+        ``reusable``: no process can have its memory mapped any more.
+        """
 
         def close() -> None:
             if self._unopened.pop(segment, None) is None and not self._closed:
-                self._slotted.close_segment(segment)
+                if self.shared is not None:
+                    self.shared.close_segment(segment, reusable=reusable)
+                else:
+                    self._slotted.close_segment(segment)
             then()
 
-        if self._moving[segment]:
-            self._closing[segment] = close
-        else:
-            close()
+        self.busy.when_idle(segment, close)
 
     def free(self, slots: Sequence[int]) -> None:
         """These slots hold nothing from now on."""

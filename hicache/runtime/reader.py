@@ -45,6 +45,7 @@ class _Stream:
     spec: Namespace
     prompt: bytes
     keys: list[bytes]
+    port: TierPort
 
 
 async def get_pages(
@@ -64,18 +65,18 @@ async def get_pages(
 
 
 class PageReader:
-    """Reads leases of one tier."""
+    """Reads leases, each from the tier that it is in."""
 
     def __init__(
         self,
         leases: Leases,
-        port: TierPort,
+        ports: Sequence[TierPort],
         *,
         namespace: Callable[[int], tuple[Namespace, bytes]],
         handle: Callable[[events.Event], None],
     ) -> None:
         self._leases = leases
-        self._port = port
+        self._ports = ports
         self._namespace = namespace
         self._handle = handle
 
@@ -88,7 +89,8 @@ class PageReader:
         InvalidArgumentError for pages that it does not grant, CorruptError for a page whose bytes are not what was
         stored (it is not served any more), UnavailableError when the tier fails.
         """
-        granted = self._leases.lease_view(session, lease).granted_pages
+        view = self._leases.lease_view(session, lease)
+        granted = view.granted_pages
         last = first + count if count else granted
         if not 0 <= first <= last <= granted:
             raise InvalidArgumentError(
@@ -97,10 +99,11 @@ class PageReader:
             )
         number, prompt = self._leases.lease_prompt(session, lease)
         spec, fingerprint = self._namespace(number)
+        port = self._ports[view.tier]
         keys: list[bytes] = []
-        if self._port.spec.keyed:
+        if port.spec.keyed:
             keys = chain_keys(fingerprint, prompt[: last * spec.symbol_bytes], spec.symbol_bytes)
-        stream = _Stream(session, lease, number, spec, prompt, keys)
+        stream = _Stream(session, lease, number, spec, prompt, keys, port)
         step = max(1, READ_AHEAD_BYTES // spec.page_bytes)
         memory = page_buffer(min(step, last - first) * spec.page_bytes)
         for start in range(first, last, step):
@@ -113,9 +116,9 @@ class PageReader:
         buffers = [memory[at * size : (at + 1) * size] for at in range(len(pages))]
         view = self._leases.lease_view(stream.session, stream.lease)
         self._require(stream, view, pages)
-        slots = [] if self._port.spec.keyed else lease_slots(view)[pages.start : pages.stop]
+        slots = [] if stream.port.spec.keyed else lease_slots(view)[pages.start : pages.stop]
         keys = stream.keys[pages.start : pages.stop]
-        completion = await get_pages(self._port, buffers, slots=slots, keys=keys)
+        completion = await get_pages(stream.port, buffers, slots=slots, keys=keys)
         after = self._leases.lease_view(stream.session, stream.lease)  # raises where it ended meanwhile
         for page, outcome in zip(pages, completion.outcomes, strict=True):
             if outcome is not Outcome.OK:
@@ -134,7 +137,7 @@ class PageReader:
         if outcome is Outcome.FAULT:
             raise UnavailableError(f"page {page} of lease {stream.lease} cannot be read: {error}")
         prompt = stream.prompt[: (page + 1) * stream.spec.symbol_bytes]
-        self._handle(events.PageCorrupt(stream.namespace, self._port.index, prompt))
+        self._handle(events.PageCorrupt(stream.namespace, stream.port.index, prompt))
         raise CorruptError(
             f"page {page} of lease {stream.lease} is not what was stored ({outcome.value})",
             hint="compute it again",

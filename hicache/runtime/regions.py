@@ -9,20 +9,34 @@ session that was handed its descriptor has said that it no longer maps it, or ha
 from __future__ import annotations
 
 import dataclasses
+import enum
 import itertools
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from hicache.errors import InvalidArgumentError, NotFoundError
-from hicache.runtime.mapping import Layout, Mappable
+from hicache.device.kv import SharedMemory
+from hicache.errors import HicacheError, InvalidArgumentError, NotFoundError
+from hicache.runtime.mapping import Layout, Mappable, SharedPool
+
+_log = logging.getLogger(__name__)
+
+
+class RegionKind(enum.Enum):
+    """What a session's own region is."""
+
+    CLIENT = "client"  # memory that Commit copies pages from
+    KV = "kv"  # an engine's paged KV
+    TIMELINE = "timeline"  # counters, made here
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RegionInfo:
-    """A client's region."""
+    """A session's own region."""
 
     region_id: int
     size_bytes: int
+    kind: RegionKind = RegionKind.CLIENT
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,6 +50,7 @@ class ArenaInfo:
     first_slot_offset: int
     slot_stride: int
     slots: int
+    memory: SharedMemory | None = None  # of a device's pool: how it is mapped; its slots have no counters
 
 
 class ClientRegion:
@@ -64,7 +79,7 @@ class ClientRegion:
 class _Retiring:
     arena: ArenaInfo
     waiting_for: set[int]
-    then: Callable[[], None]
+    then: Callable[[bool], None]
 
 
 class RegionRegistry:
@@ -78,8 +93,14 @@ class RegionRegistry:
         self._ids = itertools.count(1)
         self._clients: dict[int, ClientRegion] = {}
         self._arenas: dict[tuple[int, int], ArenaInfo] = {}  # (tier, segment)
-        self._fds: dict[int, tuple[ArenaInfo, Mappable, int]] = {}  # region -> (info, store, segment)
+        self._fds: dict[int, tuple[ArenaInfo, Callable[[], int]]] = {}  # region -> (info, its descriptor)
+        self._pools: dict[int, Callable[[], SharedMemory]] = {}  # of those, a device's: how it is mapped
         self._retiring: dict[int, _Retiring] = {}
+        self._unsure: set[int] = set()  # of these regions somebody may keep a mapping for as long as it lives
+
+    def next_id(self) -> int:
+        """For a region that somebody else keeps: numbers are unique among all kinds."""
+        return next(self._ids)
 
     # --- clients' own
 
@@ -120,15 +141,31 @@ class RegionRegistry:
 
     def arenas(self, tenant: str) -> list[ArenaInfo]:
         """The tenant's arena regions."""
-        return [arena for arena in self._arenas.values() if arena.tenant == tenant]
+        mine = [arena for arena in self._arenas.values() if arena.tenant == tenant]
+        return [seen for arena in mine if (seen := self._seen(arena)) is not None]
+
+    def _seen(self, arena: ArenaInfo) -> ArenaInfo | None:
+        """The region as a client is told of it; None for one of a pool that cannot be mapped, or not yet."""
+        share = self._pools.get(arena.region_id)
+        if share is None:
+            return arena
+        try:
+            return dataclasses.replace(arena, memory=share())
+        except HicacheError as error:
+            _log.debug("region %d is not listed: %s", arena.region_id, error)
+            return None
 
     def arena_fd(self, tenant: str, region: int) -> int:
         """The descriptor of an arena region: pass it on, never close it. Raises NotFoundError for another's."""
         found = self._fds.get(region)
         if found is None or found[0].tenant != tenant:
             raise NotFoundError(f"arena region {region} is gone or never was", hint="list the regions again")
-        _, store, segment = found
-        return store.fd(segment)
+        fd = found[1]()
+        if fd < 0:
+            raise NotFoundError(
+                f"region {region} has no descriptor", hint="it is mapped by its CUDA IPC handle"
+            )
+        return fd
 
     def arena_at(self, tier: int, segment: int) -> ArenaInfo:
         """The region that an open segment of a mappable tier is."""
@@ -136,8 +173,16 @@ class RegionRegistry:
 
     def arena_opened(self, tier: int, segment: int, tenant: str, store: Mappable) -> None:
         """A segment was opened."""
-        layout: Layout = store.layout(segment)
-        arena = ArenaInfo(
+        self._opened(tier, segment, self._arena(tenant, store.layout(segment)), lambda: store.fd(segment))
+
+    def pool_opened(self, tier: int, segment: int, tenant: str, store: SharedPool) -> None:
+        """A segment of a device's pool was opened, which other processes may map."""
+        arena = self._arena(tenant, store.layout(segment))
+        self._pools[arena.region_id] = lambda: store.shared(segment)
+        self._opened(tier, segment, arena, lambda: store.shared(segment).fd)
+
+    def _arena(self, tenant: str, layout: Layout) -> ArenaInfo:
+        return ArenaInfo(
             next(self._ids),
             tenant,
             layout.size_bytes,
@@ -146,22 +191,37 @@ class RegionRegistry:
             layout.stride,
             layout.slots,
         )
+
+    def _opened(self, tier: int, segment: int, arena: ArenaInfo, fd: Callable[[], int]) -> None:
         assert (tier, segment) not in self._arenas, "a segment was opened twice"
         self._arenas[tier, segment] = arena
-        self._fds[arena.region_id] = (arena, store, segment)
+        self._fds[arena.region_id] = (arena, fd)
 
-    def arena_retired(self, tier: int, segment: int, then: Callable[[], None]) -> None:
-        """A segment is being closed; ``then`` is called when no session maps it any more, perhaps at once."""
+    def may_stay_mapped(self, regions: Iterable[int]) -> None:
+        """A session that had these handed out has ended, and its process may live on and keep what it has mapped."""
+        self._unsure.update(region for region in regions if region in self._fds or region in self._retiring)
+
+    def arena_retired(self, tier: int, segment: int, then: Callable[[bool], None]) -> None:
+        """A segment is being closed; ``then`` is called when no session maps it any more, perhaps at once.
+
+        It gets whether that is certain: whoever was handed the memory has said so, or is dead.
+        """
         arena = self._arenas.pop((tier, segment), None)
         if arena is None:  # it could never be opened
-            then()
+            then(True)  # noqa: FBT003
             return
         del self._fds[arena.region_id]
+        self._pools.pop(arena.region_id, None)
         waiting_for = set(self.on_retired(arena.tenant, arena.region_id))
-        if not waiting_for:
-            then()
-            return
-        self._retiring[arena.region_id] = _Retiring(arena, waiting_for, then)
+        if waiting_for:
+            self._retiring[arena.region_id] = _Retiring(arena, waiting_for, then)
+        else:
+            self._gone(arena.region_id, then)
+
+    def _gone(self, region: int, then: Callable[[bool], None]) -> None:
+        sure = region not in self._unsure
+        self._unsure.discard(region)
+        then(sure)
 
     def released(self, session: int, region: int) -> None:
         """A session maps a retired region no longer. Anything else that it may say is ignored."""
@@ -171,7 +231,7 @@ class RegionRegistry:
         retiring.waiting_for.discard(session)
         if not retiring.waiting_for:
             del self._retiring[region]
-            retiring.then()
+            self._gone(region, retiring.then)
 
     @property
     def retiring(self) -> int:

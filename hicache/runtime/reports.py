@@ -44,7 +44,6 @@ class CorruptReports:
         self,
         reads: Reads,
         ports: Sequence[TierPort],
-        lease_port: TierPort,
         *,
         door: Door,
         namespace: Callable[[int], tuple[Namespace, bytes]],
@@ -52,7 +51,6 @@ class CorruptReports:
     ) -> None:
         self._reads = reads
         self._ports = ports
-        self._port = lease_port
         self._door = door
         self._namespace = namespace
         self._handle = handle
@@ -73,47 +71,30 @@ class CorruptReports:
         wanted = sorted({page for page in pages if page < view.granted_pages})
         if not wanted:
             return 0
+        port = self._ports[view.tier]
         last = (wanted[-1] + 1) * spec.symbol_bytes
-        keys = chain_keys(fingerprint, prompt[:last], spec.symbol_bytes) if self._port.spec.keyed else []
+        keys = chain_keys(fingerprint, prompt[:last], spec.symbol_bytes) if port.spec.keyed else []
         before = lease_slots(view)
-        bad = await self._bad(wanted, spec.page_bytes, before, keys)
+        bad = await _bad(port, wanted, spec.page_bytes, before, keys)
         self._door.require(session)
         now = self._reads.lease_view(session, lease)  # raises where it ended, and what was read means nothing
         after = lease_slots(now)
         bad = [page for page in bad if page < now.granted_pages and before[page] == after[page]]
         for page in bad:
             upto = prompt[: (page + 1) * spec.symbol_bytes]
-            self._handle(events.PageCorrupt(number, self._port.index, upto))
+            self._handle(events.PageCorrupt(number, port.index, upto))
         for page in bad:
-            await self._elsewhere(number, prompt[: (page + 1) * spec.symbol_bytes])
+            await self._elsewhere(port, number, prompt[: (page + 1) * spec.symbol_bytes])
         return len(bad)
 
-    async def _bad(
-        self, pages: Sequence[int], page_bytes: int, slots: Sequence[int], keys: Sequence[bytes]
-    ) -> list[int]:
-        """Those that the leases' tier does not have as they were stored."""
-        step = max(1, READ_AHEAD_BYTES // page_bytes)
-        memory = page_buffer(min(step, len(pages)) * page_bytes)
-        found: list[int] = []
-        for start in range(0, len(pages), step):
-            part = pages[start : start + step]
-            completion = await get_pages(
-                self._port,
-                [memory[at * page_bytes : (at + 1) * page_bytes] for at in range(len(part))],
-                slots=[] if keys else [slots[page] for page in part],
-                keys=[keys[page] for page in part] if keys else [],
-            )
-            found += [page for page, outcome in zip(part, completion.outcomes, strict=True) if outcome in BAD]
-        return found
-
-    async def _elsewhere(self, number: int, prompt: bytes) -> None:
-        """Look at the other copies of a page that was bad: what harmed it may have harmed them."""
+    async def _elsewhere(self, bad: TierPort, number: int, prompt: bytes) -> None:
+        """Look at the other copies of a page that was bad in a tier: what harmed it may have harmed them."""
         spec, fingerprint = self._namespace(number)
         key = chain_keys(fingerprint, prompt, spec.symbol_bytes)[-1]
         memory = page_buffer(spec.page_bytes)
         for place in self._reads.page_places(number, prompt):
             port = self._ports[place.tier]
-            if port is self._port:
+            if port is bad:
                 continue
             keyed = port.spec.keyed
             completion = await get_pages(
@@ -121,3 +102,22 @@ class CorruptReports:
             )
             if completion.outcomes[0] in BAD and place in self._reads.page_places(number, prompt):
                 self._handle(events.PageCorrupt(number, place.tier, prompt))
+
+
+async def _bad(
+    port: TierPort, pages: Sequence[int], page_bytes: int, slots: Sequence[int], keys: Sequence[bytes]
+) -> list[int]:
+    """Those that the lease's tier does not have as they were stored."""
+    step = max(1, READ_AHEAD_BYTES // page_bytes)
+    memory = page_buffer(min(step, len(pages)) * page_bytes)
+    found: list[int] = []
+    for start in range(0, len(pages), step):
+        part = pages[start : start + step]
+        completion = await get_pages(
+            port,
+            [memory[at * page_bytes : (at + 1) * page_bytes] for at in range(len(part))],
+            slots=[] if keys else [slots[page] for page in part],
+            keys=[keys[page] for page in part] if keys else [],
+        )
+        found += [page for page, outcome in zip(part, completion.outcomes, strict=True) if outcome in BAD]
+    return found

@@ -14,8 +14,9 @@ import functools
 import logging
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from hicache.device.opening import open_transfers
 from hicache.engine import NodeView, events
 from hicache.engine.actions import DrainResult, FetchResult
 from hicache.errors import UnavailableError
@@ -24,7 +25,9 @@ from hicache.runtime.clock import Clock
 from hicache.runtime.counters import Latencies
 from hicache.runtime.door import DRAINING, FAILED, SERVING, STOPPED, Door
 from hicache.runtime.extents import ExtentColumns, extents
-from hicache.runtime.house import House, open_house, refuse_optimised
+from hicache.runtime.house import House, OpenTransfers, open_house, refuse_optimised
+from hicache.runtime.lease_tiers import LeaseTiers
+from hicache.runtime.loading import LoadCalls
 from hicache.runtime.many import ManyCalls
 from hicache.runtime.operators import OperatorCalls
 from hicache.runtime.options import ServiceOptions
@@ -53,7 +56,8 @@ class Service:
     The calls that move pages are bound to the service when it starts: ``match fetch renew release lease_view read_pages
     prefetch wait_operation cancel_operation`` (``pages.PageCalls``), ``fetch_many`` (``many.ManyCalls``),
     ``report_corrupt`` (``reports.CorruptReports``), ``pending`` (``pace``),
-    ``reserve commit begin_write abort`` (``storing.StoreCalls``), ``pin unpin evict clear``
+    ``reserve commit begin_write abort`` (``storing.StoreCalls``), ``load`` (``loading.LoadCalls``), ``register_kv
+    make_timeline unregister_kv timeline_fd`` (``kv_regions.KvRegions``), ``pin unpin evict clear``
     (``operators.OperatorCalls``), ``watch unwatch`` (``watchers.Watchers``), ``describe_namespace``.
 
     ``on_draining``: called with the grace in ms when a drain begins, and with 0 when the service fails.
@@ -61,8 +65,15 @@ class Service:
     ``regions``: shared memory. ``epoch``: 16 random bytes that name this run.
     """
 
-    def __init__(self, options: ServiceOptions, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        options: ServiceOptions,
+        *,
+        clock: Clock | None = None,
+        open_transfers: OpenTransfers = open_transfers,
+    ) -> None:
         self.options = options
+        self._open_transfers = open_transfers
         self.epoch = secrets.token_bytes(16)
         self.specs: tuple[TierSpec, ...] = options.specs()
         self.regions = RegionRegistry()
@@ -85,7 +96,9 @@ class Service:
         """
         refuse_optimised()
         assert self._house is None, "a service starts once"
-        house = await open_house(self.options, self._clock, self.regions)
+        house = await open_house(
+            self.options, self._clock, self.regions, door=self._door, open_transfers=self._open_transfers
+        )
         self._house = house
         self.specs = house.stores.specs
         self._switch_interval_s = sys.getswitchinterval()
@@ -93,19 +106,22 @@ class Service:
         self._window = Window(self.specs)
         self._bind(house)
         house.loop.on_failed = self._failed
-        house.performer.on_tier = self._tier
+        house.performer.on_tier = functools.partial(_tell, self.on_tier)
         self._started_ms = self._clock.now_ms()
         self._door.state = SERVING
         house.start_recovery()
 
     def _bind(self, house: House) -> None:
         reader = PageReader(
-            house.engine, house.lease_port, namespace=house.namespaces.find, handle=house.loop.handle
+            house.engine, house.ports, namespace=house.namespaces.find, handle=house.loop.handle
         )
+        tiers = LeaseTiers(house.stores.specs)
         stores = StoreCalls(
             house.loop,
             house.namespaces,
             self.regions,
+            kv_regions=house.kv_regions,
+            packs=house.packs,
             door=self._door,
             clock=self._clock,
             latencies=self.latencies,
@@ -119,6 +135,7 @@ class Service:
             clock=self._clock,
             latencies=self.latencies,
             window=self._window,
+            tiers=tiers,
             on_reserved=stores.granted,
         )
         self.match, self.fetch, self.renew, self.release = (
@@ -127,16 +144,17 @@ class Service:
             pages.renew,
             pages.release,
         )
-        self.pending = functools.partial(pending, house.ports, house.lease_port)
+        self.pending = functools.partial(pending, house.ports)
         self.lease_view, self.read_pages, self.prefetch = pages.lease_view, pages.read_pages, pages.prefetch
-        self.report_corrupt = CorruptReports(
+        reports = CorruptReports(
             house.engine,
             house.ports,
-            house.lease_port,
             door=self._door,
             namespace=house.namespaces.find,
             handle=house.loop.handle,
-        ).report
+        )
+        self.report_corrupt = reports.report
+        self._bind_kv(house, reports)
         self.wait_operation, self.cancel_operation = pages.wait_operation, pages.cancel_operation
         self.fetch_many = ManyCalls(
             house.engine,
@@ -146,17 +164,43 @@ class Service:
             clock=self._clock,
             latencies=self.latencies,
             window=self._window,
+            tiers=tiers,
         ).fetch_many
         self.reserve, self.commit = stores.reserve, stores.commit
         self.begin_write, self.abort = stores.begin_write, stores.abort
         self.watch, self.unwatch = house.watchers.come, house.watchers.leave
         self.describe_namespace = house.namespaces.find
+        self._bind_operators(house)
+
+    def _bind_operators(self, house: House) -> None:
         operators = OperatorCalls(house.loop, house.namespaces, door=self._door)
         self.pin, self.unpin, self.evict, self.clear = (
             operators.pin,
             operators.unpin,
             operators.evict,
             operators.clear,
+        )
+
+    def _bind_kv(self, house: House, reports: CorruptReports) -> None:
+        house.loads = LoadCalls(
+            house.engine,
+            house.ports,
+            house.kv_regions,
+            house.desk,
+            namespace=house.namespaces.find,
+            door=self._door,
+            report=reports.report,
+            clock=self._clock,
+            latencies=self.latencies,
+        )
+        regions = house.kv_regions
+        self.load = house.loads.load
+        self.register_kv, self.make_timeline = regions.register, regions.make_timeline
+        self.unregister_kv, self.timeline_fd = regions.unregister, regions.timeline_fd
+        self.pool_shared = any(port.shared is not None for port in house.ports)
+        self.kv_memory, self.device_uuids = (
+            house.desk.transfers.memory_kinds,
+            house.desk.transfers.device_uuids,
         )
 
     async def recovered(self) -> RecoveryReport:
@@ -174,7 +218,7 @@ class Service:
         if self._door.state == SERVING:
             self._door.state = DRAINING
             _log.info("draining, grace_ms=%d", grace_ms)
-            self._tell(grace_ms)
+            _tell(self.on_draining, grace_ms)
         result = await house.loop.call(DrainResult, lambda request: events.Drain(request, grace_ms))
         await house.flush(max(grace_ms, FLUSH_MS))
         _log.info("drained, unsaved_pages=%d", result.unsaved_pages)
@@ -191,15 +235,7 @@ class Service:
     def _failed(self) -> None:
         self._door.state = FAILED
         self._running.watchers.close()
-        self._tell(0)
-
-    def _tier(self, name: str, well: bool) -> None:  # noqa: FBT001
-        for callback in self.on_tier:
-            callback(name, well)
-
-    def _tell(self, grace_ms: int) -> None:
-        for callback in self.on_draining:
-            callback(grace_ms)
+        _tell(self.on_draining, 0)
 
     @property
     def state(self) -> str:
@@ -238,6 +274,7 @@ class Service:
             return
         if self._house is not None:
             self._house.loop.handle(events.SessionEnded(session, dead))
+            self._house.kv_regions.end_session(session)
         self.regions.end_session(session)
 
     def open_namespace(self, spec: Namespace) -> tuple[int, bytes]:
@@ -251,14 +288,18 @@ class Service:
     # --- reads
 
     def extents(self, result: FetchResult) -> ExtentColumns:
-        """Where the granted pages lie; empty columns where the lease's tier cannot be mapped."""
-        return extents(self.regions, self._running.lease_port, result)
+        """Where the granted pages lie; empty columns where the tier that the lease is in cannot be mapped."""
+        return extents(self.regions, self._running.ports, result)
 
     def stats(self) -> ServiceStats:
         """A snapshot of all counts."""
         house = self._running
         return service_stats(
-            house, self._door.state, self._clock.now_ms() - self._started_ms, self.latencies.snapshot()
+            house,
+            self._door.state,
+            self._clock.now_ms() - self._started_ms,
+            self.latencies.snapshot(),
+            copy_engine=self.options.copy_engine,
         )
 
     async def advice(self) -> Advice:
@@ -280,3 +321,8 @@ class Service:
     def action_digest(self) -> str:
         """Of all actions so far; empty unless ``options.digest``."""
         return self._running.engine.action_digest()
+
+
+def _tell(callbacks: Sequence[Callable[..., object]], *said: object) -> None:
+    for callback in callbacks:
+        callback(*said)

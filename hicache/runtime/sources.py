@@ -1,14 +1,15 @@
-"""Where the pages of a commit come from: a client's registered memory, or a stream."""
+"""Where the pages of a commit come from: a client's registered memory, a stream, or an engine's paged KV."""
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import xxhash
 
+from hicache.device.transfers import HostPages
 from hicache.runtime.regions import ClientRegion
 from hicache.tier.region import read_region
 from hicache.types import Outcome
@@ -28,6 +29,30 @@ class PageSource(Protocol):
 
     def expected(self, page: int) -> int | None:
         """The checksum that the client gave, if it gave one."""
+
+
+#: What became of pages that were copied in: an outcome, and a checksum of the copy, a page.
+Filled = list[tuple[Outcome, int]]
+
+
+@runtime_checkable
+class StartedSource(Protocol):
+    """Pages that come by themselves, whenever they are there: they are asked for, and no thread is kept for them.
+
+    All on the loop's thread.
+    """
+
+    #: Whether they go to the tier's slots, all at once; else to buffers, and on from there as any other's.
+    direct: bool
+
+    def hold(self) -> None:
+        """As a PageSource's."""
+
+    def release(self) -> None:
+        """As a PageSource's."""
+
+    def start(self, pages: Sequence[int], into: HostPages, done: Callable[[Filled], None]) -> None:
+        """Have the pages copied; ``done`` gets what became of them, later, whatever happens."""
 
 
 class RegionSource:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from hicache.engine import EngineStats
 from hicache.runtime.counters import CallLatency
+from hicache.runtime.device_stats import DeviceStats, device_stats
+from hicache.runtime.loading import LoadCounts
 from hicache.runtime.ports import TierPort
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class ServiceStats:
     counters: Mapping[str, int]
     totals: frozenset[str]
     latencies: tuple[CallLatency, ...]
+    devices: tuple[DeviceStats, ...] = ()
 
 
 def tier_stats(engine: EngineStats, ports: Sequence[TierPort]) -> tuple[TierStats, ...]:
@@ -89,7 +92,9 @@ def tier_stats(engine: EngineStats, ports: Sequence[TierPort]) -> tuple[TierStat
     )
 
 
-def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[CallLatency]) -> ServiceStats:
+def service_stats(
+    house: House, state: str, uptime_ms: int, latencies: Sequence[CallLatency], *, copy_engine: str
+) -> ServiceStats:
     """A snapshot of a running service."""
     engine = house.engine.stats()
     report = house.recoverer.report if house.recoverer is not None else None
@@ -107,6 +112,8 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
     totals["scrub_corrupt_pages"] = scrub.corrupt_pages if scrub is not None else 0
     totals["scrub_passes"] = scrub.passes if scrub is not None else 0
     totals["quarantined_pages"] = disk.stats.quarantined_pages if disk is not None else 0
+    for counts in (house.loads.counts if house.loads is not None else LoadCounts(), house.packs.counts):
+        totals.update(dataclasses.asdict(counts))
     if disk is not None:
         for kind, count in dict(disk.stats.corrupt).items():
             totals[f"bad_records_{kind.replace('-', '_')}"] = count
@@ -117,6 +124,9 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
         "copy_chunks_queued": house.copier.queued,
         "calls_waiting": house.loop.open_requests,
         "regions_retiring": house.regions.retiring,
+        "kv_regions": house.kv_regions.regions,
+        "timelines": house.kv_regions.timelines,
+        "transfers_in_flight": house.desk.in_flight,
         "recovering": int(report is not None and not report.done),
         "recovery_read_pages": report.read_pages if report is not None else 0,
         "recovery_total_pages": report.total_pages if report is not None else 0,
@@ -134,4 +144,5 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
         {**totals, **gauges},
         frozenset(totals),
         tuple(latencies),
+        device_stats(house.ports, copy_engine),
     )

@@ -5,7 +5,9 @@ ready event may be announced later still. The copies of a batch run in any order
 call or a registration fails: the step is then done in part or not at all, and the next event of its stream says so.
 
 It checks how it is used, too, and ``violations`` tells: memory given back with copies under way, copies from or to
-memory that is not pinned or not the device's. Fresh and returned memory is filled with 0xDB.
+memory that is not pinned or not the device's. Fresh and returned memory is filled with 0xDB. The device's memory is of
+memfds, so that other processes, or other fakes in this one, map it by its handle; mapping what is mapped fails.
+``claimed``, where it is given: whether a transfer has a unit at this address of another's memory.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ import bisect
 import collections
 import ctypes
 import functools
+import mmap
+import os
 import random
+import struct
 import threading
 
 import numpy as np
@@ -27,9 +32,9 @@ def alone(method):
     """One thread at a time, so that a stream's order is one."""
 
     @functools.wraps(method)
-    def locked(self, *arguments):
+    def locked(self, *arguments, **named):
         with self.lock:
-            return method(self, *arguments)
+            return method(self, *arguments, **named)
 
     return locked
 
@@ -51,6 +56,10 @@ class FakeDriver:
         self.violations: list[str] = []
         self.calls: collections.Counter[str] = collections.Counter()
         self._next = 1
+        self.uuid = (seed % (1 << 32)).to_bytes(16, "big")
+        self.fds: dict[int, int] = {}  # of the device's memory, by address
+        self.mapped: dict[int, tuple] = {}  # others' memory: address -> (array, what it was mapped by)
+        self.claimed = None
 
     # --- memory
 
@@ -59,7 +68,14 @@ class FakeDriver:
 
     @alone
     def allocate(self, size_bytes):
-        return self._take(size_bytes).ctypes.data
+        fd = os.memfd_create("fake-cuda", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size_bytes)
+        memory = np.frombuffer(mmap.mmap(fd, size_bytes), np.uint8)
+        memory[:] = 0xDB
+        address = memory.ctypes.data
+        self.memory[address], self.fds[address] = memory, fd
+        self._open(address, size_bytes)
+        return address
 
     @alone
     def allocate_host(self, size_bytes):
@@ -96,6 +112,8 @@ class FakeDriver:
         memory = self.memory.pop(address)
         self._close(address, memory.nbytes)
         memory[:] = 0xDB
+        if address in self.fds:
+            os.close(self.fds.pop(address))
 
     def _open(self, start, size_bytes):
         bisect.insort(self._starts, (start, start + size_bytes))
@@ -111,6 +129,60 @@ class FakeDriver:
     def _may_touch(self, address, size_bytes):
         at = bisect.bisect_right(self._starts, (address, 1 << 63)) - 1
         return at >= 0 and address + size_bytes <= self._starts[at][1]
+
+    # --- memory of other processes
+
+    @alone
+    def share(self, address):
+        fd = self.fds[address]
+        handle = struct.pack("<4q", os.getpid(), fd, os.fstat(fd).st_ino, self.memory[address].nbytes)
+        return handle.ljust(64, b"\0")
+
+    @alone
+    def open_shared(self, handle):
+        self._maybe_fail("open_shared")
+        pid, fd, inode, size = struct.unpack_from("<4q", handle)
+        if any(os.fstat(own).st_ino == inode for own in self.fds.values()):
+            raise DriverError("open_shared", "a handle of this process")
+        if any(how == handle for _, how in self.mapped.values()):
+            raise DriverError("open_shared", "already mapped")
+        try:
+            theirs = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR)
+        except OSError as error:
+            raise DriverError("open_shared", f"invalid resource handle: {error}") from error
+        try:
+            if os.fstat(theirs).st_ino != inode:
+                raise DriverError("open_shared", "invalid resource handle")
+            return self._map(theirs, size, handle)
+        finally:
+            os.close(theirs)
+
+    @alone
+    def close_shared(self, address):
+        self._unmap(address, by_handle=True)
+
+    @alone
+    def open_exported(self, fd, size_bytes):
+        self._maybe_fail("open_exported")
+        if os.fstat(fd).st_size < size_bytes:
+            raise DriverError("open_exported", "invalid argument")
+        return self._map(fd, size_bytes, None)
+
+    @alone
+    def close_exported(self, address):
+        self._unmap(address, by_handle=False)
+
+    def _map(self, fd, size_bytes, how):
+        memory = np.frombuffer(mmap.mmap(fd, size_bytes), np.uint8)
+        self.mapped[memory.ctypes.data] = (memory, how)
+        self._open(memory.ctypes.data, size_bytes)
+        return memory.ctypes.data
+
+    def _unmap(self, address, by_handle):
+        memory, how = self.mapped.pop(address)
+        if (how is not None) != by_handle:
+            self.violations.append("memory was unmapped in the wrong way")
+        self._close(address, memory.nbytes)
 
     # --- streams and events
 
@@ -220,10 +292,44 @@ class FakeDriver:
         self._maybe_fail("hash_rows")
         self._queue(stream, HashRows(self, table, rows, row_bytes, scratch))
 
+    @alone
+    def move_units(self, stream, move, *, pack):
+        assert self.has_kernels
+        self.calls["move_units"] += 1
+        self._maybe_fail("move_units")
+        self._queue(stream, MoveUnits(self, move, pack))
+
+    @alone
+    def copy_strips(self, stream, strips):
+        self.calls["strips"] += 1
+        self._maybe_fail("copy_strips")
+        pitches = (strips.target_pitch, strips.source_pitch)
+        if min(pitches) < strips.width_bytes or max(pitches) >= 1 << 31:
+            raise DriverError("copy_strips", "invalid argument")
+        for start, pitch in zip((strips.target, strips.source), pitches, strict=True):
+            if not self._may_touch(start, (strips.count - 1) * pitch + strips.width_bytes):
+                self.violations.append("strips that reach from one piece of memory into another")
+                return
+        at = [
+            (strips.target + i * strips.target_pitch, strips.source + i * strips.source_pitch)
+            for i in range(strips.count)
+        ]
+        moves = [(target, source, strips.width_bytes) for target, source in at]
+        self.rng.shuffle(moves)
+        self._queue(stream, Copy("copy", moves))
+
+    @alone
+    def fill(self, stream, address, value, size_bytes):
+        self.calls["fill"] += 1
+        self._maybe_fail("fill")
+        self._queue(stream, Fill(address, value, size_bytes))
+
     def close(self):
         assert not any(self.streams.values()), "streams were destroyed with work in them"
-        if self.memory or self.registered:
-            self.violations.append(f"{len(self.memory)} pieces of memory were never given back")
+        if self.memory or self.registered or self.mapped:
+            self.violations.append(
+                f"{len(self.memory) + len(self.mapped)} pieces of memory were never given back"
+            )
 
     def _queue(self, stream, step):
         self.streams[stream].append(step)
@@ -282,6 +388,68 @@ class MoveRows(Step):
                     self.driver.violations.append("a kernel was given a wrong address")
                     return
             move(target, source, self.row_bytes, halves)
+
+
+class Fill(Step):
+    name = "fill"
+
+    def __init__(self, address, value, size_bytes):
+        self.value = value
+        self.touches = [(address, size_bytes)]
+
+    def run(self, halves):
+        [(address, size)] = self.touches
+        start, end = size * halves.start // 2, size * halves.stop // 2
+        ctypes.memset(address + start, self.value, end - start)
+
+
+class MoveUnits(Step):
+    name = "move_units"
+
+    def __init__(self, driver, move, pack):
+        self.driver, self.what, self.pack = driver, move, pack
+        units = move.pages * move.units
+        self.touches = [
+            (move.planes, 8 * move.plane_count),
+            (move.places, 8 * units),
+            (move.rows, 8 * move.pages),
+        ]
+        self.unit_bytes = move.unit_tokens * move.heads * move.head_size * move.element_bytes
+        self.cost_ns = 3000 + units * move.plane_count * self.unit_bytes // 45
+
+    def run(self, halves):
+        what = self.what
+        planes, rows = _words(what.planes, what.plane_count).tolist(), _words(what.rows, what.pages).tolist()
+        places = _words(what.places, what.pages * what.units).tolist()
+        if any(at % what.aligned_to for at in (*planes, *rows)) or what.aligned_to % what.element_bytes:
+            self.driver.violations.append("a kernel was given addresses that are not aligned")
+            return
+        every = [(p, u) for p in range(what.plane_count) for u in range(len(places)) if places[u] >= 0]
+        for plane, unit in every[len(every) * halves.start // 2 : len(every) * halves.stop // 2]:
+            block, token = divmod(places[unit], what.block_tokens)
+            engine = planes[plane] + (block * what.strides[0] + token * what.strides[1]) * what.element_bytes
+            row = rows[unit // what.units] + (plane * what.units + unit % what.units) * self.unit_bytes
+            self._move(engine, row)
+
+    def _move(self, engine, row):
+        what, driver = self.what, self.driver
+        sizes = (what.unit_tokens, what.heads, what.head_size)
+        strides = tuple(stride * what.element_bytes for stride in what.strides[1:])
+        span = sum((n - 1) * s for n, s in zip(sizes, strides, strict=True)) + what.element_bytes
+        if not driver._may_touch(engine, span) or not driver._may_touch(row, self.unit_bytes):
+            driver.violations.append("units that are neither pinned nor the device's")
+            return
+        if driver.claimed is not None and not driver.claimed(engine):
+            driver.violations.append("an engine's memory was touched for no transfer")
+        raw = (ctypes.c_char * span).from_address(engine)
+        unit = np.ndarray(sizes, f"V{what.element_bytes}", raw, strides=strides)
+        page = np.ndarray(
+            sizes, f"V{what.element_bytes}", (ctypes.c_char * self.unit_bytes).from_address(row)
+        )
+        if self.pack:
+            page[...] = unit
+        else:
+            unit[...] = page
 
 
 class HashRows(Step):

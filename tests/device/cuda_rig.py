@@ -23,11 +23,8 @@ class Walk:
 
     def __init__(self, seed: int, fault_rate: float, **shape) -> None:
         self.rng = random.Random(seed)
-        self.driver = FakeDriver(seed, fault_rate, **shape)
-        spec = TierSpec("device", TierKind.DEVICE, SEGMENTS * SEGMENT_BYTES, SEGMENT_BYTES)
-        options = DeviceOptions(cuda_staging_bytes=6 * PAGE_BYTES)
         self.told = 0
-        self.store = CudaDevice(spec, self._tell, options, self.driver, threaded=False)
+        self.store = self._make(seed, fault_rate, **shape)
         self.segments: set[int] = set()
         self.faces = [random.Random(face).randbytes(PAGE_BYTES) for face in range(FACES)]
         self.sums = [xxh3_64_intdigest(face) for face in self.faces]
@@ -41,6 +38,12 @@ class Walk:
         self.order: dict[Op, collections.deque] = {op: collections.deque() for op in ("put", "get")}
         self.pages = self.next_id = 0
         self.outcomes: collections.Counter[str] = collections.Counter()
+
+    def _make(self, seed, fault_rate, **shape):
+        self.driver = FakeDriver(seed, fault_rate, **shape)
+        spec = TierSpec("device", TierKind.DEVICE, SEGMENTS * SEGMENT_BYTES, SEGMENT_BYTES)
+        options = DeviceOptions(cuda_staging_bytes=6 * PAGE_BYTES)
+        return CudaDevice(spec, self._tell, options, self.driver, threaded=False)
 
     def _tell(self) -> None:
         self.told += 1
@@ -158,6 +161,9 @@ class Walk:
     def _open_segment(self) -> None:
         segment = next(s for s in range(SEGMENTS) if s not in self.segments)
         self.store.open_segment(segment, "tenant", PAGE_BYTES, SLOTS)
+        self._opened(segment)
+
+    def _opened(self, segment: int) -> None:
         self.segments.add(segment)
         for index in range(SLOTS):
             slot = segment * SLOTS_PER_SEGMENT + index

@@ -6,6 +6,7 @@ before they are there, or moved while they are copied; the model says what may m
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import sys
@@ -80,6 +81,17 @@ def when(name: str) -> Callable[[T], T]:
     return gate
 
 
+@dataclasses.dataclass
+class Held:
+    """A lease as its owner knows it: where its first pages lie does not change while he has it."""
+
+    session: int
+    namespace: int
+    prompt: bytes
+    tier: int
+    places: list[int] = dataclasses.field(default_factory=list)
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Two sessions, three namespaces (two tenants, two page sizes), tiers of a few pages."""
 
@@ -136,7 +148,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.durable: dict[
             int, tuple[int, bytes, int]
         ] = {}  # request -> namespace, prompt up to its end, pages
-        self.leases: dict[int, tuple[int, int, bytes]] = {}
+        self.leases: dict[int, Held] = {}
         self.pins: list[int] = []
         if options.tiers[-1].keyed:
             self.lost = self.lost or (bool(found) and setup != "roomy")
@@ -201,16 +213,26 @@ class EngineMachine(RuleBasedStateMachine):
         most=st.sampled_from([0, 0, 2]),
         promote=st.sampled_from([True, True, False]),
         room=st.booleans(),
+        into=st.sampled_from([-1, -1, 0, 1, 2, 3]),
     )
     def fetch(
-        self, session: int, namespace: int, prompt: bytes, most: int, promote: bool, room: bool
+        self, session: int, namespace: int, prompt: bytes, most: int, promote: bool, room: bool, into: int
     ) -> None:
+        """Lease in the usual tier, or in any other with slots."""
         room = room and "reserve" in self.enabled
         answer = self.shell.ask(
             ev.Fetch, session=session, namespace=namespace, prompt=prompt, max_pages=most, promote=promote,
-            reserve_missing=room, reserve_ttl_ms=1000,
+            reserve_missing=room, reserve_ttl_ms=1000, tier=into,
         )  # fmt: skip
+        specs = self.shell.specs
+        if into >= len(specs) or (into >= 0 and specs[into].keyed):
+            assert isinstance(answer, act.Failure) and answer.code is ErrorCode.INVALID
+            return
         assert isinstance(answer, act.FetchResult)
+        if into < 0:
+            into = next((index for index, spec in enumerate(specs) if spec.client_readable), 0)
+        # To another tier than the usual one pages move although nobody lacks room.
+        self.lost = self.lost or (promote and self.setup != "roomy")
         assert answer.matched_pages == sum(answer.tier_pages)
         self.shell.verify(namespace, prompt, answer)
         self.lost = self.lost or (room and self.setup != "roomy")
@@ -218,7 +240,8 @@ class EngineMachine(RuleBasedStateMachine):
         if answer.reserved is not None:
             self._note_room(session, namespace, prompt, answer.reserved)
         if answer.lease:
-            self.leases[answer.lease] = (session, namespace, prompt)
+            self.leases[answer.lease] = Held(session, namespace, prompt, into)
+            self._see(answer)
 
     @when("reserve")
     @rule(
@@ -264,25 +287,36 @@ class EngineMachine(RuleBasedStateMachine):
     def release(self, index: int) -> None:
         if self.leases:
             ident = sorted(self.leases)[index % len(self.leases)]
-            session, _, _ = self.leases.pop(ident)
-            self.shell.handle(ev.ReleaseLeases(session, [ident, 999_999]))
+            self.shell.handle(ev.ReleaseLeases(self.leases.pop(ident).session, [ident, 999_999]))
 
     @rule(index=st.integers(0, 3))
     def look_at_lease(self, index: int) -> None:
         if self.leases:
             ident = sorted(self.leases)[index % len(self.leases)]
-            session, namespace, prompt = self.leases[ident]
+            held = self.leases[ident]
             try:
-                self.shell.verify(namespace, prompt, self.shell.engine.lease_view(session, ident))
+                view = self.shell.engine.lease_view(held.session, ident)
             except NotFoundError:
                 del self.leases[ident]
+                return
+            self.shell.verify(held.namespace, held.prompt, view)
+            self._see(view)
+
+    def _see(self, view: act.FetchResult) -> None:
+        """All that a lease grants is in its tier; what it has granted stays where it is, unless it was harmed."""
+        held = self.leases[view.lease]
+        assert view.tier == held.tier and {piece.tier for piece in view.pieces} <= {held.tier}
+        places = [place for piece in view.pieces for place in piece.slots]
+        if not self.damaged:
+            assert places[: len(held.places)] == held.places, "a leased page has moved or gone"
+        held.places = places
 
     @when("renew")
     @rule(index=st.integers(0, 3))
     def renew(self, index: int) -> None:
         if self.leases:
             ident = sorted(self.leases)[index % len(self.leases)]
-            self.shell.ask(ev.RenewLeases, session=self.leases[ident][0], leases=[ident], ttl_ms=1500)
+            self.shell.ask(ev.RenewLeases, session=self.leases[ident].session, leases=[ident], ttl_ms=1500)
 
     @when("abort")
     @rule(index=st.integers(0, 3))
@@ -376,7 +410,7 @@ class EngineMachine(RuleBasedStateMachine):
     def session_ends(self, session: int, dead: bool) -> None:
         self.shell.handle(ev.SessionEnded(session, dead))
         self.shell.handle(ev.SessionOpened(session, "default"))
-        self.leases = {k: v for k, v in self.leases.items() if v[0] != session}
+        self.leases = {k: v for k, v in self.leases.items() if v.session != session}
         self.reservations = {k: v for k, v in self.reservations.items() if v[0] != session}
 
     @when("sessions")

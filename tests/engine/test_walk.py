@@ -49,6 +49,7 @@ class Walker:
             "ack": lambda: draw.choice(list(Ack)),
             "most": lambda: draw.choice([0, 0, 2]),
             "wait": lambda: draw.choice([0, 0, 500]),
+            "into": lambda: draw.choice([-1, -1, 0, 1, 2, 3]),
             "pages": lambda: draw.randint(0, 9),
             "ms": lambda: draw.choice([1, 100, 400, 1200]),
             "ttl": lambda: draw.choice([0, 500]),

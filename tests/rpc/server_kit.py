@@ -29,6 +29,7 @@ from hicache.rpc.pb import (
 )
 from hicache.rpc.server import Server, ServerOptions, serve
 from hicache.runtime.counters import Latencies
+from hicache.runtime.regions import RegionInfo
 from hicache.runtime.stats import ServiceStats, TierStats
 from hicache.types import TierKind, TierSpec
 
@@ -52,15 +53,19 @@ class FakeRegions:
         self.registered: dict[int, tuple[int, int]] = {}
         self.confirmed: list[tuple[int, int]] = []
         self.next_id = 100
+        self.unsure: set[int] = set()
 
     def register(self, session: int, fd: int) -> Any:
         self.next_id += 1
         self.registered[self.next_id] = (session, fd)
-        return SimpleNamespace(region_id=self.next_id, size_bytes=os.fstat(fd).st_size)
+        return RegionInfo(self.next_id, os.fstat(fd).st_size)
 
     def unregister(self, session: int, region: int) -> None:
         _, fd = self.registered.pop(region)
         os.close(fd)
+
+    def may_stay_mapped(self, regions: Any) -> None:
+        self.unsure.update(regions)
 
     def add_arena(self, tenant: str, region: int, content: bytes) -> None:
         fd = os.memfd_create("arena")
@@ -76,6 +81,7 @@ class FakeRegions:
                 first_slot_offset=4096,
                 slot_stride=PAGE_BYTES,
                 slots=7,
+                memory=None,
             )
             for (owner, region), fd in self.arena.items()
             if owner == tenant
@@ -122,6 +128,7 @@ class FakeService:
 
     def __init__(self) -> None:
         self.epoch = secrets.token_bytes(16)
+        self.kv_memory, self.device_uuids, self.pool_shared = ("memfd",), (b"u" * 16,), False
         self.specs = TIERS
         self.state = "serving"
         self.options = SimpleNamespace(max_ttl_ms=600_000)
@@ -256,6 +263,14 @@ class FakeService:
     def begin_write(self, session: int, reservation: int) -> FakeWriter:
         self.note("begin_write", session, reservation)
         return FakeWriter(self)
+
+    # paged KV
+
+    def timeline_fd(self, session: int, region: int) -> int:
+        raise NotFoundError(f"region {region} is no timeline of session {session}")
+
+    async def unregister_kv(self, session: int, region: int) -> None:
+        await self.step("unregister_kv", session, region)
 
     # operators
 

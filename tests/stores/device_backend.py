@@ -13,7 +13,8 @@ import pytest
 from backends import PAGES, Backend
 
 from hicache.device import DeviceOptions, open_device
-from hicache.device.cuda import CudaDevice
+from hicache.device.cuda import CudaDevice, open_cuda
+from hicache.device.segment import DeviceSegment
 from hicache.types import PageStore, TierKind, TierSpec, slot_stride
 
 for folder in ("device", "gpu"):  # the fakes
@@ -58,10 +59,7 @@ class FakeCudaBackend(DeviceBackend):
     kernels = True
 
     def corrupt(self, number: int, rng: random.Random) -> None:
-        segment = self.opened._segments[number % 2]
-        start = segment.address + number // 2 * slot_stride(self.page_bytes) + rng.randrange(self.page_bytes)
-        byte = ctypes.c_uint8.from_address(start)
-        byte.value ^= 1 << rng.randrange(8)
+        _flip(self.opened._segments[number % 2], number // 2, self.page_bytes, rng)
 
     def close(self) -> None:
         super().close()
@@ -72,6 +70,30 @@ class FakeCudaBackendPlain(FakeCudaBackend):
     """The same on a device that runs no kernels: pages are hashed on the host."""
 
     kernels = False
+
+
+class ManyBackend(DeviceBackend):
+    """Two fake devices, of which each gets one of the two segments."""
+
+    def open(self) -> PageStore:
+        from pool_fake import PoolDriver
+
+        spec = TierSpec("device", TierKind.DEVICE, 2 << 20, 1 << 20)
+        options = DeviceOptions(cuda_staging_bytes=3 * self.page_bytes)
+        first = PoolDriver(seed=self.page_bytes)
+        self.drivers = [first, PoolDriver(seed=1 + self.page_bytes, host=first)]
+        self.opened = open_cuda(spec, self.notify, options, self.drivers)
+        for segment in (0, 1):
+            self.opened.open_segment(segment, "default", self.page_bytes, PAGES // 2)
+        return self.opened
+
+    def corrupt(self, number: int, rng: random.Random) -> None:
+        segment = self.opened.device_of(number % 2)._segments[number % 2]
+        _flip(segment, number // 2, self.page_bytes, rng)
+
+    def close(self) -> None:
+        super().close()
+        assert not [driver.violations for driver in self.drivers if driver.violations]
 
 
 class CudartBackend(FakeCudaBackend):
@@ -122,10 +144,17 @@ class CudaBackend(DeviceBackend):
         driver.release_host(byte)
 
 
+def _flip(segment: DeviceSegment, index: int, page_bytes: int, rng: random.Random) -> None:
+    start = segment.address + index * slot_stride(page_bytes) + rng.randrange(page_bytes)
+    byte = ctypes.c_uint8.from_address(start)
+    byte.value ^= 1 << rng.randrange(8)
+
+
 KINDS = {
     "cpu": DeviceBackend,
     "fake": FakeCudaBackend,
     "fake-plain": FakeCudaBackendPlain,
+    "many": ManyBackend,
     "cudart": CudartBackend,
     "cudart-plain": CudartBackendPlain,
     "cuda": CudaBackend,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from hicache.rpc.client.client import Client, NamespaceHandle
 from hicache.rpc.client.held import Lease, Reservation
+from hicache.rpc.client.kv import Loaded
+from hicache.rpc.client.kv_held import KvRegion, Load, Store
+from hicache.rpc.client.kv_memory import KvMemory
 from hicache.rpc.client.many import FetchQuery
 from hicache.rpc.client.options import ClientOptions, DataPlane, Tls, Verify
 from hicache.rpc.client.results import (
@@ -34,8 +37,12 @@ __all__ = [
     "EvictResult",
     "FetchQuery",
     "ForeignMemory",
+    "KvMemory",
+    "KvRegion",
     "Lease",
     "LeaseTicket",
+    "Load",
+    "Loaded",
     "MatchResult",
     "NamespaceHandle",
     "OperationResult",
@@ -46,6 +53,7 @@ __all__ = [
     "Staging",
     "StagingRun",
     "Stats",
+    "Store",
     "StoreResult",
     "TicketReader",
     "TicketRun",

@@ -129,6 +129,7 @@ class Driver:
         self._task: asyncio.Task[None] | None = None
         self._stream: _Stream | None = None
         self._undoing: set[asyncio.Task[None]] = set()
+        self._transfers: set[asyncio.Task[Any]] = set()
         self._process = os.getpid()
 
     # --- steps
@@ -138,6 +139,20 @@ class Driver:
         self.core.check_process()
         self._start()
         return await self._drive(steps)
+
+    def start(self, steps: Steps[T]) -> asyncio.Task[T]:
+        """Run an operation in a task of its own."""
+        self.core.check_process()
+        self._start()
+        task = asyncio.create_task(self._drive(steps), name="hicache-transfer")
+        self._transfers.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._transfers.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asks for the result is told; nobody need ask
 
     async def run_or_undo(self, steps: Steps[T], undo: Callable[[T], Steps[None]]) -> T:
         """As ``run``. A caller that is cancelled leaves it to end by itself, and then to be undone."""
@@ -323,8 +338,10 @@ class Driver:
             self._task.cancel()
             await asyncio.wait([self._task])
             await self._channel.close()
-        if self._undoing:
-            await asyncio.wait(self._undoing)
+        for task in self._transfers:
+            task.cancel()
+        if self._undoing or self._transfers:
+            await asyncio.wait([*self._undoing, *self._transfers])
         self.core.memory.close()
         self.core.arena.clear()
 

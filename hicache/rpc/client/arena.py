@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,8 @@ class ArenaRegion:
         self.fate = fate
         self.memory = memoryview(memory)
         self.bytes: Bytes = np.frombuffer(memory, dtype=np.uint8)
-        self.generations: npt.NDArray[np.uint64] = self.bytes[: info.slots * GENERATION_BYTES].view("<u8")
+        counted_bytes = info.slots * GENERATION_BYTES if info.counted else 0
+        self.generations: npt.NDArray[np.uint64] = self.bytes[:counted_bytes].view("<u8")
 
     def check(self, extent: Extent, page_bytes: int) -> None:
         """Raise HicacheError for an extent that does not lie in the region's slots."""
@@ -72,7 +73,9 @@ class ArenaRegion:
         return [memory[at : at + info.page_bytes] for at in range(begin, end, info.slot_stride)]
 
     def unchanged(self, first_slot: int, expected: npt.NDArray[np.uint64]) -> bool:
-        """Whether these slots still hold what was leased."""
+        """Whether these slots still hold what was leased, as far as counters tell; without, the deadline alone does."""
+        if not self.info.counted:
+            return True
         now = self.generations[first_slot : first_slot + len(expected)]
         return bool(np.array_equal(now, expected))
 
@@ -85,6 +88,8 @@ class Arena:
         self._regions: dict[int, ArenaRegion] = {}
         self._incarnation = 0
         self.unmapped: deque[int] = deque()  # retired regions whose memory has gone: to be confirmed
+        #: Called with each region that leaves the table: whoever registered its memory with a device lets go of it.
+        self.watchers: list[Callable[[ArenaRegion], None]] = []
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -124,17 +129,25 @@ class Arena:
             self.unmapped.append(region_id)
         else:
             region.fate.retired = True
+            self._tell([region])
 
     def begin(self, incarnation: int) -> None:
         """Forget all regions: the session that was given them is gone, and this one has begun."""
         with self._lock:
             self._incarnation = incarnation
+            gone = list(self._regions.values())
             self._regions.clear()
             self.unmapped.clear()
+        self._tell(gone)
 
     def clear(self) -> None:
         """Forget all regions (the client is closed)."""
         self.begin(self._incarnation)
+
+    def _tell(self, gone: Iterable[ArenaRegion]) -> None:
+        for region in gone:
+            for watcher in list(self.watchers):
+                watcher(region)
 
 
 def _gone(fate: _Fate, unmapped: deque[int]) -> None:
@@ -157,7 +170,7 @@ def _check_region(info: RegionInfo, fd: int) -> None:
     if (
         info.page_bytes < 1
         or info.page_bytes > info.slot_stride
-        or info.slots * GENERATION_BYTES > info.first_slot_offset
+        or (info.counted and info.slots * GENERATION_BYTES > info.first_slot_offset)
         or slots_end > info.size_bytes
     ):
         raise UnsupportedError(f"arena region {info.region_id}: its layout does not fit it: {info}")

@@ -119,15 +119,20 @@ def match_ask(use: Use | None, *, touch: bool, prefetch: bool) -> MatchAsk:
     return MatchAsk(touch, prefetch, use_of(use))
 
 
-def fetch_ask(max_pages: int | None, ttl_ms: int, wait_ms: int, use: Use | None) -> FetchAsk:
+def fetch_ask(
+    max_pages: int | None, ttl_ms: int, wait_ms: int, use: Use | None, *, device: bool = False
+) -> FetchAsk:
     """What a caller asks of Fetch. Raises InvalidArgumentError."""
     pages = pages_of(max_pages)
-    return FetchAsk(pages, count_of("ttl_ms", ttl_ms), count_of("wait_ms", wait_ms), use_of(use))
+    times = count_of("ttl_ms", ttl_ms), count_of("wait_ms", wait_ms)
+    return FetchAsk(pages, *times, use_of(use), device=device)
 
 
-def fetch_and_reserve_ask(ttl_ms: int, reserve_ttl_ms: int, wait_ms: int, use: Use | None) -> FetchAsk:
+def fetch_and_reserve_ask(
+    ttl_ms: int, reserve_ttl_ms: int, wait_ms: int, use: Use | None, *, device: bool = False
+) -> FetchAsk:
     """What a caller asks of Fetch who also wants room for the rest. Raises InvalidArgumentError."""
-    ask = fetch_ask(None, ttl_ms, wait_ms, use)
+    ask = fetch_ask(None, ttl_ms, wait_ms, use, device=device)
     return dataclasses.replace(ask, reserve=True, reserve_ttl_ms=count_of("reserve_ttl_ms", reserve_ttl_ms))
 
 

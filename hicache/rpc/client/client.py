@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from hicache.device.kv import PagedKv
 from hicache.errors import HicacheError
-from hicache.rpc.client import buffers
+from hicache.rpc.client import buffers, kv_flows
 from hicache.rpc.client.admin import Admin
 from hicache.rpc.client.arguments import (
     NamespaceFields,
@@ -24,9 +25,12 @@ from hicache.rpc.client.arguments import (
     match_ask,
     reserve_ask,
 )
+from hicache.rpc.client.copier import Copier, open_engine
 from hicache.rpc.client.driver import Driver
 from hicache.rpc.client.handles import ClientBase, NamespaceBase
 from hicache.rpc.client.held import Lease, Reservation
+from hicache.rpc.client.kv_handles import kv_state
+from hicache.rpc.client.kv_held import KvRegion
 from hicache.rpc.client.lease import LeaseState
 from hicache.rpc.client.many import FetchQuery
 from hicache.rpc.client.options import ClientOptions
@@ -80,6 +84,7 @@ class NamespaceHandle(NamespaceBase):
         max_pages: int | None = None,
         ttl_ms: int = 0,
         wait_ms: int = 0,
+        device: bool = False,
         use: Use | None = None,
         extra_keys: Sequence[bytes] | None = None,
         timeout_s: float | None = None,
@@ -88,9 +93,10 @@ class NamespaceHandle(NamespaceBase):
 
         What is readable is granted at once; pages that must first be promoted are waited for up to ``wait_ms``, and
         may be waited for further with ``Lease.wait``. ``ttl_ms`` 0: the server's default.
-        ``use`` says what kind of request this is, which eviction and admission may weigh.
+        ``use`` says what kind of request this is, which eviction and admission may weigh. ``device``: lease, and
+        promote to, the device tier, for ``Lease.load``. Raises UnsupportedError where the sidecar has none.
         """
-        ask = fetch_ask(max_pages, ttl_ms, wait_ms, use)
+        ask = fetch_ask(max_pages, ttl_ms, wait_ms, use, device=device)
         return Lease(self._driver, self._driver.run(self._fetch(tokens, extra_keys, timeout_s, ask)))
 
     def fetch_and_reserve(
@@ -100,6 +106,7 @@ class NamespaceHandle(NamespaceBase):
         ttl_ms: int = 0,
         reserve_ttl_ms: int = 0,
         wait_ms: int = 0,
+        device: bool = False,
         use: Use | None = None,
         extra_keys: Sequence[bytes] | None = None,
         timeout_s: float | None = None,
@@ -108,7 +115,7 @@ class NamespaceHandle(NamespaceBase):
 
         None for the reservation: there is no room at once; ``reserve`` waits for some. Both are to be given back.
         """
-        ask = fetch_and_reserve_ask(ttl_ms, reserve_ttl_ms, wait_ms, use)
+        ask = fetch_and_reserve_ask(ttl_ms, reserve_ttl_ms, wait_ms, use, device=device)
         lease, room = self._driver.run(self._fetch_and_reserve(tokens, extra_keys, timeout_s, ask))
         return Lease(self._driver, lease), Reservation(self._driver, room) if room is not None else None
 
@@ -198,6 +205,7 @@ class Client(ClientBase):
         self._driver = Driver(target, make_options(options, fields))
         super().__init__(self._driver.core)
         self.admin = Admin(self._driver)
+        self._copiers: list[Copier] = []
 
     def __enter__(self) -> Self:
         try:
@@ -218,11 +226,51 @@ class Client(ClientBase):
 
     def close(self) -> None:
         """End the session: everything it holds is released. Idempotent."""
+        for copier in self._copiers:
+            copier.close()
         self._driver.close()
+
+    def copier(
+        self, layers: Sequence[Any], *, layout: str, page_tokens: int, codec: str | None = None, **how: Any
+    ) -> Copier:
+        """Ready-made copies between pages and an engine's paged KV; needs torch.
+
+        ``layers``: the KV tensors, on the CPU or a CUDA device: one a layer, or a pair of keys and values; ``layout``
+        as in docs/GPU.md. ``codec``: quantise pages on the way (fp8-e4m3, int8-g64, int4-g64). ``how``: the fields of
+        ``hicache.device.copying.CopyOptions``. Closed with the client. Raises InvalidArgumentError, UnsupportedError.
+        """
+        copies = open_engine(layers, layout=layout, page_tokens=page_tokens, codec=codec, **how)
+        copier = Copier(self._driver.core, copies)
+        self._copiers = [*(each for each in self._copiers if not each.closed), copier]
+        return copier
 
     def namespace(self, **fields: Unpack[NamespaceFields]) -> NamespaceHandle:
         """A namespace: ``model`` and ``page_bytes`` at least. Raises InvalidArgumentError naming the field."""
         return NamespaceHandle(self._driver, fields)
+
+    def register_kv(
+        self,
+        layers: Sequence[Any] | PagedKv,
+        *,
+        layout: str | None = None,
+        page_offset: int = 0,
+        planes_per_layer: int | None = None,
+    ) -> KvRegion:
+        """Let the sidecar copy pages to and from an engine's paged KV.
+
+        ``layers``: a tensor a layer, or a pair of keys and values, whose axes ``layout`` names (``kernels/paged.py``);
+        or a ready PagedKv, whose descriptors stay the caller's. CPU tensors lie in ``kv_memory``. ``page_offset``:
+        where in a page these layers begin, for a rank whose part comes behind others'. Raises InvalidArgumentError,
+        and UnsupportedError for memory that cannot be shared: says why and what to do instead.
+        """
+        state = kv_state(layers, layout, page_offset, planes_per_layer)
+        region = KvRegion(self._driver, state)
+        try:
+            self._driver.run(kv_flows.register(self._core, state, self._core.budget(None)))
+        except HicacheError:
+            state.close()
+            raise
+        return region
 
     def fetch_many(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import os
 import queue
@@ -132,6 +133,25 @@ class Driver:
         if not self._started:
             self._start()
         return self._drive(steps)
+
+    def start(self, steps: Steps[T]) -> concurrent.futures.Future[T]:
+        """Run an operation in a thread of its own."""
+        self.core.check_process()
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        thread = threading.Thread(
+            target=self._run_into, args=(future, steps), name="hicache-transfer", daemon=True
+        )
+        thread.start()
+        return future
+
+    def _run_into(self, future: concurrent.futures.Future[T], steps: Steps[T]) -> None:
+        try:
+            future.set_result(self._drive(steps))
+        except HicacheError as error:
+            future.set_exception(error)
+        finally:
+            if not future.done():  # a bug, which the thread's end reports
+                future.set_exception(HicacheError("the transfer broke off: see the log"))
 
     def _drive(self, steps: Steps[T]) -> T:
         answer: Any = None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hicache.errors import HicacheError, NotFoundError, StaleError, UnavailableError
+from hicache.errors import HicacheError, NotFoundError, StaleError, UnavailableError, UnsupportedError
 from hicache.rpc.client import calls
 from hicache.rpc.client.arena import ArenaRegion
 from hicache.rpc.client.core import (
@@ -72,7 +72,13 @@ def fetch_and_reserve(
 ) -> Steps[tuple[LeaseState, ReservationState | None]]:
     """Lease what is cached, and reserve room for the rest where it is asked for and there is room at once."""
     sent_ns = core.now_ns()
-    reply = yield from named(core, "Fetch", namespace, lambda who, _: calls.fetch(who, prompt, ask), budget)
+
+    def build(who: calls.Who, link: Link) -> cache_pb2.FetchRequest:
+        if ask.device:
+            check_device(link)
+        return calls.fetch(who, prompt, ask)
+
+    reply = yield from named(core, "Fetch", namespace, build, budget)
     room = None
     if reply.message.HasField("reserved"):
         reserved = calls.parse_reserved(reply.message.reserved)
@@ -88,6 +94,17 @@ def fetch_and_reserve(
             yield from abort(core, room)
         raise
     return lease, room
+
+
+def check_device(link: Link) -> None:
+    """Raise UnsupportedError where the sidecar leases nothing in a device tier: an old one would lease in another."""
+    if not any(tier.kind == "device" for tier in link.capabilities.tiers):
+        raise UnsupportedError("the sidecar has no device tier", hint="fetch without device=True")
+    if not link.capabilities.kv_memory:
+        raise UnsupportedError(
+            f"the sidecar (version {link.capabilities.server_version}) leases nothing in its device tier",
+            hint="upgrade it, or fetch without device=True",
+        )
 
 
 def adopt(core: Core, lease: LeaseState, link: Link, grant: Grant, sent_ns: int) -> Steps[None]:
@@ -106,11 +123,13 @@ def answered_late(core: Core, lease: LeaseState, sent_ns: int) -> bool:
 def _regions(core: Core, link: Link, grant: Grant) -> Steps[dict[int, ArenaRegion]]:
     """The mapped regions of a grant's extents; none where its pages are to be streamed."""
     wanted = {extent.region_id for extent in grant.extents}
-    if not link.mapped or not wanted:
+    if not link.finds_regions or not wanted:
         return {}
     try:
-        if core.arena.unknown(wanted):
-            yield from map_regions(core, link, core.arena.unknown(wanted))
+        if core.unmapped(wanted):
+            yield from map_regions(core, link, core.unmapped(wanted))
+        if wanted & core.pools.ids:
+            return {}
         found = {region_id: core.arena.find(region_id) for region_id in wanted}
         if None in found.values():
             raise NotFoundError("the lease points to a region that the server does not list")
@@ -127,6 +146,7 @@ def map_regions(core: Core, link: Link, wanted: set[int]) -> Steps[None]:
     reply = yield from simple(
         core, "ListRegions", lambda at: region_pb2.ListRegionsRequest(session_id=at.session_id), budget
     )
+    core.pools.add(link.incarnation, calls.parse_gpu_pools(reply.message))
     for info in calls.parse_arena_regions(reply.message):
         if info.region_id in wanted:
             yield Work(functools.partial(_map_region, core, link, info))

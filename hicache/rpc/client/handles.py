@@ -18,6 +18,7 @@ from hicache.rpc.client.arguments import (
     use_of,
 )
 from hicache.rpc.client.core import NS_PER_MS, Core, linked
+from hicache.rpc.client.kv_memory import KvMemory
 from hicache.rpc.client.lease import LeaseState
 from hicache.rpc.client.many import FetchQuery
 from hicache.rpc.client.options import Verify
@@ -345,6 +346,11 @@ class ClientBase:
         self._core.check_process()
         return ForeignMemory(self._core.memory, fd, count_of("size_bytes", size_bytes))
 
+    def kv_memory(self, size_bytes: int) -> KvMemory:
+        """Host memory to cut an engine's KV tensors out of, which ``register_kv`` takes. Raises ExhaustedError."""
+        self._core.check_process()
+        return KvMemory(size_bytes)
+
     def _reader(self, source: LeaseTicket) -> Steps[TicketReader]:
         return TicketReader((yield from ticket.reader(self._core, source)))
 
@@ -379,6 +385,7 @@ def _packed(query: FetchQuery) -> many.Query | HicacheError:
     try:
         namespace = query.namespace
         packed = namespace._pack(query.tokens, query.extra_keys)
-        return many.Query(namespace._state, packed, pages_of(query.max_pages), use_of(query.use))
+        pages, use = pages_of(query.max_pages), use_of(query.use)
+        return many.Query(namespace._state, packed, pages, use, query.device)
     except HicacheError as error:
         return error

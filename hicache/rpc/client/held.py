@@ -8,11 +8,13 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from hicache.rpc.client import buffers
+from hicache.rpc.client import buffers, in_place
 from hicache.rpc.client.arguments import refuse_torch_views
 from hicache.rpc.client.calls import CommitAsk
 from hicache.rpc.client.driver import Driver
 from hicache.rpc.client.handles import LeaseBase, ReservationBase
+from hicache.rpc.client.kv_handles import begin_load, begin_store
+from hicache.rpc.client.kv_held import KvRegion, Load, Store
 from hicache.rpc.client.lease import LeaseState
 from hicache.rpc.client.options import Verify
 from hicache.rpc.client.reservation import ReservationState
@@ -54,6 +56,15 @@ class Lease(LeaseBase):
         self.copy_into(rows)
         return tensor
 
+    def tensors(self) -> list[Any]:
+        """Pages in the device tier's pool on a GPU, in place: uint8 tensors (pages, page_bytes), in page order.
+
+        One for pages that follow each other there. Nobody may write to them; what was computed with them counts only
+        if ``still_valid()`` holds once the GPU is done. Raises UnsupportedError where the pages are elsewhere, or the
+        sidecar does not share its pool (--share-device); and as ``views`` does.
+        """
+        return self._driver.run(in_place.tensors(self._core, self._state))
+
     def copy_into(
         self, into: Any, first: int = 0, count: int | None = None, *, verify: Verify | str | None = None
     ) -> int:
@@ -63,6 +74,28 @@ class Lease(LeaseBase):
         buffers then hold nothing to be used.
         """
         return self._driver.run(self._copy(into, first, count, verify))
+
+    def load(
+        self,
+        kv: KvRegion,
+        places: Any,
+        *,
+        first_page: int = 0,
+        first_layer: int = 0,
+        layers: int | None = None,
+        layered: bool = False,
+        verify: bool = True,
+        timeout_s: float | None = None,
+    ) -> Load:
+        """Have the sidecar copy pages, from ``first_page`` on, into an engine's KV; returns when it has been begun.
+
+        ``places``: of ``KvRegion.places``, one row a page. ``layered``: layers can be waited for one by one. Of the
+        pages, layers [first_layer, first_layer + layers). Several may run at once, in different blocks. Raises
+        InvalidArgumentError, UnsupportedError (says what to do instead), and as ``views`` does.
+        """
+        ask, how = (places, first_page, first_layer, layers, verify), (layered, timeout_s)
+        begun = self._driver.run(begin_load(self._core, self._state, kv, ask, how))
+        return Load(self._driver, begun)
 
     def renew(self, ttl_ms: int = 0) -> None:
         """Keep it for ``ttl_ms`` from now (0: the server's default). Raises NotFoundError if it is lost."""
@@ -127,6 +160,27 @@ class Reservation(ReservationBase):
         """
         ask = CommitAsk(durable=durable, last=True, verify=True)
         return self._driver.run(self._store(pages, ask))
+
+    def store_kv(
+        self,
+        kv: KvRegion,
+        places: Any,
+        *,
+        first_page: int | None = None,
+        layered: bool = False,
+        wait_ms: int = 0,
+        durable: bool = False,
+        last: bool = True,
+    ) -> Store:
+        """Have the sidecar commit pages out of an engine's KV, as ``commit`` does; returns when it has been begun.
+
+        ``places``: of ``KvRegion.places``, one row a page, from ``first_page`` on (None: the first that was not written
+        yet). ``layered``: the sidecar takes each layer when ``Store.layer_done`` says so, and waits ``wait_ms`` in all
+        for that (0: the reservation's time). Raises InvalidArgumentError, UnsupportedError, NotFoundError.
+        """
+        ask, how = (places, first_page, wait_ms), (layered, durable, last)
+        begun = self._driver.run(begin_store(self._core, self._state, kv, ask, how))
+        return Store(self._driver, begun)
 
     def abort(self) -> None:
         """Give back what was not committed. Idempotent; never raises for a server that is gone."""

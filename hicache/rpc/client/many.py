@@ -44,6 +44,7 @@ class FetchQuery:
     extra_keys: Sequence[bytes] | None = None
     max_pages: int | None = None
     use: Use | None = None
+    device: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Query:
     prompt: bytes
     max_pages: int = 0
     use: Use = NO_USE
+    device: bool = False
 
     @property
     def pages(self) -> int:
@@ -157,6 +159,8 @@ def _call(core: Core, part: _Part, budget: Budget) -> Steps[list[Outcome]]:
         part.outcomes = [query if isinstance(query, HicacheError) else None for query in part.queries]
         for at, query in part.sent():
             try:
+                if query.device:
+                    flows.check_device(attempt.link)
                 number = yield from opened(query.namespace, attempt)
             except (UnavailableError, StaleError):
                 raise
@@ -177,7 +181,9 @@ def _call(core: Core, part: _Part, budget: Budget) -> Steps[list[Outcome]]:
 
 def _add(request: cache_pb2.FetchManyRequest, number: int, query: Query) -> None:
     if query.use is NO_USE:
-        request.queries.add(namespace_id=number, prompt=query.prompt, max_pages=query.max_pages)
+        request.queries.add(
+            namespace_id=number, prompt=query.prompt, max_pages=query.max_pages, device=query.device
+        )
         return
     request.queries.add(
         namespace_id=number,
@@ -186,6 +192,7 @@ def _add(request: cache_pb2.FetchManyRequest, number: int, query: Query) -> None
         request_class=query.use.cls,
         turn=query.use.turn,
         cost_per_page=query.use.cost,
+        device=query.device,
     )
 
 
@@ -244,8 +251,8 @@ def _map_all(core: Core, link: Link, message: cache_pb2.FetchManyResponse) -> St
     wanted: set[int] = set()
     for outcome in message.outcomes:
         wanted.update(outcome.fetch.extents.region_id)
-    unknown = core.arena.unknown(wanted)
-    if link.mapped and unknown:
+    unknown = core.unmapped(wanted)
+    if link.finds_regions and unknown:
         with contextlib.suppress(HicacheError):
             yield from flows.map_regions(core, link, unknown)
 

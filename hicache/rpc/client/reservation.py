@@ -26,12 +26,16 @@ AHEAD_BYTES = 64 << 20
 
 @dataclasses.dataclass(slots=True)
 class PageBuffer:
-    """One page's place in the client's memory, and the view of it that was handed out."""
+    """One page's place in the client's memory, and the view of it that was handed out.
+
+    ``checksum``: of what is to lie there, where that was fixed before it arrived (on a GPU).
+    """
 
     region: Region
     offset: int
     bytes: Bytes
     view: memoryview | None = None
+    checksum: int | None = None
 
 
 class Place(Protocol):
@@ -54,6 +58,7 @@ class ReservationState:
         self.reservation = reserved.reservation
         self.present_pages = reserved.present_pages
         self.missing_pages = reserved.missing_pages
+        self.expires_in_ms = reserved.expires_in_ms
         self.incarnation = incarnation
         self.page_bytes = page_bytes
         self.ended = not reserved.reservation
@@ -163,6 +168,25 @@ class ReservationState:
             self._done.update(chosen)
             return {page: self._prepared.pop(page) for page in chosen}
 
+    def claim(self, first: int, pages: int) -> None:
+        """Take pages for a Commit out of an engine's KV, all or none. Raises InvalidArgumentError, NotFoundError."""
+        with self._lock:
+            for page in range(first, first + pages):
+                self._require_missing(page)
+                if page in self._prepared:
+                    raise InvalidArgumentError(f"page {page} was written already")
+            self._done.update(range(first, first + pages))
+            ahead = {
+                page: self._ahead.pop(page) for page in range(first, first + pages) if page in self._ahead
+            }
+        self._free(ahead)
+
+    def unclaim(self, first: int, pages: int) -> None:
+        """Undo ``claim``: that Commit was refused."""
+        with self._lock:
+            self._done.difference_update(range(first, first + pages))
+            self._open = self.present_pages
+
     def committed(self, sent: dict[int, PageBuffer]) -> None:
         """The Commit was answered: its buffers are free."""
         self._free(sent)
@@ -208,7 +232,10 @@ def _revoke(view: memoryview) -> None:
 
 def checksums(buffers: dict[int, PageBuffer]) -> list[int]:
     """xxh3-64 of each page."""
-    return [xxhash.xxh3_64_intdigest(buffer.bytes.data) for buffer in buffers.values()]
+    return [
+        xxhash.xxh3_64_intdigest(buffer.bytes.data) if buffer.checksum is None else buffer.checksum
+        for buffer in buffers.values()
+    ]
 
 
 def pieces(buffers: dict[int, PageBuffer], region_ids: dict[Region, int], page_bytes: int) -> list[Piece]:

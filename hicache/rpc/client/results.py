@@ -121,6 +121,35 @@ class LatencyStats:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class CopyChoice:
+    """The engine that copies pages of one size one way, few or many at once; ``gb_per_s``: as measured, by engine."""
+
+    direction: str
+    page_bytes: int
+    rows: str
+    engine: str
+    gb_per_s: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceStats:
+    """One device of the device tier. ``copy_engine``: what was asked for; auto: see ``choices``.
+
+    ``direct_bytes`` went without, ``bounced_bytes`` through a bounce buffer. ``problem``: why it was given up.
+    """
+
+    name: str
+    tier: str
+    copy_engine: str
+    choices: tuple[CopyChoice, ...]
+    direct_bytes: int
+    bounced_bytes: int
+    registered_bytes: int
+    faults: int
+    problem: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Stats:
     """The sidecar's figures."""
 
@@ -139,6 +168,7 @@ class Stats:
     tree_nodes: int
     tree_runs: int
     tree_pages: int
+    devices: tuple[DeviceStats, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -237,6 +267,11 @@ class Capabilities:
     max_prompt_bytes: int = 1 << 62
     max_prompt_pages: int = 1 << 62
     max_queries_per_call: int = 1
+    kv_memory: tuple[
+        str, ...
+    ] = ()  # of engines' KV, that the server can map; none: it copies to and from no KV
+    device_uuids: tuple[bytes, ...] = ()
+    pool_shared: bool = False
 
     def tier_name(self, index: int) -> str:
         """A tier's name, or its number where the server did not name it."""
@@ -256,7 +291,7 @@ class Welcome:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RegionInfo:
-    """An arena region's size and layout."""
+    """An arena region's size and layout. ``counted``: it has a generation counter a slot; pools have none."""
 
     region_id: int
     size_bytes: int
@@ -264,6 +299,17 @@ class RegionInfo:
     first_slot_offset: int
     slot_stride: int
     slots: int
+    counted: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """A segment of a device tier's pool on a GPU. ``handle``: of CUDA IPC; empty where it is mapped by descriptor."""
+
+    region: RegionInfo
+    size_bytes: int
+    handle: bytes
+    device_uuid: bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

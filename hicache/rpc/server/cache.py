@@ -14,6 +14,7 @@ from hicache.rpc.server import convert
 from hicache.rpc.server.edge import Edge, session_call, ttl_ms, wait_ms
 from hicache.rpc.server.idempotency import payload_digest
 from hicache.rpc.server.identity import Context
+from hicache.rpc.server.loads import load, paged
 from hicache.rpc.server.many import fetch_many, leases
 from hicache.rpc.server.sessions import Session
 from hicache.rpc.server.writes import write_pages
@@ -68,6 +69,7 @@ class CacheServicer:
                 wait_ms=wait,
                 use=use,
                 reserve=along,
+                device=request.device,
             )
             return convert.fetch_response(self._service, result)
 
@@ -119,6 +121,13 @@ class CacheServicer:
         return answer
 
     # --- moving pages
+
+    @session_call
+    async def Load(
+        self, session: Session, request: cache_pb2.LoadRequest, _: Context
+    ) -> cache_pb2.LoadResponse:
+        """Leased pages into the session's paged KV."""
+        return await load(self._service, session, request)
 
     @session_call
     async def Prefetch(
@@ -190,10 +199,12 @@ class CacheServicer:
 
     @session_call
     async def Commit(
-        self, session: Session, request: cache_pb2.CommitRequest, _: Context
+        self, session: Session, request: cache_pb2.CommitRequest, context: Context
     ) -> cache_pb2.CommitResponse:
         """Copy pages in from the session's own regions."""
         pieces, source = convert.pieces(request)
+        where = paged(request, context)
+        more = {} if where is None else {"paged": where}
 
         async def work() -> cache_pb2.CommitResponse:
             result = await self._service.commit(
@@ -204,6 +215,7 @@ class CacheServicer:
                 checksums=list(request.checksums),
                 ack=Ack.DURABLE if request.durable else Ack.VISIBLE,
                 last=request.last,
+                **more,
             )
             return convert.commit_response(result)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from hicache.errors import DeniedError, HicacheError, InvalidArgumentError, NotFoundError
 from hicache.rpc.common import fdproto
 from hicache.rpc.server.identity import Credentials
+from hicache.rpc.server.kv import NVIDIA_MAJOR
 from hicache.rpc.server.onetime import OneTimeTokens
 from hicache.rpc.server.sessions import Session, Sessions
 from hicache.runtime.service import Service
@@ -169,6 +170,8 @@ class FdSocket:
 
     def _get(self, peer: Credentials, request: fdproto.Get) -> int:
         session = self._session(peer, request.session_id)
+        if request.region_id in session.regions:  # its own: a timeline, or nothing to be had
+            return self._service.timeline_fd(session.number, request.region_id)
         if request.region_id in session.retired:
             raise NotFoundError(f"region {request.region_id} is retired")
         fd = self._service.regions.arena_fd(session.peer.tenant, request.region_id)
@@ -199,10 +202,12 @@ class _Connection:
 
 
 def check_descriptor(fd: int) -> None:
-    """Raise InvalidArgumentError for a descriptor that is no readable memfd or regular file."""
-    mode = os.fstat(fd).st_mode
+    """Raise InvalidArgumentError for a descriptor that is no readable memfd or regular file, nor CUDA memory."""
+    found = os.fstat(fd)
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if not stat.S_ISREG(mode):
+    if stat.S_ISCHR(found.st_mode) and os.major(found.st_rdev) == NVIDIA_MAJOR:
+        return  # exported CUDA memory, which only its driver can tell from anything else
+    if not stat.S_ISREG(found.st_mode):
         raise InvalidArgumentError("PUT takes a memfd or a regular file", hint="make it with memfd_create")
     if flags & os.O_ACCMODE == os.O_WRONLY or flags & os.O_PATH:
         raise InvalidArgumentError("PUT takes a descriptor that can be read")

@@ -67,7 +67,7 @@ def _queries(
     for query, prompt in zip(request.queries, prompts, strict=True):
         try:
             whole = edge.prompt(session, query.namespace_id, prompt)
-            found.append(Query(query.namespace_id, whole, query.max_pages, convert.use(query)))
+            found.append(Query(query.namespace_id, whole, query.max_pages, convert.use(query), query.device))
             pages += len(whole) // session.namespaces[query.namespace_id].symbol_bytes
         except HicacheError as error:
             found.append(error)

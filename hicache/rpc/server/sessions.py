@@ -87,6 +87,7 @@ class Session:
     answers: AnswerBook
     namespaces: dict[int, Namespace]  # opened by its tenant, shared between the tenant's sessions
     inflight: int = 0
+    registering: int = 0  # regions that are being made
     regions: dict[int, Any] = dataclasses.field(default_factory=dict)  # its own, by id: what register() gave
     mapped: set[int] = dataclasses.field(default_factory=set)  # arenas whose descriptor it was given
     retired: set[int] = dataclasses.field(default_factory=set)  # of those: to be confirmed as unmapped
@@ -228,6 +229,8 @@ class Sessions:
         self._unwatch(session)
         log.info("session %d (%s) ended: %s", session.number, session.name, why)
         self.on_end(session.number)
+        if not dead:
+            self._service.regions.may_stay_mapped(session.mapped | session.retired)
         self._service.end_session(session.number, dead=dead)
         session.answers.close()
 
