@@ -178,14 +178,23 @@ class CudaImports:
 
     def _map(self, memory: SharedMemory) -> int:
         try:
-            if memory.kind is MemoryKind.CUDA_IPC:
-                return self._driver.open_shared(memory.handle)
-            return self._driver.open_exported(memory.fd, memory.size_bytes)
+            if memory.kind is MemoryKind.CUDA_FD:
+                return self._driver.open_exported(memory.fd, memory.size_bytes)
+            address = self._driver.open_shared(memory.handle)
+            start, size = self._driver.extent(address)
         except DriverError as error:
             raise UnsupportedError(
                 f"memory of kind {memory.kind} could not be mapped: {error}",
                 hint=f"{ADVICE[memory.kind]}; {CLIENT_COPIES}",
             ) from error
+        if (
+            start + size < address + memory.size_bytes
+        ):  # a kernel that reads behind it would end the device for all
+            self._driver.close_shared(address)
+            raise InvalidArgumentError(
+                f"the allocation has {start + size - address} bytes, not the {memory.size_bytes} it is said to have"
+            )
+        return address
 
     def _give(self, names: list[object]) -> None:
         self._driver.bind()
