@@ -52,6 +52,10 @@ def salt() -> str:
     return secrets.token_hex(8)
 
 
+def open_fds() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 def blocks_of(form: Form, seed: int) -> Any:
     """Block ids for the prompt's pages, in no order."""
     count = PAGES * PAGE_TOKENS // form.block
@@ -105,8 +109,9 @@ def test_another_process_loads_what_this_one_stored(make_client: Any, lasting_si
                     await lease.copy_into(out)
                 assert (out == expected).all()
                 stored.append(expected.tobytes())
+                before = open_fds()
                 assert await kv.close()
-                assert await kv.close() and kv.closed
+                assert await kv.close() and kv.closed and open_fds() == before - 1
                 with pytest.raises(NotFoundError, match="closed"):
                     await store(cache, kv, places, TOKENS + 1)
 
