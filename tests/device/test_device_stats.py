@@ -55,7 +55,7 @@ def told(monkeypatch: pytest.MonkeyPatch, after: Callable[[Service], None] | Non
     """The client's Stats and the metrics of a service whose device is a fake one."""
     drivers: list[FakeDriver] = []
 
-    def open_fake(_device, spec, notify, options):
+    def open_fake(_device, spec, notify, options, **_clock):
         drivers.append(FakeDriver(3, delays=False))
         small = DeviceOptions(cuda_staging_bytes=16 * PAGE, copy_engine=options.copy_engine)
         return CudaDevice(spec, notify, small, drivers[0])

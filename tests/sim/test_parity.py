@@ -40,6 +40,9 @@ class StillClock(Clock):
     def now_ms(self) -> int:
         return self.time_ms
 
+    def now_ns(self) -> int:
+        return self.time_ms * 1_000_000
+
     def alarm(self, delay_ms: int, call: Callable[[], None]) -> Any:
         handle = asyncio.get_running_loop().call_later(86_400, call)  # cancelled by time or by its owner
         heapq.heappush(self._alarms, (self.time_ms + delay_ms, next(self._order), (handle, call)))
