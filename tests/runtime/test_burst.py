@@ -7,7 +7,7 @@ import asyncio
 from runtime_helpers import TestClient, namespace, running, settle
 
 from hicache.runtime import ServiceOptions
-from hicache.runtime.turns import AGAIN_NS, TURN_NS, Backlog, Turn, Turns
+from hicache.runtime.turns import AT_ONCE_NS, CALM_NS, TURN_NS, Backlog, Turn, Turns
 from hicache.types import WritePolicy
 
 PAGES, PROMPT, PAGE_BYTES = 10_000, 250, 64
@@ -112,16 +112,16 @@ def test_a_backlog_keeps_its_order_and_does_little_at_once() -> None:
         backlog.add(lambda: done.append(number))
 
     for number in range(3):
-        add(number, TURN_NS // 3)
+        add(number, AT_ONCE_NS // 3)
     assert (len(rung), done) == (0, [0, 1, 2])
     for number in range(3, 7):
-        add(number, TURN_NS)
+        add(number, AT_ONCE_NS)
     assert (len(rung), done) == (4, [0, 1, 2])
     assert backlog.poll(Turn(Time(TURN_NS + 1))) == 1
-    add(7, AGAIN_NS)  # behind what waits
+    add(7, CALM_NS)  # behind what waits
     assert backlog.poll() == 4
     assert done == [*range(8)]
-    add(8, AGAIN_NS)
+    add(8, CALM_NS)
     assert done[-1] == 8
     assert not backlog.poll()
 
