@@ -155,9 +155,7 @@ class CudaImports:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._lock = threading.Lock()
-        self._opened: dict[
-            object, tuple[int, int, MemoryKind]
-        ] = {}  # what names it -> address, regions, kind
+        self._opened: dict[object, _Mapped] = {}  # by what names it
 
     def open(self, kv: PagedKv) -> OpenKv:
         """Map every memory of the region; descriptors are closed. Raises UnsupportedError."""
