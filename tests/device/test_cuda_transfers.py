@@ -29,7 +29,7 @@ from hicache.device.driver import DriverError
 from hicache.device.kv import FAILED, MemoryKind, SharedMemory
 from hicache.device.opening import KvTransfers
 from hicache.device.transfers import DevicePages, HostPages, Transfer
-from hicache.errors import UnsupportedError
+from hicache.errors import InvalidArgumentError, UnsupportedError
 from hicache.types import Batch, Op, Outcome, TierKind, TierSpec
 
 SPEC = TierSpec("device", TierKind.DEVICE, 4 << 21, 1 << 21)
@@ -315,6 +315,13 @@ def test_memory_that_cannot_be_mapped_is_refused_with_advice(rig):
     )
     with pytest.raises(UnsupportedError, match=r"expandable_segments:False.*PID and IPC namespaces"):
         rig.moves.open_kv(rig.planes.kv([own]))
+    short = [dataclasses.replace(memory, size_bytes=len(rig.planes.maps[0]) + 1) for memory in rig.memories]
+    for still in (1, 0):
+        with pytest.raises(InvalidArgumentError, match="it is said to have"):
+            rig.moves.open_kv(rig.planes.kv(short))
+        assert len(rig.driver.mapped) == still
+        if still:
+            rig.moves.close_kv(rig.handle, lambda: None)
     rig.driver.release(next(at for at, m in rig.driver.memory.items() if m.nbytes == 1 << 20))
 
 
