@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
-from hicache.device.fences import Fences
 from hicache.device.kv import PagedKv, Places
 from hicache.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnsupportedError
 from hicache.rpc.client import kv_flows, kv_tensors
@@ -20,6 +19,9 @@ from hicache.rpc.client.lease import LeaseState
 from hicache.rpc.client.reservation import ReservationState
 from hicache.rpc.client.results import CommitResult
 from hicache.rpc.client.steps import Steps, T
+
+if TYPE_CHECKING:
+    from hicache.device.fences import Fences
 
 #: How long ``KvRegion.close`` waits for copies that are under way.
 CLOSE_TIMEOUT_S = 30.0
