@@ -1,4 +1,4 @@
-"""Transfers through the real driver on the CUDA in ordinary memory: an engine in another process, both ways."""
+"""Transfers through the real driver, an engine in another process. On a GPU, and on a CUDA in ordinary memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ import pytest
 pytest.importorskip("torch", reason="the device room needs torch")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "device"))
 
-from test_cudart import fake  # noqa: F401
+import fake_cuda
 from test_cudart_sharing import Engine
 from transfer_rig import Count, Form, Planes, part, same, sums, twin
 
-from hicache.device import DeviceOptions
+from hicache.device import DeviceOptions, open_device
 from hicache.device.cuda import CudaDevice
 from hicache.device.kv import MemoryKind, SharedMemory
 from hicache.device.opening import open_transfers
-from hicache.device.tasks import memory_at
 from hicache.device.transfers import DevicePages, HostPages, Transfer
 from hicache.types import Batch, Op, Outcome, TierKind, TierSpec
 
@@ -30,33 +29,52 @@ PAGE_TOKENS, PAGES = 4, 6
 PAGE_BYTES = part(FORM, PAGE_TOKENS)
 
 
+DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cudart"]
+
+
 class Rig:
     """A sidecar's transfers on a real driver, and an engine whose planes they reach."""
 
-    def __init__(self, fake, way):  # noqa: F811
-        fake.configure(delay_us=100)
+    def __init__(self, device, way):
         self.told = threading.Event()
         spec = TierSpec("device", TierKind.DEVICE, 1 << 20, 1 << 19)
         options = DeviceOptions(cuda_staging_bytes=4 * PAGE_BYTES, copy_engine=way)
-        self.store = CudaDevice(spec, self.told.set, options, fake.driver())
+        if device == "cuda":
+            self.store = open_device("cuda", spec, self.told.set, options)
+            self.engine = Engine("gpu_engine.py")
+        else:
+            fake = fake_cuda.fresh()
+            fake.configure(delay_us=100)
+            self.store = CudaDevice(spec, self.told.set, options, fake.driver())
+            self.engine = Engine()
         self.moves = open_transfers(self.store, self.told.set, now_ns=time.monotonic_ns)
-        self.engine = Engine()
         self.planes = Planes(FORM, np.random.default_rng(0), lambda size: np.zeros(size, np.uint8))
-        told = self.engine("cache", len(self.planes.maps[0]))
-        memory = SharedMemory(
+        size = len(self.planes.maps[0])
+        told = self.engine("cache", size)
+        assert not told["offset"]
+        self.memory = SharedMemory(
             MemoryKind.CUDA_IPC,
-            len(self.planes.maps[0]),
+            size,
             handle=bytes.fromhex(told["handle"]),
             device_uuid=self.store.driver.uuid,
         )
-        self.memory = memory
-        self.handle = self.moves.open_kv(self.planes.kv([memory]))
-        # the engine's memory as it is mapped here stands for what the test takes the planes to be
-        self.planes.maps = [
-            memory_at(int(self.handle.planes[0]) - self.planes.plane_offset[0], memory.size_bytes)
-        ]
+        self.handle = self.moves.open_kv(self.planes.kv([self.memory]))
+        driver = self.store.driver
+        self.stream, self.event, self.pinned = driver.stream(0), driver.event(), driver.allocate_host(size)
         self.rows = np.random.default_rng(1).integers(0, 256, (PAGES, PAGE_BYTES), np.uint8)
         self.places = np.random.default_rng(2).permutation(8)[:PAGES].reshape(-1, 1).astype(np.int64) * 4
+        self.look()
+
+    def look(self):
+        """Read the engine's memory as it is mapped here."""
+        driver, start = self.store.driver, int(self.handle.planes[0]) - self.planes.plane_offset[0]
+        driver.bind()
+        driver.copy(self.stream, [self.pinned.ctypes.data], [start], [self.pinned.nbytes])
+        driver.record(self.event, self.stream)
+        while not driver.ready(self.event):
+            pass
+        self.planes.maps[0][:] = self.pinned
+        return self.planes.maps
 
     def transfer(self, pages=None, **more):
         pages = pages or HostPages([row.data for row in self.rows], sums(self.rows))
@@ -79,13 +97,19 @@ class Rig:
 
     def close(self):
         self.engine.kill()
+        self.store.driver.release_host(self.pinned)
         self.moves.close()
         self.store.close()
 
 
 @pytest.fixture(params=["auto", "kernel", "dma"])
-def rig(fake, request):  # noqa: F811
-    made = Rig(fake, request.param)
+def way(request):
+    return request.param
+
+
+@pytest.fixture(params=DEVICES)
+def rig(request, way):
+    made = Rig(request.param, way)
     yield made
     made.close()
 
@@ -103,7 +127,7 @@ def test_pages_go_to_another_processs_planes_and_back(rig, layered, pinned):
     rig.moves.load(rig.transfer(counter=counter))
     done = rig.wait(rig.moves.poll)
     assert set(done.outcomes) == {Outcome.OK}, done.error
-    assert same(rig.planes.maps, maps)
+    assert same(rig.look(), maps)
     assert not layered or counter.value == FORM.layers
     seen = [rig.engine("ask", int(at))["byte"] for at in range(0, rig.memory.size_bytes, 97)]
     assert seen == maps[0][::97].tolist(), "the engine sees something else"
@@ -130,7 +154,7 @@ def test_pages_go_from_the_devices_slots_even_when_the_engine_is_gone(rig):
     rig.moves.load(rig.transfer(DevicePages(range(PAGES)), counter=Count()))
     done = rig.wait(rig.moves.poll)
     assert set(done.outcomes) == {Outcome.OK}, done.error
-    assert same(rig.planes.maps, maps)
+    assert same(rig.look(), maps)
     closed = threading.Event()
     rig.moves.close_kv(rig.handle, closed.set)
     assert closed.wait(20), "a dead engine's memory stays mapped"
