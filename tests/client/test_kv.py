@@ -98,6 +98,7 @@ def test_another_process_loads_what_this_one_stored(make_client: Any, lasting_si
             for number, form in enumerate(FORMS):
                 engine = Engine(form, seed=number + 1)
                 kv = await client.register_kv(engine.tensors, layout=form.layout)
+                assert unwrapped(kv)._state.tensors == engine.tensors  # not freed under the sidecar
                 assert (kv.layers, kv.closed) == (form.layers, False)
                 places = kv.places(blocks_of(form, seed=number), PAGE_TOKENS)
                 assert places.shape == (PAGES, max(1, PAGE_TOKENS // form.block))

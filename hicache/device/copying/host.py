@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -218,10 +219,26 @@ def _move(units: Words, numbers: Places, pages: Words, *, pack: bool) -> None:
     if not keep.all():
         chosen = np.nonzero(keep)
         where = (where[0][chosen], where[1][chosen])
-    if pack:
-        pages[chosen] = units[where]
-    else:
+    if not pack:
         units[where] = pages[chosen]
+    elif chosen is ... and units.flags.c_contiguous:
+        found = _scratch(pages)
+        np.take(units.reshape(-1, *units.shape[2:]), numbers, axis=0, out=found, mode="clip")
+        np.copyto(pages, found)
+    else:
+        pages[chosen] = units[where]
+
+
+_OWN = threading.local()
+
+
+def _scratch(like: Words) -> Words:
+    """This thread's memory of that shape: fresh memory for each call would cost more than the copy."""
+    held = getattr(_OWN, "bytes", None)
+    if held is None or held.nbytes < like.nbytes:
+        held = _OWN.bytes = np.empty(like.nbytes, np.uint8)
+    found: Words = held[: like.nbytes].view(like.dtype).reshape(like.shape)
+    return found
 
 
 def _units(plane: Tensor, unit: int) -> Words:

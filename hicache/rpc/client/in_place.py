@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hicache.device.pools import GpuPool
 from hicache.errors import HicacheError, UnsupportedError
 from hicache.rpc.client.core import Core, linked
 from hicache.rpc.client.lease import LeaseState
@@ -15,6 +14,9 @@ from hicache.rpc.client.results import PoolInfo
 from hicache.rpc.client.session import Link
 from hicache.rpc.client.steps import Steps, Work
 from hicache.rpc.common import fdproto
+
+if TYPE_CHECKING:
+    from hicache.device.pools import GpuPool
 
 
 def tensors(core: Core, lease: LeaseState) -> Steps[list[Any]]:

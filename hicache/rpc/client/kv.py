@@ -28,8 +28,9 @@ COUNTER_BYTES = 8
 class KvState:
     """An engine's KV, and its region in the session of that incarnation. Its descriptors go with it."""
 
-    def __init__(self, kv: PagedKv) -> None:
+    def __init__(self, kv: PagedKv, tensors: object = None) -> None:
         self.kv = kv
+        self.tensors = tensors  # kept while the sidecar may copy to and from their memory
         self.registration: Registration | None = None
         self.gate = threading.Lock()  # held, never waited for, by who registers it
         self.closed = False
@@ -38,6 +39,7 @@ class KvState:
     def close(self) -> None:
         """It is used no more: its descriptors are closed. Idempotent."""
         self.closed = True
+        self.tensors = None
         self._let_go()
 
 
