@@ -87,3 +87,16 @@ def test_registered_memfd_memory_is_copied_directly(device, engine):
     assert rig.store.stats.bounced_bytes == (0 if rig.store._driver.has_kernels else size // 2)
     rig.store.close()
     os.close(fd)
+
+
+@pytest.mark.parametrize("device", DEVICES[:1])  # ordinary memory is slow
+def test_more_small_pages_than_a_stages_tables_have_rows_for(device):
+    """A stage of 64 MiB holds 16,384 pages of 4 KiB; the engines are measured with as many as its tables can name."""
+    rig = Rig(device, 4096, cuda_staging_bytes=64 << 20)
+    rows = np.random.default_rng(4).integers(0, 256, (SLOTS, 4096), np.uint8)
+    rig.move(Op.PUT, range(SLOTS), list(rows))
+    back = np.zeros_like(rows)
+    rig.move(Op.GET, range(SLOTS), list(back))
+    assert np.array_equal(rows, back)
+    assert {way for way, _, _ in rig.store.stats.choices} == {"to host", "to device"}
+    rig.store.close()
