@@ -157,10 +157,10 @@ def move_units(geometry, tables, *, aligned_to, pack, host_rows=True):
     )
 
 
-def move_rows(targets, sources, rows, row_bytes, *, aligned_to, programs=HOST_PROGRAMS):
+def move_rows(targets, sources, rows, row_bytes, *, aligned_to):
     """Launch ``rows`` copies of ``row_bytes``; targets and sources: addresses of int64 tables on the device.
 
-    ``programs`` and their size are those for host memory, to or from which rows go, at once or a copy later.
+    Programs are those for host memory, to or from which rows go, at once or a copy later.
     """
     word = next(width for width in (8, 4, 2, 1) if not (aligned_to % width or row_bytes % width))
     words = row_bytes // word
@@ -168,7 +168,7 @@ def move_rows(targets, sources, rows, row_bytes, *, aligned_to, programs=HOST_PR
         return
     block = min(HOST_BLOCK, max(16, triton.next_power_of_2(words)))
     chunks = -(-words // block)
-    _move_rows[(min(rows * chunks, programs),)](
+    _move_rows[(min(rows * chunks, HOST_PROGRAMS),)](
         targets,
         sources,
         rows * chunks,

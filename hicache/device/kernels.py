@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from hicache.device.copying.cuda_seam import Coding
     from hicache.device.driver import UnitMove
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -160,6 +162,26 @@ def quantised_bytes(numbers: int, codec: str) -> int:
     return int(_load("quant").row_bytes(numbers, codec))
 
 
+def check_quantised(dtype: torch.dtype, codec: str, unit_numbers: int) -> None:
+    """ValueError for numbers that no such codec quantises."""
+    _load("quant").check(dtype, codec, unit_numbers)
+
+
+def encode_rows(numbers: Tensor, codec: str, rows: Tensor, refused: Tensor) -> None:
+    """Pages of numbers to quantised rows, by the twin; refused as ``quantise_units``."""
+    _load("quant").encode(numbers, codec, rows, refused)
+
+
+def decode_rows(rows: Tensor, codec: str, numbers: Tensor) -> None:
+    """The inverse, by the twin."""
+    _load("quant").decode(rows, codec, numbers)
+
+
+def word_dtype(width: int) -> torch.dtype:
+    """The integers of so many bytes, as which elements are moved."""
+    return cast("torch.dtype", _load("paged").WORDS[width])
+
+
 def hash_rows(rows: Tensor, row_bytes: int, out: Tensor) -> None:
     """``out[i]`` = xxh3-64 of the first ``row_bytes`` of row i. By Triton on a GPU, by the twin elsewhere."""
     twin = _load("xxh3")
@@ -195,7 +217,49 @@ def move_rows_at(targets: int, sources: int, rows: int, row_bytes: int, aligned_
 
 def move_units_at(move: UnitMove, *, pack: bool) -> None:
     """Between planes and rows; see UnitMove."""
-    geometry = _load("paged").Geometry(
+    tables = (move.planes, move.places, move.rows, move.plane_count)
+    _load("paged_triton").move_units(
+        _geometry(move), tables, aligned_to=move.aligned_to, pack=pack, host_rows=move.host_rows
+    )
+
+
+def encode_units_at(move: UnitMove, coding: Coding, refused: int) -> None:
+    """Planes to quantised rows, which begin where whole pages do. refused: address of int32 ``[pages]``."""
+    quant, geometry = _load("quant"), _geometry(move, coding.first_plane)
+    dtype = _dtype(coding.dtype)
+    tables = (move.planes, move.places, move.rows, refused, move.plane_count)
+    least = quant.FP8_LEAST[dtype]
+    _load("quant_triton").encode(
+        geometry, tables, coding.codec, least=least, **_coding(geometry, move, coding)
+    )
+
+
+def decode_units_at(move: UnitMove, coding: Coding) -> None:
+    """Quantised rows to planes; arguments as ``encode_units_at``."""
+    geometry = _geometry(move, coding.first_plane)
+    tables = (move.planes, move.places, move.rows, move.plane_count)
+    _load("quant_triton").decode(geometry, tables, coding.codec, **_coding(geometry, move, coding))
+
+
+def _coding(geometry: Any, move: UnitMove, coding: Coding) -> dict[str, Any]:
+    run = _load("paged_triton").Run
+    return {
+        "page_planes": coding.page_planes,
+        "half": _load("quant").is_half(_dtype(coding.dtype)),
+        "run": run.of(geometry, 2, widest=2),
+        "aligned": run.of(geometry, move.aligned_to).aligned,
+    }
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    return cast("torch.dtype", getattr(torch, name))
+
+
+def _geometry(move: UnitMove, first_plane: int = 0) -> Any:
+    plane_bytes = move.units * move.unit_tokens * move.heads * move.head_size * move.element_bytes
+    return _load("paged").Geometry(
         pages=move.pages,
         units=move.units,
         unit_tokens=move.unit_tokens,
@@ -204,11 +268,7 @@ def move_units_at(move: UnitMove, *, pack: bool) -> None:
         dim=move.head_size,
         width=move.element_bytes,
         strides=move.strides,
-        first_byte=0,
-    )
-    tables = (move.planes, move.places, move.rows, move.plane_count)
-    _load("paged_triton").move_units(
-        geometry, tables, aligned_to=move.aligned_to, pack=pack, host_rows=move.host_rows
+        first_byte=first_plane * plane_bytes,
     )
 
 
@@ -225,6 +285,13 @@ def hash_constants() -> Tensor:
 def hash_scratch_bytes(rows: int, row_bytes: int) -> int:
     """What ``hash_rows_at`` needs beside the rows."""
     return rows * ((row_bytes - 1) // 1024 + 1) * 64
+
+
+def launch_errors() -> tuple[type[Exception], ...]:
+    """What a launch may raise: Triton's own, and those of the compilers that it calls."""
+    from triton.errors import TritonError
+
+    return (TritonError, RuntimeError, OSError, ValueError, subprocess.SubprocessError)
 
 
 def has_triton() -> bool:

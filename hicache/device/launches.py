@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,9 @@ class TritonLaunches:
     def __init__(self, index: int) -> None:
         self._device = torch.device("cuda", index)
         self._constants = kernels.hash_constants().to(self._device)
+        self._errors = kernels.launch_errors()
         self._streams: dict[int, Any] = {}
+        self._lock = threading.Lock()  # a first launch compiles, and the compiler has one user at a time
 
     @staticmethod
     def can_run(index: int) -> bool:
@@ -45,12 +48,13 @@ class TritonLaunches:
 
     @contextlib.contextmanager
     def _on(self, stream: int, call: str) -> Iterator[None]:
-        """Launches inside go to the stream, on its device; what CUDA or Triton say is a DriverError."""
-        known = self._streams.get(stream)
-        if known is None:
-            known = self._streams[stream] = _cuda.ExternalStream(stream, device=self._device)
+        """Launches inside go to the stream, on its device; what CUDA, Triton or a compiler say is a DriverError."""
         try:
-            with torch.cuda.stream(known):
-                yield
-        except RuntimeError as error:
-            raise DriverError(call, str(error)) from error
+            with self._lock:
+                known = self._streams.get(stream)
+                if known is None:
+                    known = self._streams[stream] = _cuda.ExternalStream(stream, device=self._device)
+                with torch.cuda.stream(known):
+                    yield
+        except self._errors as error:
+            raise DriverError(call, f"{type(error).__name__}: {error}") from error

@@ -13,11 +13,12 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hicache.device.driver import Driver, DriverError
+from hicache.device.driver import DriverError
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +29,19 @@ ADVICE = (
 )
 
 
+class Registrar(Protocol):
+    """Who registers: a Driver, or a part of one."""
+
+    def bind(self) -> None:
+        """See Driver."""
+
+    def register(self, address: int, size_bytes: int) -> None:
+        """See Driver."""
+
+    def unregister(self, address: int) -> None:
+        """See Driver."""
+
+
 #: Registered pieces that somebody copies from or to, which are not unregistered before they are let go.
 Hold = tuple[int, ...]
 
@@ -35,14 +49,22 @@ Hold = tuple[int, ...]
 class Pins:
     """Registered host memory. ``add``, ``remove`` and ``hold`` from the owner, the rest from any thread."""
 
-    def __init__(self, driver: Driver, *, threaded: bool = True, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(
+        self,
+        driver: Registrar,
+        *,
+        threaded: bool = True,
+        piece_bytes: int = PIECE_BYTES,
+        advice: str = ADVICE,
+    ) -> None:
         self._driver = driver
-        self._piece_bytes = piece_bytes
+        self._advice = advice
+        self.piece_bytes = piece_bytes
         self._pieces: tuple[tuple[int, int], ...] = ()  # (start, end), sorted; replaced whole
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._warned = False
         self._closed = self._left = False
-        self._lock = threading.Lock()  # the two below
+        self._lock = threading.Lock()  # _pieces as they change, and the two below
         self._held: collections.Counter[int] = collections.Counter()
         self._waiting: list[Callable[[], None]] = []  # until something is let go
         self._thread: threading.Thread | None = None
@@ -68,8 +90,7 @@ class Pins:
             if not self._left:
                 then()
             return
-        gone = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
-        self._pieces = tuple(piece for piece in self._pieces if piece not in gone)
+        gone = self._take(address, size_bytes)
         self._work.put(lambda: self._unregister(address, size_bytes, gone, then))
 
     def later(self, task: Callable[[], None]) -> None:
@@ -136,26 +157,35 @@ class Pins:
         self._driver.bind()
         while (task := self._work.get()) is not None:
             task()
+            del task  # it may be what keeps memory mapped
 
     def _register(self, address: int, size_bytes: int) -> None:
-        for start in range(address, address + size_bytes, self._piece_bytes):
-            end = min(start + self._piece_bytes, address + size_bytes)
+        for start in range(address, address + size_bytes, self.piece_bytes):
+            end = min(start + self.piece_bytes, address + size_bytes)
             try:
                 self._driver.register(start, end - start)
             except DriverError as error:
                 if not self._warned:
-                    _log.warning("host memory was not registered with the device (%s): %s", error, ADVICE)
+                    _log.warning(
+                        "host memory was not registered with the device (%s): %s", error, self._advice
+                    )
                 self._warned = True
                 return
-            self._pieces = tuple(sorted((*self._pieces, (start, end))))
+            with self._lock:
+                self._pieces = tuple(sorted((*self._pieces, (start, end))))
+
+    def _take(self, address: int, size_bytes: int) -> list[tuple[int, int]]:
+        """Forget the pieces there; answers them."""
+        with self._lock:
+            gone = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
+            self._pieces = tuple(piece for piece in self._pieces if piece not in gone)
+        return gone
 
     def _unregister(
         self, address: int, size_bytes: int, gone: Sequence[tuple[int, int]], then: Callable[[], None]
     ) -> None:
         # what ``add`` had queued may have been registered since ``remove`` looked
-        late = [piece for piece in self._pieces if address <= piece[0] < address + size_bytes]
-        self._pieces = tuple(piece for piece in self._pieces if piece not in late)
-        gone = [*{*gone, *late}]
+        gone = [*{*gone, *self._take(address, size_bytes)}]
         with self._lock:
             if any(self._held[start] for start, _ in gone):
                 self._waiting.append(lambda: self._unregister(address, size_bytes, gone, then))

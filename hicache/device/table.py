@@ -22,7 +22,20 @@ from hicache.types import Batch, Completion, Notify, Op, TierSpec, slot_stride
 S = TypeVar("S", bound=Columns)
 
 
-class SegmentTable(ABC, Generic[S]):
+class Lends(Generic[S]):
+    """A store whose slots transfers may read where they lie."""
+
+    _lock: threading.Lock
+    _segments: dict[int, S]
+
+    def lend(self, slots: Sequence[int]) -> Loan:
+        """Some slots. Raises InvalidArgumentError for those of no open segment."""
+        with self._lock:
+            extents = locate(slots, self._segments)
+        return Loan(extents, len(slots), self._lock)
+
+
+class SegmentTable(ABC, Lends[S]):
     """A store's segments and the batches that move their pages. One thread owns it: all calls come from there.
 
     A store adds ``open_segment``, ``close`` and the two that start work. It calls ``_finish`` once for each batch that
@@ -77,13 +90,6 @@ class SegmentTable(ABC, Generic[S]):
         with self._lock:
             found.empty(np.arange(found.slots))  # loans learn of it
         return self._segments.pop(segment)
-
-    def lend(self, slots: Sequence[int]) -> Loan:
-        """Slots that a transfer reads where they lie. Raises InvalidArgumentError for slots of no open segment."""
-        self._check_open()
-        with self._lock:
-            extents = locate(slots, self._segments)
-        return Loan(extents, len(slots), self._lock)
 
     def layout(self, segment: int) -> Layout:
         """See DeviceStore."""

@@ -30,24 +30,24 @@ def sidecar(idle_sidecar: BareSidecar) -> BareSidecar:
     return idle_sidecar.start()
 
 
-def lasting(**service: Any) -> Iterator[Sidecar]:
+def lasting(**service: Any) -> Iterator[BareSidecar]:
     with tempfile.TemporaryDirectory(prefix="hc") as home:
-        sidecar = Sidecar(Path(home))
+        sidecar = BareSidecar(Path(home))
         sidecar.service |= service
         yield sidecar.start()
         sidecar.kill()
 
 
 @pytest.fixture(scope="module")
-def lasting_sidecar() -> Iterator[Sidecar]:
+def lasting_sidecar() -> Iterator[BareSidecar]:
     """One for all tests of a file that leave it as it is."""
     yield from lasting()
 
 
 @pytest.fixture(scope="module")
-def device_sidecar() -> Iterator[Sidecar]:
-    """As ``lasting_sidecar``, with a device tier."""
-    yield from lasting(device="cpu", device_bytes=8 << 20)
+def device_sidecar() -> Iterator[BareSidecar]:
+    """As ``lasting_sidecar``, with a device tier whose pool is shared."""
+    yield from lasting(device="cpu", device_bytes=8 << 20, share_device=True)
 
 
 #: The same, and not awaited, in both clients.

@@ -81,7 +81,9 @@ class Region:
                     for token in self.busy:
                         start = self.planes.plane_offset[number] + token * TOKEN_BYTES
                         mine[start : start + TOKEN_BYTES] = True
-            assert np.array_equal(memory[~mine], model[~mine]), "an engine's memory was touched for no transfer"
+            assert np.array_equal(memory[~mine], model[~mine]), (
+                "an engine's memory was touched for no transfer"
+            )
 
     def release(self):
         self.open = False
@@ -147,7 +149,9 @@ class TransferWalk(Walk):
         super()._submit(op, slots, *columns, **named)
 
     def _close(self, slots):
-        self.writes.update(slot for slot in self.held if slot // SLOTS_PER_SEGMENT == slots[0] // SLOTS_PER_SEGMENT)
+        self.writes.update(
+            slot for slot in self.held if slot // SLOTS_PER_SEGMENT == slots[0] // SLOTS_PER_SEGMENT
+        )
         super()._close(slots)
 
     def take(self, size):
@@ -178,7 +182,6 @@ class TransferWalk(Walk):
             self.moves.step()
         else:
             mover._lanes[pick == 4].step()
-        self.driver.__dict__.get("pins")
         for done in self.moves.poll():
             self._ended(done)
 
@@ -221,10 +224,7 @@ class TransferWalk(Walk):
         places, unit_tokens, layers = found
         if pack and layers[1] < FORM.layers and self.rng.random() < 0.7:
             layers = (0, FORM.layers)
-        if kind == "slots":
-            known = self._slots(len(places))
-        else:
-            known = self._buffers(len(places), pack)
+        known = self._slots(len(places)) if kind == "slots" else self._buffers(len(places), pack)
         if known is None:
             return
         pages, rows, faces, wrong, before, freed, arena = known
@@ -252,7 +252,19 @@ class TransferWalk(Walk):
         region.busy |= tokens
         region.flying += 1
         self.flights[self.next_id] = Flight(
-            transfer, region, pack, unit_tokens, layers, rows, faces, wrong, before, freed, arena, every, tokens
+            transfer,
+            region,
+            pack,
+            unit_tokens,
+            layers,
+            rows,
+            faces,
+            wrong,
+            before,
+            freed,
+            arena,
+            every,
+            tokens,
         )
         (self.moves.pack if pack else self.moves.load)(transfer)
 
@@ -333,7 +345,9 @@ class TransferWalk(Walk):
             region.closing = True
 
             def then():
-                assert not region.flying or region.flying == len(self._untold(region)), "closed under a transfer"
+                assert not region.flying or region.flying == len(self._untold(region)), (
+                    "closed under a transfer"
+                )
                 region.gone = True
 
             self.moves.close_kv(region.handle, then)

@@ -396,12 +396,16 @@ def test_what_cannot_be_registered(tmp_path: Path) -> None:
             one = region_pb2.Memory(size_bytes=size, fd_token=token)
             larger = region_pb2.Memory(size_bytes=size + 4096, fd_token=await session.put(kv.fd))
             cuda = region_pb2.Memory(size_bytes=size, cuda_ipc=b"h" * 64, device_uuid=b"u" * 16)
+            vmm = region_pb2.Memory(
+                size_bytes=size, cuda_fd_token=await session.put(kv.fd), device_uuid=b"u" * 16
+            )
             short = region_pb2.Memory(size_bytes=size, cuda_ipc=b"h" * 63, device_uuid=b"u" * 16)
             for memories, code in (
                 ([one, one], NOT_FOUND),
                 ([one], NOT_FOUND),  # it was redeemed, and closed
                 ([larger], INVALID),
                 ([cuda], grpc.StatusCode.UNIMPLEMENTED),
+                ([vmm], grpc.StatusCode.UNIMPLEMENTED),
                 ([short], INVALID),
             ):
                 error = await failure(session.register(kv, memories=memories))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -19,9 +20,9 @@ from kv_kit import BLOCK_TOKENS, BLOCKS, LAYERS, PLANES, TOKEN_BYTES, Counters, 
 from server_kit import PAGE_BYTES, PAGE_TOKENS, House, run, tokens
 
 from hicache.device.kv import FAILED
-from hicache.rpc.pb import cache_pb2
+from hicache.rpc.pb import cache_pb2, region_pb2
 
-PROMPTS, PAGES, WALKERS = 40, 8, 6
+PROMPTS, PAGES, WALKERS = 24, 8, 6
 PLACES = BLOCKS * BLOCK_TOKENS // PAGE_TOKENS
 
 
@@ -43,11 +44,19 @@ class Walker:
         self.kv = Kv()
         self.region = 0
         self.timeline = 0
+        self.plain = -1
+        self.plain_region = 0
         self.counters: Counters | None = None
         self.seen: Counter[str] = Counter()
 
     async def walk(self, steps: int) -> None:
         self.timeline, self.counters = await self.session.timeline()
+        self.plain = os.memfd_create("plain")
+        os.ftruncate(self.plain, PAGES * PAGE_BYTES)
+        request = region_pb2.RegisterRequest(
+            session_id=self.session.id, fd_token=await self.session.put(self.plain)
+        )
+        self.plain_region = (await self.session.client.region.Register(request)).region_id
         for _ in range(steps):
             if not self.region or self.random.random() < 0.05:
                 if self.region:
@@ -58,6 +67,7 @@ class Walker:
                 await self.store(prompt)
             await self.load(prompt)
         self.counters.close()
+        os.close(self.plain)
 
     def rows(self, pages: int) -> list[list[int]]:
         return [[PAGE_TOKENS * place] for place in self.random.sample(range(PLACES), pages)]
@@ -75,6 +85,9 @@ class Walker:
         if not reserved.reservation_id:
             return
         first, rows = reserved.present_pages, self.rows(reserved.missing_pages)
+        if self.random.random() < 0.5:
+            await self.store_plainly(prompt, reserved)
+            return
         fields = {"first_page": [first], "pages": [len(rows)]}
         layered = self.random.random() < 0.5
         assert self.counters is not None
@@ -94,6 +107,24 @@ class Walker:
             self.fill(prompt, first, rows, range(2 * layer, 2 * layer + 2))
             self.counters.set(0, FAILED if self.random.random() < 0.02 else layer + 1)
         self.seen["stored"] += (await commit).stored_pages
+
+    async def store_plainly(self, prompt: int, reserved: cache_pb2.ReserveResponse) -> None:
+        """By workers, which wait for no transfer: they overtake the loads that are under way."""
+        first, pages = reserved.present_pages, reserved.missing_pages
+        for at in range(pages):
+            os.pwrite(self.plain, content(prompt, first + at).tobytes(), at * PAGE_BYTES)
+        answer = await self.session.client.cache.Commit(
+            cache_pb2.CommitRequest(
+                session_id=self.session.id,
+                reservation_id=reserved.reservation_id,
+                first_page=[first],
+                pages=[pages],
+                region_id=[self.plain_region],
+                offset=[0],
+                last=True,
+            )
+        )
+        self.seen["stored"] += answer.stored_pages
 
     def fill(self, prompt: int, first: int, rows: list[list[int]], planes: range) -> None:
         chosen = slice(planes.start, planes.stop)
@@ -126,7 +157,7 @@ class Walker:
             )
         )
         if self.random.random() < 0.6:
-            await asyncio.sleep(self.random.random() * 0.006)
+            await asyncio.sleep(self.random.random() * 0.02)
             await self.session.release(lease.lease_id)
         try:
             answer = await load
@@ -151,7 +182,7 @@ class Walker:
 async def pump(stepped: Stepped, seed: int) -> None:
     drawn = random.Random(seed)
     while True:
-        for _ in range(drawn.randrange(6)):
+        if drawn.random() < 0.3:
             stepped.step()
         await asyncio.sleep(0 if drawn.random() < 0.8 else 0.001)
 
@@ -169,20 +200,19 @@ async def walk(house: House, stepped: Stepped, *, seed: int, steps: int) -> Coun
     return sum((walker.seen for walker in walkers), Counter())
 
 
-@pytest.mark.parametrize(
-    "steps", [12, pytest.param(1_000, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
-)
+@pytest.mark.parametrize("steps", [8, pytest.param(200, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
 @pytest.mark.parametrize("seed", [1, 1000])
 def test_no_wrong_page_whatever_happens(tmp_path: Path, seed: int, steps: int) -> None:
     async def main() -> None:
         stepped = Stepped()
-        small = {"host_bytes": 1 << 20, "host_segment_bytes": 1 << 18, "expiry_grace_ms": 0}
-        async with engine(tmp_path, open_transfers=stepped, **small) as (house, _):
+        small = {"host_bytes": 1 << 18, "host_segment_bytes": 1 << 17, "expiry_grace_ms": 0}
+        patient = {"keep_alive_ms": 600_000}  # nobody here sends any
+        async with engine(tmp_path, open_transfers=stepped, server=patient, **small) as (house, _):
             seen = await walk(house, stepped, seed=seed, steps=steps)
             counters = house.service.stats().counters
-            assert seen["loaded"] > 10 * WALKERS
+            assert seen["loaded"] > 2 * WALKERS
             assert seen["bad"] > 0
-            assert seen["stored"] > 10 * WALKERS
+            assert seen["stored"] > 2 * WALKERS
             if steps > 100:
                 print(dict(seen), {name: counters[name] for name in ("loads", "failed_loads", "kv_commits")})
                 assert sum(house.service.stats().engine.counters.dropped_pages) > 0

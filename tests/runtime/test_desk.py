@@ -47,6 +47,7 @@ class Scripted:
         self.begun: list[Transfer] = []
         self.ended: list[TransferDone] = []
         self.refuse: HicacheError | None = None
+        self.closed = False
         self.opening = threading.Event()
         self.opening.set()
 
@@ -61,6 +62,8 @@ class Scripted:
         return handle
 
     def close_kv(self, handle: Any, then: Callable[[], None]) -> None:
+        if self.closed:
+            raise UnavailableError("the region is closed")
         self.open.remove(handle)
         self.closing.append(then)
 
@@ -79,6 +82,7 @@ class Scripted:
         return ended
 
     def close(self) -> None:
+        self.closed = True
         self.open.clear()
 
 
@@ -295,5 +299,35 @@ def test_what_is_left_goes_with_the_service() -> None:
         assert use.gate.reason == "the service stopped"
         bench.close()
         assert (bench.regions.regions, bench.regions.timelines) == (0, 0)
+
+    run(test)
+
+
+def test_a_session_may_end_while_the_service_closes() -> None:
+    """Its regions are unmapped with everything else: nobody waits for them for ever."""
+
+    async def test(bench: Bench) -> None:
+        info = await bench.until(bench.regions.register(1, paged_kv()))
+        second = await bench.until(bench.regions.register(1, paged_kv()))
+        bench.desk.finish()  # on its way, on another thread
+        await bench.until(bench.regions.unregister(1, info.region_id))
+        bench.desk.close()
+        await bench.regions.unregister(1, second.region_id)
+        assert bench.regions.regions == 0
+
+    run(test)
+
+
+def test_a_caller_that_goes_just_as_its_region_comes_leaves_nothing() -> None:
+    async def test(bench: Bench) -> None:
+        call = asyncio.ensure_future(bench.regions.register(1, paged_kv()))
+        await settle(lambda: len(bench.transfers.open) == 1)
+        bench.workers.close()
+        bench.poll()  # the handle is there, its caller has not seen it
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert not bench.transfers.open
+        assert bench.regions.regions == 0
 
     run(test)

@@ -22,6 +22,7 @@ POSITIONAL_ARGS_MAX = 5
 # "file:function" -> why it may catch everything. Only loop and RPC edges belong here; each must report
 # what it caught.
 BROAD_HANDLERS: dict[str, str] = {
+    "hicache/device/copying/jobs.py:_caught": "a copying thread's edge: the job ends with it; nobody waits for ever",
     "hicache/device/host_mover.py:HostMover._advance": "a mover's step: the transfer ends with FAULT, others go on",
     "hicache/device/kv_lane.py:KvLane._advance": "a lane's step: the transfer ends with FAULT, others go on",
     "hicache/integrations/vllm/loads.py:Load._guard": "a thread's edge: the load fails, the engine computes its blocks",
@@ -275,6 +276,20 @@ def test_every_module_is_reachable() -> None:
             waiting.append(name.rpartition(".")[0])  # importing a module imports the packages it stands in
             waiting.extend(mentioned_modules(modules[name]))
     assert not modules.keys() - reached, f"nothing imports these: {sorted(modules.keys() - reached)}"
+
+
+def test_helpers_of_tests_have_names_of_their_own() -> None:
+    """One process runs all folders' tests: of two helper modules of one name, all would import the first."""
+    helpers = [
+        path
+        for path in (ROOT / "tests").rglob("*.py")
+        if not path.name.startswith("test_") and path.name != "conftest.py"
+    ]
+    homes: dict[str, list[str]] = {}
+    for path in sorted(helpers):
+        homes.setdefault(path.stem, []).append(path.relative_to(ROOT).as_posix())
+    assert len(homes) > 10
+    assert not [found for found in homes.values() if len(found) > 1]
 
 
 def headings(page: Path) -> set[str]:

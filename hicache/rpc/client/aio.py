@@ -16,6 +16,7 @@ from hicache.device.kv import PagedKv
 from hicache.errors import HicacheError
 from hicache.rpc.client import buffers, kv_flows
 from hicache.rpc.client.aio_admin import Admin
+from hicache.rpc.client.aio_copier import Copier
 from hicache.rpc.client.aio_driver import Driver
 from hicache.rpc.client.aio_held import Lease, Reservation
 from hicache.rpc.client.aio_kv_held import KvRegion
@@ -28,6 +29,7 @@ from hicache.rpc.client.arguments import (
     match_ask,
     reserve_ask,
 )
+from hicache.rpc.client.copier import open_engine
 from hicache.rpc.client.handles import ClientBase, NamespaceBase
 from hicache.rpc.client.kv_handles import kv_state
 from hicache.rpc.client.lease import LeaseState
@@ -204,6 +206,7 @@ class Client(ClientBase):
         self._driver = Driver(target, make_options(options, fields))
         super().__init__(self._driver.core)
         self.admin = Admin(self._driver)
+        self._copiers: list[Copier] = []
 
     async def __aenter__(self) -> Self:
         try:
@@ -224,7 +227,23 @@ class Client(ClientBase):
 
     async def close(self) -> None:
         """End the session: everything it holds is released. Idempotent."""
+        for copier in self._copiers:
+            await copier.close()
         await self._driver.close()
+
+    def copier(
+        self, layers: Sequence[Any], *, layout: str, page_tokens: int, codec: str | None = None, **how: Any
+    ) -> Copier:
+        """Ready-made copies between pages and an engine's paged KV; needs torch.
+
+        ``layers``: the KV tensors, on the CPU or a CUDA device: one a layer, or a pair of keys and values; ``layout``
+        as in docs/GPU.md. ``codec``: quantise pages on the way (fp8-e4m3, int8-g64, int4-g64). ``how``: the fields of
+        ``hicache.device.copying.CopyOptions``. Closed with the client. Raises InvalidArgumentError, UnsupportedError.
+        """
+        copies = open_engine(layers, layout=layout, page_tokens=page_tokens, codec=codec, **how)
+        copier = Copier(self._driver.core, copies)
+        self._copiers = [*(each for each in self._copiers if not each.closed), copier]
+        return copier
 
     def namespace(self, **fields: Unpack[NamespaceFields]) -> NamespaceHandle:
         """A namespace: ``model`` and ``page_bytes`` at least. Raises InvalidArgumentError naming the field."""

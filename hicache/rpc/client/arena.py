@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,8 @@ class Arena:
         self._regions: dict[int, ArenaRegion] = {}
         self._incarnation = 0
         self.unmapped: deque[int] = deque()  # retired regions whose memory has gone: to be confirmed
+        #: Called with each region that leaves the table: whoever registered its memory with a device lets go of it.
+        self.watchers: list[Callable[[ArenaRegion], None]] = []
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -127,17 +129,25 @@ class Arena:
             self.unmapped.append(region_id)
         else:
             region.fate.retired = True
+            self._tell([region])
 
     def begin(self, incarnation: int) -> None:
         """Forget all regions: the session that was given them is gone, and this one has begun."""
         with self._lock:
             self._incarnation = incarnation
+            gone = list(self._regions.values())
             self._regions.clear()
             self.unmapped.clear()
+        self._tell(gone)
 
     def clear(self) -> None:
         """Forget all regions (the client is closed)."""
         self.begin(self._incarnation)
+
+    def _tell(self, gone: Iterable[ArenaRegion]) -> None:
+        for region in gone:
+            for watcher in list(self.watchers):
+                watcher(region)
 
 
 def _gone(fate: _Fate, unmapped: deque[int]) -> None:

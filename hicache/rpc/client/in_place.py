@@ -22,9 +22,10 @@ def tensors(core: Core, lease: LeaseState) -> Steps[list[Any]]:
     lease.check()
     if lease.granted_pages and lease.runs:
         raise UnsupportedError("these pages are in host memory", hint="read them with views() or numpy()")
-    if lease.granted_pages and not lease.extents:
+    known = {extent.region_id for extent in lease.extents} <= core.pools.ids
+    if lease.granted_pages and not (lease.extents and known):
         raise UnsupportedError(
-            "these pages lie in no memory that is shared",
+            "these pages lie in no GPU memory that is shared",
             hint="fetch with device=True, from a sidecar with --share-device; or let it copy (Lease.load)",
         )
     deadline_ns = core.now_ns() + int(core.options.timeout_s * 1e9)

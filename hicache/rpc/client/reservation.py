@@ -26,12 +26,16 @@ AHEAD_BYTES = 64 << 20
 
 @dataclasses.dataclass(slots=True)
 class PageBuffer:
-    """One page's place in the client's memory, and the view of it that was handed out."""
+    """One page's place in the client's memory, and the view of it that was handed out.
+
+    ``checksum``: of what is to lie there, where that was fixed before it arrived (on a GPU).
+    """
 
     region: Region
     offset: int
     bytes: Bytes
     view: memoryview | None = None
+    checksum: int | None = None
 
 
 class Place(Protocol):
@@ -228,7 +232,10 @@ def _revoke(view: memoryview) -> None:
 
 def checksums(buffers: dict[int, PageBuffer]) -> list[int]:
     """xxh3-64 of each page."""
-    return [xxhash.xxh3_64_intdigest(buffer.bytes.data) for buffer in buffers.values()]
+    return [
+        xxhash.xxh3_64_intdigest(buffer.bytes.data) if buffer.checksum is None else buffer.checksum
+        for buffer in buffers.values()
+    ]
 
 
 def pieces(buffers: dict[int, PageBuffer], region_ids: dict[Region, int], page_bytes: int) -> list[Piece]:

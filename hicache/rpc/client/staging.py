@@ -86,6 +86,15 @@ class Staging:
         """A place as a writable array, in this process. Raises InvalidArgumentError for one that was given away."""
         return self._at(index).bytes
 
+    def seal(self, index: int, checksum: int) -> None:
+        """What is to lie there, by xxh3-64: a Commit takes it instead of hashing the place. Raises as ``row`` does."""
+        self._at(index).checksum = checksum
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Where the places are, in order."""
+        return tuple(self._blocks)
+
     def free(self) -> None:
         """Give back the places that were not adopted. Idempotent."""
         with self._lock:

@@ -1,0 +1,43 @@
+"""examples/engine_kv.py as a user runs it: two engines, two processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="a copier needs torch")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("codec", "most"), [("", 0.0), pytest.param("fp8-e4m3", 1 / 16, marks=pytest.mark.soak)]
+)
+def test_the_second_engine_loads_what_the_first_stored(shared_sidecar: Any, codec: str, most: float) -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "engine_kv.py"),
+        shared_sidecar.target,
+        "--tokens",
+        "200",
+    ]
+    done = subprocess.run(
+        [*command, *(["--codec", codec] if codec else [])],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "loaded 0 of 200 tokens" in lines[0] and "stored 192 tokens" in lines[1]
+    assert "loaded 192 of 200 tokens" in lines[2] and "stored 0 tokens" in lines[3]
+    found = re.search(r"off by ([\d.]+)", lines[2])
+    assert found is not None and float(found[1]) <= most
