@@ -10,6 +10,8 @@ STAMP_PROTOS := $(VENV_PROTOS)/.stamp
 PIP_PIN := $(shell grep '^pip==' constraints.txt)
 # what `make test` leaves out; `make test PYTEST_ARGS=tests/tree` runs less, `PYTEST_ARGS=` runs all
 PYTEST_ARGS ?= -m "not soak and not e2e"
+# how many processes `make test` runs tests in; 0: in its own, for a debugger or output as it comes
+TEST_JOBS ?= 2
 # what `make soak` does: SIGKILLs in all, and the longest that it may take (timeout's notation)
 SOAK_KILLS ?= 500
 SOAK_TIME ?= 60m
@@ -28,7 +30,7 @@ demo: $(STAMP) ## start a sidecar with a client beside it and show what it does
 	$(BIN)/hicache demo
 
 test: $(STAMP) ## run the tests (all but soak and e2e)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 soak: $(STAMP) ## run the soak tests: 500 x kill -9, power cuts, churn, long walks (SOAK_TIME=60m at most)
 	HICACHE_TEST_KILLS=$(SOAK_KILLS) timeout --foreground $(SOAK_TIME) $(BIN)/python -m pytest -s -m soak --timeout 3600

@@ -23,6 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import harness  # noqa: E402
 
+from hicache.cli.doctor_engine import sglang_config  # noqa: E402
 from hicache.cli.sidecar import Sidecar  # noqa: E402
 
 PYTHON = HERE.parent / ".venv-sglang" / "bin" / "python"
@@ -48,22 +49,11 @@ def spec_of(pages: int, layout: str, allocator: str, extra: dict[str, Any]) -> d
     }
 
 
-def extra_config(target: str) -> dict[str, Any]:
-    return {
-        "backend_name": "hicache",
-        "module_path": "hicache.integrations.sglang",
-        "class_name": "HiCacheStorageBackend",
-        "interface_v1": 1,
-        "allocator": "shm",
-        "endpoint": target,
-    }
-
-
 def contenders(pages: int, target: str, pid: int, folder: str) -> dict[str, dict[str, Any]]:
     found = {}
     for layout, allocator in POOLS.items():
         found[f"file {layout}"] = spec_of(pages, layout, allocator, {}) | {"folder": f"{folder}/{layout}"}
-        ours = spec_of(pages, layout, allocator, extra_config(target))
+        ours = spec_of(pages, layout, allocator, sglang_config(target))
         found[f"hicache {layout}"] = ours | {"pid": pid}
     return found
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests" / "engines")]
+TESTS = HERE.parent / "tests"
+sys.path[:0] = [str(HERE), str(HERE.parent), str(TESTS / "engines"), str(TESTS / "shared")]
 
 import harness  # noqa: E402
 from engines_kit import Engine, Host, SidecarBox, environment, hicache_connector  # noqa: E402

@@ -16,10 +16,14 @@ import dataclasses
 import triton
 import triton.language as tl
 
-#: Words a program moves in one step.
-BLOCK = 2048
-#: Programs of one launch unless the caller says otherwise: enough to fill a link, not the GPU.
-PROGRAMS = 512
+#: Words a program moves in one step, and warps, within the device: enough programs to fill its memory's width.
+BLOCK, WARPS, PROGRAMS = 2048, 4, 512
+#: The same where rows lie in host memory. The link needs about 110 KiB under way (55 GB/s times 2 us); a program on a
+#: multiprocessor is in the way of compute there, so they are few, each with much under way.
+HOST_BLOCK, HOST_WARPS, HOST_PROGRAMS = 4096, 16, 16
+#: What launches differ in and kernels need not be compiled anew for: each of them costs a second when it is first met.
+_ANY_UNITS = ["planes", "places", "rows", "steps", "plane_count", "chunks", "first_word"]
+_ANY_ROWS = ["targets", "sources", "steps", "chunks"]
 
 
 @triton.jit
@@ -35,11 +39,11 @@ def _typed(address, WORD: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_UNITS)
 def _move_units(
-    planes,  # address of int64 [planes]: where each plane lies
-    places,  # address of int64 [pages * units]
-    rows,  # address of int64 [pages]: where each row lies
+    planes: tl.int64,  # address of int64 [planes]: where each plane lies
+    places: tl.int64,  # address of int64 [pages * units]
+    rows: tl.int64,  # address of int64 [pages]: where each row lies
     steps,  # pages * units * planes * chunks
     unit_count,  # of a page
     plane_count,
@@ -85,10 +89,10 @@ def _move_units(
             tl.store(engine + inside, tl.load(row + word, mask=moves), mask=moves)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_ROWS)
 def _move_rows(
-    targets,  # address of int64 [rows]
-    sources,  # address of int64 [rows]
+    targets: tl.int64,  # address of int64 [rows]
+    sources: tl.int64,  # address of int64 [rows]
     steps,
     chunks,
     words,
@@ -98,26 +102,31 @@ def _move_rows(
 ):
     for step in range(tl.program_id(0), steps, tl.num_programs(0)):
         row = step // chunks
-        target = _typed(tl.load(targets.to(tl.pointer_type(tl.int64)) + row), WORD)
-        source = _typed(tl.load(sources.to(tl.pointer_type(tl.int64)) + row), WORD)
+        start = (step % chunks) * BLOCK
+        # the step into the row is added here, so that what is said of the pointers stays with them: of what comes
+        # out of a function, Triton 3.6 forgets it
+        target = _typed(tl.load(targets.to(tl.pointer_type(tl.int64)) + row), WORD) + start
+        source = _typed(tl.load(sources.to(tl.pointer_type(tl.int64)) + row), WORD) + start
         if ALIGNED:
             target = tl.multiple_of(target, 16)
             source = tl.multiple_of(source, 16)
-        word = (step % chunks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = word < words
+        word = tl.arange(0, BLOCK)
+        inside = word < words - start
         tl.store(target + word, tl.load(source + word, mask=inside), mask=inside)
 
 
-def move_units(geometry, tables, *, aligned_to, pack, programs=PROGRAMS):
+def move_units(geometry, tables, *, aligned_to, pack, host_rows=True):
     """Launch pack (engine to rows) or unpack.
 
     geometry: ``paged.Geometry``. tables: addresses of (planes, places, rows) and the number of planes.
     aligned_to: what every address is a multiple of, in bytes; ValueError where that is no whole element.
+    host_rows: whether rows lie in host memory.
     """
     planes, places, rows, plane_count = tables
     run = Run.of(geometry, aligned_to)
     unit = run.t * run.h * run.d
-    block = min(BLOCK, max(16, triton.next_power_of_2(unit)))
+    most, warps, programs = (HOST_BLOCK, HOST_WARPS, HOST_PROGRAMS) if host_rows else (BLOCK, WARPS, PROGRAMS)
+    block = min(most, max(16, triton.next_power_of_2(unit)))
     chunks = -(-unit // block)
     steps = geometry.pages * geometry.units * plane_count * chunks
     if not steps:
@@ -144,16 +153,20 @@ def move_units(geometry, tables, *, aligned_to, pack, programs=PROGRAMS):
         ALIGNED=run.aligned,
         PACK=pack,
         BLOCK=block,
+        num_warps=warps if block == most else WARPS,
     )
 
 
-def move_rows(targets, sources, rows, row_bytes, *, aligned_to, programs=PROGRAMS):
-    """Launch ``rows`` copies of ``row_bytes``; targets and sources: addresses of int64 tables on the device."""
+def move_rows(targets, sources, rows, row_bytes, *, aligned_to, programs=HOST_PROGRAMS):
+    """Launch ``rows`` copies of ``row_bytes``; targets and sources: addresses of int64 tables on the device.
+
+    ``programs`` and their size are those for host memory, to or from which rows go, at once or a copy later.
+    """
     word = next(width for width in (8, 4, 2, 1) if not (aligned_to % width or row_bytes % width))
     words = row_bytes // word
     if not rows or not words:
         return
-    block = min(BLOCK, max(16, triton.next_power_of_2(words)))
+    block = min(HOST_BLOCK, max(16, triton.next_power_of_2(words)))
     chunks = -(-words // block)
     _move_rows[(min(rows * chunks, programs),)](
         targets,
@@ -162,8 +175,9 @@ def move_rows(targets, sources, rows, row_bytes, *, aligned_to, programs=PROGRAM
         chunks,
         words,
         WORD=word,
-        ALIGNED=word == 8 and not aligned_to % 16,
+        ALIGNED=word == 8 and not (aligned_to % 16 or row_bytes % 16),
         BLOCK=block,
+        num_warps=HOST_WARPS if block == HOST_BLOCK else WARPS,
     )
 
 

@@ -167,10 +167,10 @@ def _write_int4(row, group_count, at, low, high, least, most, here, GROUPS: tl.c
     tl.store(code, (first | (second << 4)).to(tl.uint8), mask=here[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["planes", "places", "rows", "refused", "steps", "plane_count", "first_group"])
 def _encode(
-    planes, places, rows, refused, steps, unit_count, plane_count, chunks, block, block_stride, token_stride,
-    first_group, group_count,
+    planes: tl.int64, places: tl.int64, rows: tl.int64, refused: tl.int64,
+    steps, unit_count, plane_count, chunks, block, block_stride, token_stride, first_group, group_count,
     UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, S_T: tl.constexpr, S_H: tl.constexpr,
     S_D: tl.constexpr, CODEC: tl.constexpr, HALF: tl.constexpr, LEAST: tl.constexpr, GROUPS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -207,10 +207,10 @@ def _encode(
             _write_int4(row, group_count, at, low, high, least, most, here, GROUPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["planes", "places", "rows", "steps", "plane_count", "first_group"])
 def _decode(
-    planes, places, rows, steps, unit_count, plane_count, chunks, block, block_stride, token_stride,
-    first_group, group_count,
+    planes: tl.int64, places: tl.int64, rows: tl.int64,
+    steps, unit_count, plane_count, chunks, block, block_stride, token_stride, first_group, group_count,
     UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, S_T: tl.constexpr, S_H: tl.constexpr,
     S_D: tl.constexpr, CODEC: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr,
     ALIGNED: tl.constexpr,

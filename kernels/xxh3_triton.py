@@ -22,8 +22,10 @@ def _words(address):
     return tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 8)
 
 
-@triton.jit
-def _sum_blocks(table, rows, scratch, block_count, stripes, BLOCKS: tl.constexpr):
+@triton.jit(do_not_specialize=["table", "rows", "scratch", "block_count", "stripes"])
+def _sum_blocks(
+    table: tl.int64, rows: tl.int64, scratch: tl.int64, block_count, stripes, BLOCKS: tl.constexpr
+):
     row = tl.program_id(0)
     number = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)[:, None, None]
     stripe = tl.arange(0, 16)[None, :, None]
@@ -54,9 +56,17 @@ def _fold(a, b):
     return ((middle << 32) | (low & 0xFFFFFFFF)) ^ high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table", "rows", "scratch", "out", "row_count", "row_words", "block_count"])
 def _chain_rows(
-    table, rows, scratch, out, row_count, row_words, block_count, ROWS: tl.constexpr, AHEAD: tl.constexpr
+    table: tl.int64,
+    rows: tl.int64,
+    scratch: tl.int64,
+    out: tl.int64,
+    row_count,
+    row_words,
+    block_count,
+    ROWS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     here = (row < row_count)[:, None]

@@ -6,13 +6,18 @@ import functools
 import importlib.util
 import os
 import random
+import sys
+from pathlib import Path
 
 import hypothesis
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent / "shared"))  # what several folders' tests import
+
 CI = bool(os.environ.get("CI"))
 # The seed of the project's own random tests (faults, schedules). CI repeats one; other runs draw a new one.
 SEED = int(os.environ.get("HICACHE_TEST_SEED", "20261120" if CI else random.randrange(2**32)))
+os.environ["HICACHE_TEST_SEED"] = str(SEED)  # the processes of a parallel run draw none of their own
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("dev", deadline=None, print_blob=True)
@@ -39,8 +44,11 @@ def pytest_report_header() -> str:
     return f"seeds: HICACHE_TEST_SEED={SEED}; hypothesis profile {how}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips GPU tests, with the reason, where they cannot run."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips GPU tests, with the reason, where they cannot run; in a parallel run long modules come first."""
+    if config.getoption("dist", "no") != "no":
+        long = {item.path for item in items if item.get_closest_marker("slow") is not None}
+        items.sort(key=lambda item: item.path not in long)
     for item in items:
         if item.get_closest_marker("gpu") is not None and (reason := why_no_gpu()):
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -9,13 +9,13 @@ import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from hicache.cli import crew, link, probes, report, sidecar, terminal, units
+from hicache.cli import crew, link, probes, report, serve, sidecar, terminal, units
 from hicache.cli.crew import Job
 from hicache.cli.drive import Tally
 from hicache.cli.stats import plain
 from hicache.cli.workload import WorkloadSpec, turns
 from hicache.errors import ConfigError, HicacheError
-from hicache.policy import POLICIES
+from hicache.policy import POLICIES, make_policy
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +35,7 @@ so that every byte read can be checked. The tiers are too small for all of it, s
 device to host to disk and back; at the end every conversation is read once more. Then the sidecar is asked
 to check itself, and everything is removed.
 
-exit codes: 0 all right; 1 a wrong byte, or a violated invariant; 3 the sidecar did not start or refused.
+exit codes: 0 all right; 1 a wrong byte, or a violated invariant; 2 bad usage; 3 the sidecar did not start or refused.
 """
 
 
@@ -132,6 +132,8 @@ def _flags(arguments: argparse.Namespace) -> list[str]:
             units.parse_size(getattr(arguments, name))
         except ConfigError as error:
             raise ConfigError(f"--{name.replace('_', '-')}: {error.message}", hint=error.hint) from None
+    if not arguments.policy.startswith("py:"):  # those are looked for where the sidecar is
+        serve.check_name("--policy", make_policy, arguments.policy)
     flags = ["--host-bytes", arguments.host_bytes, "--policy", arguments.policy]
     device = arguments.device
     if device == "auto":

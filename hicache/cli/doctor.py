@@ -14,7 +14,7 @@ from hicache.cli.verdicts import Check, Verdict
 from hicache.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hicache.rpc.client.results import Stats
+    from hicache.rpc.client.results import DeviceStats, Stats
 
 EPILOG = """\
 examples:
@@ -157,10 +157,25 @@ def judge_sidecar(found: Stats) -> list[Check]:
             checks.append(Check(name, Verdict.CHANGE, stats.ill(tier), advice))
         else:
             checks.append(Check(name, Verdict.FINE, f"ok, {tier.pages:,} pages"))
+    checks += [_device_of_sidecar(device) for device in found.devices]
     progress = stats.recovery_line(found)
     if progress:
         checks.append(Check("recovery", Verdict.FINE, progress))
     return checks
+
+
+def _device_of_sidecar(device: DeviceStats) -> Check:
+    name = f"device {device.name}"
+    if device.problem:
+        advice = "the sidecar serves without it; see its log, then restart it"
+        return Check(name, Verdict.CHANGE, stats.given_up(device), advice)
+    direct, bounced = units.human_size(device.direct_bytes), units.human_size(device.bounced_bytes)
+    copied = f"{direct} copied directly, {bounced} bounced"
+    if device.bounced_bytes > device.direct_bytes:
+        advice = "host memory was not registered in time, or cannot be: see the sidecar's log, and ulimit -l"
+        return Check(name, Verdict.ADVICE, copied, advice)
+    engines = sorted({choice.engine for choice in device.choices})
+    return Check(name, Verdict.FINE, f"{copied}, by {', '.join(engines) or device.copy_engine}")
 
 
 def _system(facts: Facts) -> Check:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import shlex
 from collections.abc import Callable, Mapping
@@ -29,6 +30,19 @@ _BLOCK_TOKENS = {"vllm": 16, "sglang": 64, "transformers": 64}
 
 _DOCKER_SHM_BYTES = 64 << 20
 _PROBE_BYTES = 64 << 10
+
+#: What vLLM's KVTransferConfig has. It refuses others itself, but only once the engine starts.
+_TRANSFER_KEYS = (
+    "kv_connector",
+    "engine_id",
+    "kv_buffer_device",
+    "kv_role",
+    "kv_port",
+    "kv_connector_extra_config",
+    "kv_connector_module_path",
+    "enable_permute_local_kv",
+    "kv_load_failure_policy",
+)
 
 Connect: TypeAlias = "Callable[[str], Client]"
 
@@ -132,7 +146,7 @@ def _vllm_settings(request: Request, block: int) -> Settings:
 
     flag = "--kv-transfer-config"
     given = _object(request.settings, flag) if request.settings else vllm_config(request.endpoint)
-    checks = []
+    checks = _unknown_keys(given, flag)
     wanted = vllm_config(request.endpoint)
     for key in ("kv_connector", "kv_connector_module_path", "kv_role"):
         if given.get(key) != wanted[key]:
@@ -159,6 +173,16 @@ def _vllm_settings(request: Request, block: int) -> Settings:
     count = "1 block" if blocks == 1 else f"{blocks} blocks"
     found = f"pages of {page_tokens} tokens, {count} of {block}; save {settings.save.value}"
     return Settings(settings.endpoint, page_tokens, [*checks, Check("settings", Verdict.FINE, found)])
+
+
+def _unknown_keys(given: Mapping[str, Any], flag: str) -> list[Check]:
+    """One for each top-level key that vLLM does not have."""
+    checks = []
+    for key in sorted(given.keys() - set(_TRANSFER_KEYS)):
+        near = difflib.get_close_matches(key, _TRANSFER_KEYS, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(_TRANSFER_KEYS)}"
+        checks.append(Check("settings", Verdict.CHANGE, f"{flag}: unknown key {key!r}", advice))
+    return checks
 
 
 def _sglang_settings(request: Request, block: int) -> Settings:

@@ -117,9 +117,21 @@ class ServeConfig:
     log_level: str = setting("server", Kind.TEXT, "info", "least severe log lines shown", LOG_LEVELS)
 
     device: str = setting(
-        "tiers", Kind.TEXT, "", "device tier: 'cpu' (through torch), 'cuda:<n>', or empty for none"
+        "tiers",
+        Kind.TEXT,
+        "",
+        "device tier: 'cpu' (through torch), 'cuda:<n>', several as 'cuda:0,cuda:1' or 'cuda:0-3'; empty: none",
     )
-    device_bytes: int = setting("tiers", Kind.SIZE, 0, "capacity of the device tier")
+    device_bytes: int = setting(
+        "tiers", Kind.SIZE, 0, "capacity of the device tier, of several devices together"
+    )
+    share_device: bool = setting(
+        "tiers",
+        Kind.SWITCH,
+        default=False,
+        help_text="let clients map the device tier; on a GPU they could write to it, too, and cannot be made to let go:"
+        " for processes that trust each other",
+    )
     host_bytes: int = setting(
         "tiers", Kind.SIZE, 1 << 30, "capacity of the host tier (shared memory); 0: no host tier"
     )
@@ -218,6 +230,12 @@ class ServeConfig:
         "auto",
         "how a CUDA device copies; auto: the fastest as measured at the first copy of each shape",
         ("auto", "kernel", "staged", "batch", "dma"),
+    )
+    device_timeout_ms: int = setting(
+        "tuning",
+        Kind.DURATION,
+        30_000,
+        "a GPU without an answer for so long is given up until the next start; 0s: never",
     )
     device_segment_bytes: int = setting(
         "tuning", Kind.SIZE, 0, "grain in which the device tier gives room to page sizes; 0: a sixteenth"

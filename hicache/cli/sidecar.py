@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from hicache.cli import config
 from hicache.cli.serve import READY_WORD
@@ -51,24 +52,9 @@ class Sidecar:
     def start(self, timeout_s: float = START_TIMEOUT_S) -> Sidecar:
         """Start and wait until it serves. Raises UnavailableError with the log's tail when it does not."""
         assert not self.pid, "one child at a time"
-        command = [
-            sys.executable,
-            "-m",
-            "hicache",
-            "serve",
-            "--until-eof",
-            "--socket-path",
-            str(self.socket_path),
-        ]
+        words = ["serve", "--until-eof", "--socket-path", str(self.socket_path), *self.flags]
         with self.log_path.open("ab") as errors:
-            self._child = subprocess.Popen(  # noqa: S603 - our own command
-                [*command, *self.flags],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=config.child_environment(),
-                start_new_session=True,  # Ctrl-C is for us; we end the child in order
-            )
+            self._child = self._launch(words, errors)
         self.ready_line = ""
         try:
             self.ready_line = self._wait_ready(timeout_s)
@@ -76,6 +62,17 @@ class Sidecar:
             if not self.ready_line:
                 self.kill()
         return self
+
+    def _launch(self, words: list[str], errors: BinaryIO) -> subprocess.Popen[bytes]:
+        """``hicache`` with these words, pipes at its standard input and output."""
+        return subprocess.Popen(  # noqa: S603 - our own command
+            [sys.executable, "-m", "hicache", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=config.child_environment(),
+            start_new_session=True,  # Ctrl-C is for us; we end the child in order
+        )
 
     def _wait_ready(self, timeout_s: float) -> str:
         assert self._child is not None and self._child.stdout is not None

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hicache.cli import link, terminal, units
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hicache.rpc.client import Client
-    from hicache.rpc.client.results import Stats, TierStats
+    from hicache.rpc.client.results import DeviceStats, Stats, TierStats
 
 EPILOG = """\
 examples:
@@ -94,6 +95,7 @@ def render(stats: Stats, before: Stats | None) -> RenderableType:
         f"{stats.tree_pages:,} pages in {stats.tree_runs:,} runs of {stats.tree_nodes:,} nodes"
     )
     news = [f"[red]{escape(ill(tier))}[/]" for tier in stats.tiers if tier.state != "ok"]
+    news += [f"[red]{escape(given_up(device))}[/]" for device in stats.devices if device.problem]
     news += filter(None, [recovery_line(stats)])
     gauges = ", ".join(f"{name.replace('_', ' ')} {getattr(stats, name):,}" for name in _GAUGES)
     return Group(
@@ -103,6 +105,7 @@ def render(stats: Stats, before: Stats | None) -> RenderableType:
         "",
         tiers_table(stats, before),
         "",
+        *devices_tables(stats.devices),
         _calls_table(stats),
         "",
         _counters(stats, before),
@@ -114,6 +117,11 @@ def ill(tier: TierStats) -> str:
     lost = "neither takes pages nor gives any" if tier.state == "off" else "takes no pages"
     since = f"for {units.human_duration(tier.degraded_ms)} now"
     return f"tier {tier.name} is degraded: it {lost}, {since}: {tier.reason or 'reason unknown'}"
+
+
+def given_up(device: DeviceStats) -> str:
+    """What is wrong with a device, in words."""
+    return f"device {device.name} of tier {device.tier} was given up: {device.problem}"
 
 
 def recovery_line(stats: Stats) -> str:
@@ -178,6 +186,42 @@ def _tier_cells(tier: TierStats, before: TierStats | None, seconds: float) -> li
         f"{tier.corrupt_pages:,}",
         f"{tier.refused_pages:,}",
         f"{tier.written_per_hit:.2f}" if tier.hit_bytes else "-",
+    ]
+
+
+#: What is told of a device.
+_DEVICE_ROWS = ("state", "copy engine", "copied directly", "bounced", "registered", "faults")
+
+
+def devices_tables(devices: Sequence[DeviceStats]) -> list[RenderableType]:
+    """One column a device; then, where copy engines were measured, what was found. Each with an empty line after it."""
+    if not devices:
+        return []
+    table = _table("device", *(device.name for device in devices))
+    for title, cells in zip(_DEVICE_ROWS, zip(*map(_device_cells, devices), strict=True), strict=True):
+        table.add_row(title, *cells)
+    measured = _table("copies", "pages of", "engine", "GB/s", "others")
+    for device in devices:
+        for choice in device.choices:
+            rest = sorted((-speed, name) for name, speed in choice.gb_per_s.items() if name != choice.engine)
+            measured.add_row(
+                f"{device.name}, {choice.rows} {choice.direction}",
+                units.human_size(choice.page_bytes),
+                choice.engine,
+                f"{choice.gb_per_s.get(choice.engine, 0.0):.1f}",
+                ", ".join(f"{name} {-speed:.1f}" for speed, name in rest),
+            )
+    return [table, "", measured, ""] if measured.row_count else [table, ""]
+
+
+def _device_cells(device: DeviceStats) -> list[str]:
+    return [
+        "[red]given up[/]" if device.problem else "[green]ok[/]",
+        "measured" if device.copy_engine == "auto" else device.copy_engine,
+        units.human_size(device.direct_bytes),
+        units.human_size(device.bounced_bytes),
+        units.human_size(device.registered_bytes),
+        f"{device.faults:,}",
     ]
 
 

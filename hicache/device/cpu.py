@@ -21,7 +21,7 @@ from hicache.device.result import Result
 from hicache.device.segment import Segment
 from hicache.device.store import DeviceOptions
 from hicache.device.streams import CopyStream
-from hicache.device.table import SegmentTable
+from hicache.device.table import SegmentTable, require_sharing
 from hicache.errors import ExhaustedError
 from hicache.types import Batch, Notify, Op, TierSpec
 
@@ -63,7 +63,7 @@ class CpuDevice(SegmentTable[Segment]):
 
     def shared(self, segment: int) -> SharedMemory:
         """See DeviceStore."""
-        self._require_sharing(on=self._share)
+        require_sharing(self._spec, on=self._share)
         memory = self._segment(segment).shared
         assert memory is not None, "a store that shares has a segment that it cannot share"
         return SharedMemory(MemoryKind.MEMFD, memory.size_bytes, fd=memory.fd)

@@ -20,8 +20,9 @@ from hicache.device import kernels
 from hicache.device.chores import Calibrate, Chore, Wipe
 from hicache.device.driver import Driver, DriverError
 from hicache.device.engines import Choice, available
+from hicache.device.jobs import Fate, Job
 from hicache.device.kv import MemoryKind, SharedMemory
-from hicache.device.lane import Job, Lane
+from hicache.device.lane import Lane
 from hicache.device.many import ManyDevices
 from hicache.device.patience import Patience
 from hicache.device.pinned import Pins
@@ -29,7 +30,7 @@ from hicache.device.plan import Extent
 from hicache.device.result import Result
 from hicache.device.segment import DeviceSegment
 from hicache.device.store import DeviceOptions, DeviceStore
-from hicache.device.table import SegmentTable
+from hicache.device.table import SegmentTable, require_sharing
 from hicache.errors import ConfigError, ExhaustedError, UnavailableError, UnsupportedError
 from hicache.types import Batch, Notify, Op, TierSpec
 
@@ -99,6 +100,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
         self._calibrates = options.copy_engine == "auto"
         self._sizes: set[int] = set()  # of pages, of which lanes were told
         self.patience = self._patience = Patience(now_ns, options.timeout_ms * 1_000_000)
+        self._fate = Fate()
         self._released = False
         driver.bind()
         self._own_pins = pins is None
@@ -111,6 +113,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
             engine=options.copy_engine,
             stage_bytes=options.cuda_staging_bytes,
             patience=self._patience,
+            fate=self._fate,
         )
         self._writes = make(priority=PROMOTION_PRIORITY, to_host=False)
         self._reads = make(priority=DEMOTION_PRIORITY, to_host=True)
@@ -143,7 +146,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
     @property
     def silent(self) -> bool:
         """It was given up without an answer: what it was given may still happen."""
-        return any(lane.silent for lane in self._lanes)
+        return self._fate.silent
 
     @property
     def problem(self) -> str:
@@ -192,7 +195,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
 
     def shared(self, segment: int) -> SharedMemory:
         """See DeviceStore."""
-        self._require_sharing(on=self._share)
+        require_sharing(self._spec, on=self._share)
         found = self._segment(segment)
         if not found.clean:
             raise UnavailableError(

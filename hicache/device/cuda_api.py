@@ -134,7 +134,12 @@ class CudaApi(Library):
     # --- counters in shared memory, by streams
 
     def wait_value(self, stream: int, address: int, value: int) -> None:
-        """The stream goes on when the u64 there is ``value`` or more; address: as the device sees it."""
+        """The stream goes on when the u64 there is ``value`` or more; address: as the device sees it.
+
+        CUDA compares the difference as a signed number: it would wait for 0 for ever where the counter says FAILED.
+        """
+        if value <= 0:
+            return
         at_least = CONSTANTS["CU_STREAM_WAIT_VALUE_GEQ"]
         self.call("cuStreamWaitValue64_v2", stream, address, value, at_least)
 

@@ -5,13 +5,14 @@ Nothing here has run on a GPU. On the CPU it runs on a CUDA runtime in ordinary 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from hicache.device.cuda_memory import CudaMemory
+from hicache.device.cuda_memory import CudaMemory, Libraries
 from hicache.device.driver import DriverError, Strips, UnitMove
 
 
@@ -32,10 +33,13 @@ class CudaDriver(CudaMemory):
     """Device ``index``. Raises UnsupportedError where this machine has no such device.
 
     ``launches``: who launches kernels; None: Triton, where it and a torch that sees the device are installed.
+    ``libraries``: None: those that are found.
     """
 
-    def __init__(self, index: int, launches: Launches | None = None) -> None:
-        super().__init__(index)
+    def __init__(
+        self, index: int, launches: Launches | None = None, libraries: Libraries | None = None
+    ) -> None:
+        super().__init__(index, libraries)
         self.name = f"cuda:{index} ({self._api.name(index)})"
         self.has_batch = self._cudart.has_batch
         self._launches = launches or _triton(index)
@@ -130,12 +134,13 @@ class CudaDriver(CudaMemory):
         return self._launches
 
     def close(self) -> None:
-        """See Driver."""
-        self._cudart.use(self._index)
-        for event in self._events:
-            self._cudart.destroy_event(event)
-        for stream in self._streams:
-            self._cudart.destroy_stream(stream)
+        """See Driver. A device that was lost has taken them with it."""
+        with contextlib.suppress(DriverError):
+            self._cudart.use(self._index)
+            for event in self._events:
+                self._cudart.destroy_event(event)
+            for stream in self._streams:
+                self._cudart.destroy_stream(stream)
         self._events.clear()
         self._streams.clear()
 

@@ -17,10 +17,10 @@ class CudaExporter:
     The calling thread's device is as it was after each call: it is the engine's.
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, libraries: tuple[Cudart, CudaApi] | None = None) -> None:
         self._index = index
         try:
-            self._cudart, self._api = Cudart(), CudaApi()
+            self._cudart, self._api = libraries or (Cudart(), CudaApi())
         except (OSError, DriverError) as error:
             raise UnsupportedError(f"CUDA cannot be reached: {error}") from error
 

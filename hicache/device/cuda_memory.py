@@ -11,6 +11,7 @@ from hicache.device.cudart import Cudart
 from hicache.device.driver import Bytes, DriverError
 from hicache.errors import UnsupportedError
 
+Libraries = tuple[Cudart, CudaApi]
 #: Allocations of a MiB and more are whole blocks of this size: CUDA IPC hands out whole blocks, and what else lay
 #: in one would be handed out with it.
 BLOCK_BYTES = 2 << 20
@@ -23,9 +24,12 @@ class CudaMemory:
     A thread may own several devices, so whatever is made says where.
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, libraries: Libraries | None = None) -> None:
         self._index = index
-        self._cudart, self._api = _libraries(index)
+        self._cudart, self._api = libraries or _load(index)
+        devices = self._cudart.devices()
+        if index >= devices:
+            raise _missing(index, f"CUDA sees {devices} devices")
         self._cudart.use(index)
         self.uuid = self._api.uuid(index)
 
@@ -99,14 +103,11 @@ class CudaMemory:
         return self._api.address_range(address)
 
 
-def _libraries(index: int) -> tuple[Cudart, CudaApi]:
+def _load(index: int) -> Libraries:
     try:
-        cudart, api = Cudart(), CudaApi()
+        return Cudart(), CudaApi()
     except (OSError, DriverError) as error:
         raise _missing(index, f"this machine has no CUDA: {error}") from error
-    if index >= cudart.devices():
-        raise _missing(index, f"CUDA sees {cudart.devices()} devices")
-    return cudart, api
 
 
 def _missing(index: int, why: str) -> UnsupportedError:

@@ -45,7 +45,7 @@ class CudaMover:
             return KvLane(
                 store.driver,
                 now_ns,
-                lambda: store.problem,
+                self._problem,
                 store.patience,
                 pack=pack,
                 priority=priority,
@@ -62,6 +62,10 @@ class CudaMover:
             for pack, each in self._lanes.items()
             if threaded
         }
+
+    def _problem(self) -> str:
+        """Why the device was given up, by whomever; empty while it serves."""
+        return self.store.problem or next((lane.dead for lane in self._lanes.values() if lane.dead), "")
 
     @property
     def uuid(self) -> bytes:

@@ -36,7 +36,8 @@ class UnitMove:
     ``planes``: addresses of ``plane_count`` planes. ``places``: ``pages * units``. ``rows``: addresses of ``pages``
     rows, in device memory or in pinned host memory, each of which begins with the first of these planes: unit u of
     plane p lies ``(p * units + u) * unit_bytes`` behind it. ``strides``: of a plane, in elements.
-    ``aligned_to``: what all addresses and the rows are multiples of, up to 16.
+    ``aligned_to``: what all addresses and the rows are multiples of, up to 16. ``host_rows``: rows are the host's, so
+    that few programs fill the link.
     """
 
     planes: int
@@ -52,6 +53,7 @@ class UnitMove:
     element_bytes: int
     strides: tuple[int, int, int, int]
     aligned_to: int
+    host_rows: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ class Chooser:
         shape = ("to host" if to_host else "to device", row_bytes, "few" if few else "many")
         choice = self.choices.get(shape)
         if choice is None:
-            room = stage.size_bytes // row_bytes
+            room = min(stage.size_bytes // row_bytes, len(stage.table) // 4)
             try:
                 choice = self._measure(
                     max(1, min(room, MANY_ROWS // 2) if few else room), row_bytes, stage, to_host

@@ -1,22 +1,23 @@
 """CUDA streams that wait for a counter in shared memory, or show a value in it, without a thread of ours.
 
 The counters' memory is pinned and mapped for the device once (``admit``), and stays so: it is a page or two a session.
-Signatures: CUDA Driver API, "Stream Memory Operations", versions 12.0 and later. Has not run on a GPU yet.
+A failed load shows 2^63, which lets go of whoever waits for one layer or more: the comparison is signed and cyclic.
+Has not run on a GPU yet, only on the CUDA of the tests.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+from hicache.device.cuda_api import CudaApi
 from hicache.device.cudart import Cudart
 from hicache.device.driver import DriverError
 from hicache.errors import UnsupportedError
 
-_WAIT_GEQ = 0  # (int64)(shown - value) >= 0: FAILED, 2^63, lets go of whoever waits for 1 or more
-_WRITE_DEFAULT = 0  # with a barrier: what the stream wrote before is seen first
+_Queue = Callable[[int, int, int], None]
 
 
 class Fences(Protocol):
@@ -36,66 +37,79 @@ class Fences(Protocol):
 
 
 class CudaFences:
-    """The streams of torch, on any device of this process. Any thread may call it."""
+    """Streams of any device of this process; a stream is torch's, or what looks like it. Any thread may call it."""
 
     def __init__(self) -> None:
-        """Raises UnsupportedError where this process has no CUDA with stream memory operations."""
+        """Raises UnsupportedError where CUDA cannot be reached."""
         try:
-            self._cuda = ctypes.CDLL("libcuda.so.1")
-            self._runtime = Cudart()
-        except (OSError, AttributeError, DriverError) as error:
-            raise UnsupportedError(f"no CUDA in this process: {error}") from None
+            self._cudart, self._api = Cudart(), CudaApi()
+        except (OSError, DriverError) as error:
+            raise UnsupportedError(f"CUDA cannot be reached: {error}") from error
         self._lock = threading.Lock()
-        self._admitted: dict[int, tuple[int, object]] = {}  # the device's addresses
+        self._admitted: dict[int, tuple[int, object]] = {}  # by address here: the device's
 
     def admit(self, address: int, size_bytes: int, owner: object) -> None:
-        """As Fences has it."""
+        """See Fences."""
         with self._lock:
             if address in self._admitted:
                 return
-            found = ctypes.c_uint64()
             try:
-                self._runtime.host_register(address, size_bytes)
-                self._call(
-                    "cuMemHostGetDevicePointer_v2",
-                    ctypes.byref(found),
-                    ctypes.c_void_p(address),
-                    ctypes.c_uint(),
-                )
+                self._cudart.host_register(address, size_bytes)
+                self._admitted[address] = (self._cudart.mapped(address), owner)
             except DriverError as error:
-                raise UnsupportedError(f"counters cannot be mapped for the GPU: {error}") from None
-            self._admitted[address] = (found.value, owner)
+                raise UnsupportedError(f"counters cannot be mapped for the GPU: {error}") from error
 
     def wait(self, stream: Any, address: int, value: int) -> Callable[[], bool]:
-        """As Fences has it."""
-        return self._queue("cuStreamWaitValue64_v2", stream, self._seen(address), (value, _WAIT_GEQ))
+        """See Fences. Raises UnsupportedError where the stream's device cannot."""
+        return self._queue(self._api.wait_value, stream, address, value)
 
     def write(self, stream: Any, address: int, value: int) -> Callable[[], bool]:
-        """As Fences has it."""
-        return self._queue("cuStreamWriteValue64_v2", stream, self._seen(address), (value, _WRITE_DEFAULT))
+        """See Fences. Raises UnsupportedError where the stream's device cannot."""
+        return self._queue(self._api.write_value, stream, address, value)
 
-    def _queue(self, name: str, stream: Any, address: int, value: tuple[int, int]) -> Callable[[], bool]:
-        import torch
-
-        shown, flags = value
-        handle = ctypes.c_void_p(stream.cuda_stream)
-        with torch.cuda.device(stream.device):
-            self._call(name, handle, ctypes.c_uint64(address), ctypes.c_uint64(shown), ctypes.c_uint(flags))
-            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch annotates it not
-            event.record(stream)
-        ready: Callable[[], bool] = event.query
-        return ready
-
-    def _seen(self, address: int) -> int:
-        """A counter's address as the device sees it."""
+    def _queue(self, queue: _Queue, stream: Any, address: int, value: int) -> Callable[[], bool]:
         with self._lock:
             base = max(start for start in self._admitted if start <= address)
-            return self._admitted[base][0] + address - base
+            seen = self._admitted[base][0] + address - base
+        with self._device(stream.device.index or 0):
+            try:
+                queue(stream.cuda_stream, seen, value)
+            except DriverError as error:
+                raise UnsupportedError(f"the stream cannot use counters: {error}") from error
+            event = self._cudart.event()
+            self._cudart.record(event, stream.cuda_stream)
+        return _Ready(self._cudart, event).ask
 
-    def _call(self, name: str, *arguments: object) -> None:
-        code = getattr(self._cuda, name)(*arguments)
-        if code:
-            raise DriverError(name, f"error {code}")
+    @contextlib.contextmanager
+    def _device(self, index: int) -> Iterator[None]:
+        """The calling thread's device is as it was afterwards: it is the engine's."""
+        before = self._cudart.device
+        self._cudart.use(index)
+        try:
+            yield
+        finally:
+            self._cudart.use(before)
+
+
+class _Ready:
+    """An event until it is ready."""
+
+    def __init__(self, cudart: Cudart, event: int) -> None:
+        self._cudart = cudart
+        self._event = event
+
+    def ask(self) -> bool:
+        """Whether the stream has come so far; a device that is broken never says so."""
+        if not self._event:
+            return True
+        try:
+            if not self._cudart.query(self._event):
+                return False
+        except DriverError:
+            return False
+        self._cudart.destroy_event(self._event)
+        self._event = 0
+        return True
 
 
 _lock = threading.Lock()
@@ -103,7 +117,7 @@ _opened: list[CudaFences] = []
 
 
 def open_fences() -> Fences:
-    """The fences of this process. Raises UnsupportedError where there is no CUDA."""
+    """The fences of this process. Raises UnsupportedError where CUDA cannot be reached."""
     with _lock:
         if not _opened:
             _opened.append(CudaFences())

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from hicache.device.driver import Addresses, Driver, DriverError
 from hicache.device.kv import MemoryKind, PagedKv, SharedMemory
-from hicache.errors import ExhaustedError, InvalidArgumentError, UnsupportedError
+from hicache.errors import ExhaustedError, HicacheError, InvalidArgumentError, UnsupportedError
 
 ADVICE = {
     MemoryKind.CUDA_IPC: "memory of torch's expandable segments has no such handle: set PYTORCH_CUDA_ALLOC_CONF="
@@ -106,14 +106,16 @@ class HostImports:
     def open(self, kv: PagedKv) -> OpenKv:
         """Map every memory of the region. Raises as HostMemory does; all descriptors are closed then."""
         opened: list[HostMemory] = []
-        try:
-            for memory in kv.memories:
-                opened.append(HostMemory(memory))
-        except BaseException:
-            _close_all(opened)
-            for memory in kv.memories[len(opened) + 1 :]:
-                close_descriptor(memory)
-            raise
+        with contextlib.ExitStack() as undo:
+            undo.callback(_close_all, opened)
+            for at, memory in enumerate(kv.memories):
+                try:
+                    opened.append(HostMemory(memory))
+                except HicacheError:
+                    for other in kv.memories[at + 1 :]:
+                        close_descriptor(other)
+                    raise
+            undo.pop_all()
         planes = _planes(kv, [memory.address for memory in opened])
         return OpenKv(kv, planes, b"", lambda: _close_all(opened))
 
@@ -151,18 +153,15 @@ class CudaImports:
         """Map every memory of the region; descriptors are closed. Raises UnsupportedError."""
         names: list[object] = []
         starts: list[int] = []
-        try:
+        with contextlib.ExitStack() as undo:
+            for memory in kv.memories:
+                undo.callback(close_descriptor, memory)
+            undo.callback(lambda: None if len(starts) == len(kv.memories) else self._give(names))
             self._driver.bind()
             for memory in kv.memories:
                 name = _name(memory)
                 starts.append(self._take(name, memory))
                 names.append(name)
-        except BaseException:
-            self._give(names)
-            raise
-        finally:
-            for memory in kv.memories:
-                close_descriptor(memory)
         return OpenKv(kv, _planes(kv, starts), self._driver.uuid, lambda: self._give(names))
 
     def _take(self, name: object, memory: SharedMemory) -> int:

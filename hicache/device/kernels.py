@@ -87,7 +87,8 @@ def _move_units(
         return
     geometry = paged.check(planes, places, rows, *page)
     where, tables, aligned_to = _tables(planes, places, rows)
-    _load("paged_triton").move_units(geometry, where, aligned_to=aligned_to, pack=name == "pack")
+    launch = _load("paged_triton").move_units
+    launch(geometry, where, aligned_to=aligned_to, pack=name == "pack", host_rows=not rows.is_cuda)
     del tables  # torch's allocator reuses their memory in stream order
 
 
@@ -216,7 +217,9 @@ def move_rows_at(targets: int, sources: int, rows: int, row_bytes: int, aligned_
 def move_units_at(move: UnitMove, *, pack: bool) -> None:
     """Between planes and rows; see UnitMove."""
     tables = (move.planes, move.places, move.rows, move.plane_count)
-    _load("paged_triton").move_units(_geometry(move), tables, aligned_to=move.aligned_to, pack=pack)
+    _load("paged_triton").move_units(
+        _geometry(move), tables, aligned_to=move.aligned_to, pack=pack, host_rows=move.host_rows
+    )
 
 
 def encode_units_at(move: UnitMove, coding: Coding, refused: int) -> None:

@@ -14,71 +14,25 @@ A stage is used again only when its event is ready; if the runtime will not even
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
 import threading
-from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from hicache.device import engines
 from hicache.device.chores import Chore
 from hicache.device.driver import Driver, DriverError
 from hicache.device.engines import MANY_ROWS, Chooser, Rows, Stage
+from hicache.device.jobs import Array, Chunk, Counts, Fate, Job
 from hicache.device.patience import Patience, Unanswered
 from hicache.device.pinned import Pins
 from hicache.device.plan import Extent
-from hicache.device.result import Result
 from hicache.device.segment import DeviceSegment, Sums
 from hicache.device.stages import Stages
 from hicache.types import Op, Outcome, slot_stride
 
 _log = logging.getLogger(__name__)
-
-Array = npt.NDArray[np.uint8]
-Done = Callable[[], None]
-
-
-@dataclasses.dataclass(slots=True)
-class Job:
-    """A batch on its way, or a chore. ``finish`` is called in its turn, when all its pages are settled."""
-
-    op: Op
-    extents: list[Extent[DeviceSegment]]
-    result: Result
-    finish: Done
-    left: collections.deque[Extent[DeviceSegment]] = dataclasses.field(default_factory=collections.deque)
-    flying: int = 0
-    chore: Chore | None = None
-
-
-@dataclasses.dataclass(slots=True)
-class Chunk:
-    """Some pages of a job in flight."""
-
-    job: Job
-    extent: Extent[DeviceSegment]
-    stage: Stage
-    hashed: bool  # on the device
-    writes: npt.NDArray[np.uint32]
-    recorded: Sums
-    pages: list[Array] = dataclasses.field(
-        default_factory=list
-    )  # the buffers, kept until the copies are over
-    direct: bool = False  # the copies read or write the buffers themselves
-    problem: str = ""
-    since_ns: int = 0  # in flight
-
-
-@dataclasses.dataclass
-class Counts:
-    """What a lane has done; bytes by the way they took."""
-
-    direct_bytes: int = 0
-    bounced_bytes: int = 0
-    faults: int = 0
 
 
 class Lane:
@@ -95,7 +49,9 @@ class Lane:
         engine: str,
         stage_bytes: int,
         patience: Patience,
+        fate: Fate,
     ) -> None:
+        self._fate = fate
         self._driver = driver
         self._patience = patience
         self._pins = pins
@@ -110,14 +66,19 @@ class Lane:
         self.chooser = Chooser(driver, self.stream, engine, patience)
         self.counts = Counts()
         self.steps = 0
-        self.dead = ""
-        self.silent = False  # it was given up without an answer: what it was given may still happen
+        self._lost = ""  # why this lane's own events tell nothing any more
+        self._abandoned = False
 
     # --- from the owner
 
     def submit(self, job: Job) -> None:
         """Queue a job; returns at once."""
         self._waiting.append(job)
+
+    @property
+    def dead(self) -> str:
+        """Why nothing is launched any more; empty while it is."""
+        return self._lost or self._fate.reason
 
     @property
     def idle(self) -> bool:
@@ -136,6 +97,7 @@ class Lane:
     def abandon(self) -> None:
         """The lane's thread does not come back from a call of the driver: end what there is, from another thread."""
         self._give_up(Unanswered(self._patience.timeout_ns))
+        self._abandoned = True
         jobs = [*self._launched, *self._waiting]
         for queue in (self._launched, self._waiting, self._flying):
             queue.clear()
@@ -149,23 +111,29 @@ class Lane:
         happened = False
         while self._waiting:
             job = self._waiting[0]
-            if job.op in {Op.PUT, Op.GET}:
-                if job.left and self.dead:
-                    job.result.fault(self.dead)
-                    job.left.clear()
-                if job.left and not self._start(job):
-                    break
-            elif self._flying:
-                break  # in its turn: what it follows must have landed
-            elif job.chore is not None:
-                if not self._do(job.chore):
-                    break
-            elif job.op is Op.DELETE:
-                self._delete(job)
-            if not job.left or job.op not in {Op.PUT, Op.GET}:
+            moved = self._move_on(job)
+            if not moved or self._abandoned:
+                break
+            if not job.left:
                 self._launched.append(self._waiting.popleft())
             happened = True
         return self._finish() or happened
+
+    def _move_on(self, job: Job) -> bool:
+        """Launch some of what is left of the job in front; False where it must wait."""
+        if job.op in {Op.PUT, Op.GET}:
+            if job.left and self.dead:
+                job.result.fault(self.dead)
+                job.left.clear()
+            return not job.left or self._start(job)
+        if self._flying:
+            return False  # in its turn: what it follows must have landed
+        if job.chore is not None:
+            return self._do(job.chore)
+        if job.op is Op.DELETE:
+            self._delete(job)
+            job.left.clear()
+        return True
 
     def _finish(self) -> bool:
         """Complete the jobs whose pages are all settled, in order."""
@@ -273,7 +241,7 @@ class Lane:
         try:
             return self.stages.take(row_bytes, idle=not self._flying)
         except DriverError as error:
-            self.dead = self.dead or f"no memory for copies: {error}"
+            self._lost = self._lost or f"no memory for copies: {error}"
             return None
 
     # --- landing
@@ -283,11 +251,13 @@ class Lane:
         while self._flying:
             chunk = self._flying[0]
             try:
-                if not self.dead and not self._driver.ready(chunk.stage.event):
+                if not self._lost and not self._driver.ready(chunk.stage.event):
                     self._patience.check(max(chunk.since_ns, self._landed_ns))
                     return happened
             except DriverError as error:
                 self._fail(chunk, error)
+            if self._abandoned:
+                return False
             self._flying.popleft()
             self._settle(chunk)
             self._landed_ns = self._patience.now_ns()
@@ -297,8 +267,8 @@ class Lane:
         return happened
 
     def _settle(self, chunk: Chunk) -> None:
-        if chunk.problem or self.dead:
-            chunk.job.result.fault(self.dead or chunk.problem)
+        if chunk.problem or self._lost:
+            chunk.job.result.fault(self._lost or chunk.problem)
         elif chunk.job.op is Op.PUT:
             self._accept(chunk)
         else:
@@ -307,7 +277,7 @@ class Lane:
     def _accept(self, chunk: Chunk) -> None:
         """The pages lie in their slots: hold those whose bytes are right and whose slots were not taken."""
         extent, result = chunk.extent, chunk.job.result
-        sums = self._sums(chunk)
+        sums = _sums(chunk)
         sound = np.ones(len(sums), np.bool_)
         if result.batch.checksums:
             given = [result.batch.checksums[position] for position in extent.positions.tolist()]
@@ -345,13 +315,6 @@ class Lane:
                 np.copyto(chunk.pages[row], landed[row])
         result.moved(extent.positions[sound], arrived[sound])
 
-    def _sums(self, chunk: Chunk) -> Sums:
-        count = len(chunk.pages)
-        if chunk.hashed:
-            return engines.hashes(chunk.stage, count)
-        rows = _rows(chunk.stage, count, chunk.extent.segment.page_bytes)
-        return np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], np.uint64)
-
     def _delete(self, job: Job) -> None:
         for extent in job.extents:
             with self._lock:
@@ -367,11 +330,21 @@ class Lane:
             self._give_up(error)
 
     def _give_up(self, error: DriverError) -> None:
-        self.silent = self.silent or isinstance(error, Unanswered)
-        if not self.dead:
-            self.dead = f"the device was given up: {error}"
-            _log.error("%s: %s; its pages are lost, and it gets no new ones", self._driver.name, self.dead)
+        self._lost = self._lost or f"the device was given up: {error}"
+        self._fate.silent = self._fate.silent or isinstance(error, Unanswered)
+        if not self._fate.reason:
+            self._fate.reason = self._lost
+            _log.error("%s: %s; its pages are lost, and it gets no new ones", self._driver.name, self._lost)
 
 
 def _rows(stage: Stage, count: int, row_bytes: int) -> Array:
     return stage.host[: count * row_bytes].reshape(count, row_bytes)
+
+
+def _sums(chunk: Chunk) -> Sums:
+    """Checksums of what lies in the slots."""
+    count = len(chunk.pages)
+    if chunk.hashed:
+        return engines.hashes(chunk.stage, count)
+    rows = _rows(chunk.stage, count, chunk.extent.segment.page_bytes)
+    return np.array([xxhash.xxh3_64_intdigest(row.data) for row in rows], np.uint64)

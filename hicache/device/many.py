@@ -8,6 +8,7 @@ given up takes its segments with it (their batches end as FAULT) and gets no new
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
@@ -102,13 +103,12 @@ class ManyDevices(Generic[D]):
         self._closed = False
         self._rooms = shares(spec.capacity_bytes // spec.segment_bytes, len(opens))
         self.devices: list[D] = []
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
             for room, opened in zip(self._rooms, opens, strict=True):
                 part = dataclasses.replace(spec, capacity_bytes=room * spec.segment_bytes)
                 self.devices.append(opened(part))
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
         _log.info(
             "tier %s: segments of %d bytes, %s",
             spec.name,

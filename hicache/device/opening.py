@@ -78,7 +78,7 @@ class KvTransfers:
                     f"the memory of a KV region must be of one kind, not {sorted(kinds)}"
                 )
             opens = self._opener(kv)
-        except BaseException:
+        except HicacheError:
             for memory in kv.memories:
                 close_descriptor(memory)
             raise

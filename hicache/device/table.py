@@ -22,7 +22,20 @@ from hicache.types import Batch, Completion, Notify, Op, TierSpec, slot_stride
 S = TypeVar("S", bound=Columns)
 
 
-class SegmentTable(ABC, Generic[S]):
+class Lends(Generic[S]):
+    """A store whose slots transfers may read where they lie."""
+
+    _lock: threading.Lock
+    _segments: dict[int, S]
+
+    def lend(self, slots: Sequence[int]) -> Loan:
+        """Some slots. Raises InvalidArgumentError for those of no open segment."""
+        with self._lock:
+            extents = locate(slots, self._segments)
+        return Loan(extents, len(slots), self._lock)
+
+
+class SegmentTable(ABC, Lends[S]):
     """A store's segments and the batches that move their pages. One thread owns it: all calls come from there.
 
     A store adds ``open_segment``, ``close`` and the two that start work. It calls ``_finish`` once for each batch that
@@ -78,13 +91,6 @@ class SegmentTable(ABC, Generic[S]):
             found.empty(np.arange(found.slots))  # loans learn of it
         return self._segments.pop(segment)
 
-    def lend(self, slots: Sequence[int]) -> Loan:
-        """Slots that a transfer reads where they lie. Raises InvalidArgumentError for slots of no open segment."""
-        self._check_open()
-        with self._lock:
-            extents = locate(slots, self._segments)
-        return Loan(extents, len(slots), self._lock)
-
     def layout(self, segment: int) -> Layout:
         """See DeviceStore."""
         found = self._segment(segment)
@@ -119,12 +125,6 @@ class SegmentTable(ABC, Generic[S]):
         if found is None:
             raise InvalidArgumentError(f"segment {segment} is not open")
         return found
-
-    def _require_sharing(self, *, on: bool) -> None:
-        if not on:
-            raise UnsupportedError(
-                f"tier {self._spec.name!r} does not share its memory", hint="start with --share-device"
-            )
 
     def free(self, slots: Sequence[int]) -> None:
         """See DeviceStore."""
@@ -187,3 +187,11 @@ class SegmentTable(ABC, Generic[S]):
     def _complete(self, completion: Completion) -> None:
         self._done.append(completion)
         self._notify()
+
+
+def require_sharing(spec: TierSpec, *, on: bool) -> None:
+    """Raise UnsupportedError where the store does not share its memory."""
+    if not on:
+        raise UnsupportedError(
+            f"tier {spec.name!r} does not share its memory", hint="start with --share-device"
+        )

@@ -80,7 +80,7 @@ class Task:
         count = len(transfer.pages.slots) if isinstance(transfer.pages, DevicePages) else len(self.host)
         if count != self.shape.pages:
             raise InvalidArgumentError(f"transfer {transfer.id}: {count} pages, places of {self.shape.pages}")
-        self.checksums = np.zeros(count, np.uint64)
+        self.checksums = np.zeros(count, np.uint64) if loan is None else loan.checksums.copy()
         self._outcomes = [Outcome.OK] * count
         self._error = ""
         self._ended = ended

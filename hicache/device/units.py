@@ -1,14 +1,16 @@
 """Units between an engine's planes in host memory and pages in host memory, with numpy alone.
 
-One call moves the units of a chunk, whatever their addresses: a unit is an item at any byte of an array that begins at
-address 0 and has no end, so that one index picks units out of any number of pages, blocks and planes. numpy leaves the
-interpreter's lock while it copies. A byte passes once through a temporary, so chunks are small: they stay in the
-processor's cache.
+One call moves the units of a chunk, whatever their addresses: a *piece* of a unit is an item at any byte of an array
+that begins at the lowest address and has no end, so that one index picks pieces out of any number of pages, blocks and
+planes. numpy leaves the interpreter's lock while it copies. A byte passes once through a temporary, so chunks are small:
+they stay in the processor's cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +20,10 @@ from hicache.device.kv import PagedKv
 
 #: Bytes of the temporary.
 CHUNK_BYTES = 1 << 20
-_ADDRESS_MAX = 1 << 47  # of a process on 64-bit machines
+#: Addresses of a process on 64-bit machines are less; numpy counts an array's bytes, items that overlap included, with
+#: 63 bits, so that a unit of more than a piece's bytes is moved as several.
+_ADDRESS_MAX, PIECE_BYTES_MAX = 1 << 47, 1 << 15
+_FIRST = 1  # numpy takes address 0 for nothing
 
 
 class _Everything:
@@ -27,46 +32,59 @@ class _Everything:
     def __init__(self, item_bytes: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
         self.__array_interface__ = {
             "version": 3,
-            "data": (1, False),  # numpy takes 0 for nothing; addresses are counted from here
+            "data": (_FIRST, False),
             "shape": (_ADDRESS_MAX, *shape),
             "strides": (1, *strides),
             "typestr": f"|V{item_bytes}",
         }
 
 
-_FIRST = 1
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class UnitView:
-    """How a unit lies: in a plane, and in a page."""
+    """How a unit lies in a plane and in a page: its pieces, and where each begins."""
 
     engine: npt.NDArray[np.void]
     page: npt.NDArray[np.void]
+    engine_offsets: Addresses
+    page_offsets: Addresses
 
     @classmethod
     def of(cls, kv: PagedKv, unit_tokens: int) -> UnitView:
         """For units of so many tokens: neighbours without a gap are one item."""
-        item_bytes = kv.element_bytes
-        axes = [
-            (size, stride * kv.element_bytes)
-            for size, stride in zip((unit_tokens, kv.heads, kv.head_size), kv.strides[1:], strict=True)
-            if size > 1
-        ]
+        width = kv.element_bytes
+        sizes = (unit_tokens, kv.heads, kv.head_size)
+        strides = [stride * width for stride in kv.strides[1:]]
+        dense = [kv.heads * kv.head_size * width, kv.head_size * width, width]
+        piece = _piece(sizes, width)
+        starts = [range(0, size, step) for size, step in zip(sizes, piece, strict=True)]
+        every = np.array(list(itertools.product(*starts)), np.int64)
+        item_bytes = width
+        axes = [(n, stride) for n, stride in zip(piece, strides, strict=True) if n > 1]
         while axes and axes[-1][1] == item_bytes:
             item_bytes *= axes.pop()[0]
         shape = tuple(size for size, _ in axes)
-        dense = [item_bytes]
-        for size in reversed(shape[1:]):
-            dense.append(dense[-1] * size)
+        inner = [item_bytes * math.prod(shape[at + 1 :]) for at in range(len(shape))]
         return cls(
             np.asarray(_Everything(item_bytes, shape, tuple(stride for _, stride in axes))),
-            np.asarray(_Everything(item_bytes, shape, tuple(reversed(dense[: len(shape)])))),
+            np.asarray(_Everything(item_bytes, shape, tuple(inner))),
+            every @ np.array(strides, np.int64) - _FIRST,
+            every @ np.array(dense, np.int64) - _FIRST,
         )
 
     def move(self, engine: Addresses, page: Addresses, *, pack: bool) -> None:
         """Copy the units at these addresses from planes to pages (``pack``), or back."""
+        at_engine = (engine[:, None] + self.engine_offsets).reshape(-1)
+        at_page = (page[:, None] + self.page_offsets).reshape(-1)
         if pack:
-            self.page[page - _FIRST] = self.engine[engine - _FIRST]
+            self.page[at_page] = self.engine[at_engine]
         else:
-            self.engine[engine - _FIRST] = self.page[page - _FIRST]
+            self.engine[at_engine] = self.page[at_page]
+
+
+def _piece(sizes: tuple[int, ...], width: int) -> list[int]:
+    """Tokens, heads and elements of a piece: an inner axis is cut only where the outer ones are cut to one."""
+    piece = list(sizes)
+    for axis in range(len(piece)):
+        while piece[axis] > 1 and math.prod(piece) * width > PIECE_BYTES_MAX:
+            piece[axis] = next(piece[axis] // by for by in range(2, piece[axis] + 1) if not piece[axis] % by)
+    return piece

@@ -40,6 +40,8 @@ def _call(core: Core, event: ev.Fetch | ev.Reserve | ev.Prefetch) -> bool:
 
 
 def _fetch(core: Core, event: ev.Fetch) -> bool:
+    if event.tier < 0 and event.session in core.sessions and event.namespace in core.namespaces:
+        return True  # hot
     return _call(core, event) and (event.tier < 0 or _slotted(core, event))
 
 

@@ -98,16 +98,19 @@ def _count_hits(core: Core, runs: list[Run], tier: int, tier_pages: list[int], p
 
     ``tier_pages`` comes with all of them in the lease's tier.
     """
+    hits, hit_bytes = core.counters.hit_pages, core.counters.hit_bytes
     elsewhere = [run for run in runs if run.state[tier] != RESIDENT]
+    if not elsewhere:
+        hits[tier] += tier_pages[tier]
+        hit_bytes[tier] += tier_pages[tier] * page_bytes
+        return False
     for run in elsewhere:
         tier_pages[tier] -= run.pages
         tier_pages[run.state.index(RESIDENT)] += run.pages
-    missing = bool(elsewhere)
-    hits, hit_bytes = core.counters.hit_pages, core.counters.hit_bytes
     for index, pages in enumerate(tier_pages):
         hits[index] += pages
         hit_bytes[index] += pages * page_bytes
-    return missing
+    return True
 
 
 def _empty(lease: Lease) -> FetchResult:

@@ -116,9 +116,10 @@ class Slab:
 
 
 class Turnstile:
-    """Lets things happen in the order of their tickets, whatever order they become ready in."""
+    """Has things done, by ``do``, in the order of their tickets, whatever order they become ready in."""
 
-    def __init__(self) -> None:
+    def __init__(self, do: Callable[[Callable[[], None]], None]) -> None:
+        self._do = do
         self._line: deque[list[Callable[[], None]]] = deque()
 
     def ticket(self) -> list[Callable[[], None]]:
@@ -128,7 +129,7 @@ class Turnstile:
         return place
 
     def ready(self, place: list[Callable[[], None]], call: Callable[[], None]) -> None:
-        """``call`` happens when everything with an earlier ticket has; at once if it is first."""
+        """``call`` happens when everything with an earlier ticket has."""
         place.append(call)
         while self._line and self._line[0]:
-            self._line.popleft()[0]()
+            self._do(self._line.popleft()[0])

@@ -89,7 +89,10 @@ class Job:
 
 
 class Copier:
-    """Starts copies in the order given; ``done`` gets each one's CopyDone, later, on the loop's thread."""
+    """Starts copies in the order given; ``done`` gets each one's CopyDone, later, on the loop's thread.
+
+    ``soon`` makes PUTs happen, in order: many may become ready at once.
+    """
 
     def __init__(
         self,
@@ -101,6 +104,7 @@ class Copier:
         bounce_bytes: int,
         lanes: int,
         now_ns: Callable[[], int],
+        soon: Callable[[Callable[[], None]], None],
     ) -> None:
         self._ports = ports
         self._workers = workers
@@ -109,7 +113,7 @@ class Copier:
         self._chunk_bytes = chunk_bytes
         self._bounce = BouncePool(max(1, bounce_bytes // chunk_bytes), chunk_bytes)
         self._lane = Lane(lanes)
-        self._turns = [Turnstile() for _ in ports]
+        self._turns = [Turnstile(soon) for _ in ports]
         self.in_flight = 0
 
     @property

@@ -76,7 +76,11 @@ class TransferDesk:
             self._unmapped.append(number)
             self._ring()
 
-        self.transfers.close_kv(handle, unmapped)
+        try:
+            self.transfers.close_kv(handle, unmapped)
+        except HicacheError:  # they are being closed, on another thread: it goes with everything else
+            self._unmapped.append(number)
+            self._ring()
 
     # --- transfers
 

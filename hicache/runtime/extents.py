@@ -38,15 +38,14 @@ def extents(regions: RegionRegistry, ports: Sequence[TierPort], result: FetchRes
     if not result.granted_pages:
         return ExtentColumns()
     port = ports[result.tier]
-    if port.mappable is None:
+    memory = port.mapped
+    if memory is None:
         return ExtentColumns()
-    slots = lease_slots(result)
+    # A lease has one piece, an array: it becomes numpy columns without a loop over its slots.
+    slots = result.pieces[0].slots if len(result.pieces) == 1 else lease_slots(result)
     assert len(slots) == result.granted_pages, "a lease's pieces are not its granted pages"
-    breaks = np.flatnonzero(np.diff(np.asarray(slots, dtype=np.int64)) != 1) + 1
-    starts = [0, *breaks.tolist()]
-    columns = ExtentColumns(
-        checksums=port.mappable.checksums(slots), generations=port.mappable.generations(slots)
-    )
+    columns = ExtentColumns(checksums=memory.checksums(slots), generations=memory.generations(slots))
+    starts = [0, *(np.flatnonzero(np.diff(np.asarray(slots, dtype=np.int64)) != 1) + 1).tolist()]
     for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
         segment, index = divmod(slots[start], SLOTS_PER_SEGMENT)
         arena = regions.arena_at(port.index, segment)

@@ -30,6 +30,7 @@ from hicache.runtime.recorder import Recorder
 from hicache.runtime.recovery import Recoverer
 from hicache.runtime.regions import RegionRegistry
 from hicache.runtime.stores import Stores, open_stores
+from hicache.runtime.turns import Backlog, Turns
 from hicache.runtime.watch import Watch
 from hicache.runtime.watchers import Watchers
 from hicache.runtime.workers import Wake, Workers, resolve
@@ -66,6 +67,7 @@ class House:
         self.loop = EngineLoop(self.engine, clock, self._perform)
         self.namespaces = NamespaceBook(stores.specs)
         self._wake = wake
+        self._backlog = Backlog(wake.ring)
         self._workers = Workers(options.workers, wake.ring)
         self.desk = TransferDesk(transfers, self._workers, wake.ring)
         self.kv_regions = KvRegions(self.desk, regions.next_id, door.require)
@@ -77,10 +79,11 @@ class House:
             bounce_bytes=options.bounce_bytes,
             lanes=2 * options.workers,
             now_ns=clock.now_ns,
+            soon=self._backlog.add,
         )
         self.packs = PackCalls(self.desk, self.kv_regions, self.ports[0], clock)
         self.loads: LoadCalls | None = None  # made with the calls that it needs
-        self.performer = Performer(self.ports, self.copier, regions, self.loop.handle)
+        self.performer = Performer(self.ports, self.copier, regions, self.loop.handle, self._backlog.add)
         self.watchers = Watchers(
             self.loop.handle, lambda number: self.namespaces.find(number)[0].tenant, clock
         )
@@ -101,7 +104,14 @@ class House:
 
     def poll(self) -> int:
         """Hand out what workers, stores and transfers have finished; returns how many results there were."""
-        return self._workers.poll() + sum(port.poll() for port in self.ports) + self.desk.poll()
+        found = self._backlog.poll() + self._workers.poll()
+        return found + sum(port.poll() for port in self.ports) + self.desk.poll()
+
+    def poll_by_turns(self) -> Callable[[], None]:
+        """``poll`` in turns: to be called whenever somebody rings."""
+        ports = [port.poll for port in self.ports]
+        sources = [self._backlog.poll, self._workers.poll, *ports, lambda _turn: self.desk.poll()]
+        return Turns(sources, self._clock.now_ns, self._wake.ring).take
 
     # --- namespaces
 
@@ -213,7 +223,9 @@ async def open_house(
 ) -> House:
     """Open the stores (on a thread: a lock, a file to map) and wire everything. Raises as ``open_stores`` does."""
     wake = Wake(asyncio.get_running_loop())
-    stores = await asyncio.to_thread(open_stores, options, wake.ring, lambda: int(clock.wall_s() * 1000))
+    stores = await asyncio.to_thread(
+        open_stores, options, wake.ring, lambda: int(clock.wall_s() * 1000), clock.now_ns
+    )
     device = next((port.store for port in stores.ports if port.spec.kind is TierKind.DEVICE), None)
     try:
         transfers = await asyncio.to_thread(open_transfers, device, wake.ring, now_ns=clock.now_ns)
@@ -222,7 +234,7 @@ async def open_house(
             port.store.close()
         raise
     house = House(options, clock, stores, wake, regions, transfers=transfers, door=door)
-    wake.call = house.poll
+    wake.call = house.poll_by_turns()
     try:
         house.start_recording(options, clock)
     except ConfigError:

@@ -32,27 +32,37 @@ class Layout(Protocol):
         """From slot to slot, in bytes."""
 
 
-class SharedPool(Protocol):
-    """A device store's side, where its pool may be mapped by other processes: slots without counters."""
-
-    def layout(self, segment: int) -> Layout:
-        """Of an open segment; ``first_slot_offset`` is where its slots begin in the memory."""
-
-    def memory(self, segment: int) -> SharedMemory:
-        """How the segment is mapped. A descriptor is the store's own."""
-
-
-class Mappable(Protocol):
-    """The store's side of shared memory."""
+class Slots(Protocol):
+    """What a store tells of its slots, to go with where they are."""
 
     def layout(self, segment: int) -> Layout:
         """Of an open segment."""
-
-    def fd(self, segment: int) -> int:
-        """Its descriptor; the store's own."""
 
     def checksums(self, slots: Sequence[int]) -> list[int]:
         """Recorded checksums."""
 
     def generations(self, slots: Sequence[int]) -> list[int]:
-        """As clients see them in the segment's header."""
+        """How often each slot has changed; what clients see in the segment's header, where it has one."""
+
+
+class Mappable(Slots, Protocol):
+    """The store's side of shared memory."""
+
+    def fd(self, segment: int) -> int:
+        """Its descriptor; the store's own."""
+
+
+class SharedPool(Slots, Protocol):
+    """A device store's side, where its pool may be mapped by other processes: slots without counters.
+
+    ``generations``: the store's own counts, which stand in no mapping.
+    """
+
+    def shared(self, segment: int) -> SharedMemory:
+        """How the segment is mapped. A descriptor is the store's own.
+
+        Raises UnavailableError while bytes of an earlier segment may lie in it, UnsupportedError where it cannot be.
+        """
+
+    def close_segment(self, segment: int, *, reusable: bool) -> None:
+        """Give its memory back; not ``reusable``: a process may have it mapped as long as it lives."""

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from hicache.runtime.counters import Histogram
+from hicache.runtime.device_stats import DeviceStats
 from hicache.runtime.stats import ServiceStats, TierStats
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ _TIER_TOTALS = (
     ("dropped_pages", "pages that left it as their last tier"),
     ("corrupt_pages", "pages whose bytes were not what was stored"),
 )
+_DEVICE_TOTALS = (
+    ("direct_bytes", "bytes copied from or to the host tier's memory directly"),
+    ("bounced_bytes", "bytes copied through a bounce buffer"),
+    ("faults", "copies that failed"),
+)
 _GAUGES = (
     "sessions",
     "leases",
@@ -70,6 +76,7 @@ class ServiceCollector:
         yield state
         yield GaugeMetricFamily(PREFIX + "uptime_seconds", "since the start", value=stats.uptime_ms / 1000)
         yield from _tiers(stats.tiers)
+        yield from _devices(stats.devices)
         yield from _totals(stats)
         yield _latencies(calls)
 
@@ -98,6 +105,38 @@ def _tiers(tiers: tuple[TierStats, ...]) -> Iterator[Metric]:
     for tier in tiers:
         degraded.add_metric([tier.name], float(tier.state != "ok"))
     yield degraded
+
+
+def _devices(devices: tuple[DeviceStats, ...]) -> Iterator[Metric]:
+    if not devices:
+        return
+    up = GaugeMetricFamily(f"{PREFIX}device_up", "0 for a device that was given up", labels=["device"])
+    registered = GaugeMetricFamily(
+        f"{PREFIX}device_registered_bytes", "of host memory that it copies from directly", labels=["device"]
+    )
+    for device in devices:
+        up.add_metric([device.name], float(not device.problem))
+        registered.add_metric([device.name], device.registered_bytes)
+    yield from (up, registered, _copy_speeds(devices))
+    for name, text in _DEVICE_TOTALS:
+        total = CounterMetricFamily(f"{PREFIX}device_{name}", text, labels=["device"])
+        for device in devices:
+            total.add_metric([device.name], getattr(device, name))
+        yield total
+
+
+def _copy_speeds(devices: tuple[DeviceStats, ...]) -> Metric:
+    speed = GaugeMetricFamily(
+        f"{PREFIX}device_copy_bytes_per_second",
+        "what was measured for a shape, by copy engine; chosen: 1 for the one that copies it",
+        labels=["device", "direction", "page_bytes", "rows", "engine", "chosen"],
+    )
+    for device in devices:
+        for choice in device.choices:
+            shape = [device.name, choice.direction, str(choice.page_bytes), choice.rows]
+            for engine, gb_per_s in choice.gb_per_s.items():
+                speed.add_metric([*shape, engine, str(int(engine == choice.engine))], gb_per_s * 1e9)
+    return speed
 
 
 def _totals(stats: ServiceStats) -> Iterator[Metric]:

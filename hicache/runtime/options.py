@@ -21,8 +21,10 @@ MIN_PROMOTION_COPIES = 4
 class ServiceOptions:
     """What a sidecar keeps pages in, and how.
 
-    A tier is left out by leaving its size 0; one must be there. ``device``: "", "cpu" or "cuda:<n>", which copies
-    by ``copy_engine`` ("auto": the fastest as measured). Segment sizes of 0 are
+    A tier is left out by leaving its size 0; one must be there. ``device``: "", "cpu", or CUDA devices
+    ("cuda:<n>", "cuda:0,cuda:1", "cuda:0-3": evenly), which copy by ``copy_engine`` ("auto": the fastest as
+    measured) and are given up after ``device_timeout_ms`` without an answer, 0: never. ``share_device``: clients
+    may map its pool. Segment sizes of 0 are
     derived from the tier's capacity (``segment_bytes_for``). ``workers``: threads that copy clients' pages in.
     ``bounce_bytes``: buffers for copies between tiers of which neither can be addressed. ``copy_chunk_bytes``: how
     much of a copy one worker does at a time. ``disk_sync``: fsync each commit, for power cuts. ``disk_codec``: how
@@ -38,6 +40,8 @@ class ServiceOptions:
     device_bytes: int = 0
     device_segment_bytes: int = 0
     copy_engine: str = "auto"
+    share_device: bool = False
+    device_timeout_ms: int = 30_000
     host_bytes: int = 0
     host_segment_bytes: int = 0
     disk_path: str = ""
@@ -101,6 +105,8 @@ class ServiceOptions:
         if bool(self.device) != bool(self.device_bytes):
             missing, given = ("--device-bytes", "--device") if self.device else ("--device", "--device-bytes")
             raise ConfigError(f"{given} is set and {missing} is not", hint="they go together")
+        if self.share_device and not self.device:
+            raise ConfigError("--share-device: there is no device tier to share", hint="set --device, too")
         if bool(self.disk_path) != bool(self.disk_bytes):
             missing, given = (
                 ("--disk-bytes", "--disk-path") if self.disk_path else ("--disk-path", "--disk-bytes")

@@ -14,7 +14,10 @@ from hicache.types import Op
 
 
 class Performer:
-    """``handle`` takes what comes back: it queues, so that it may be called at any time."""
+    """``handle`` takes what comes back: it queues, so that it may be called at any time.
+
+    ``soon`` starts copies between tiers, in their order: one event may ask for many.
+    """
 
     def __init__(
         self,
@@ -22,11 +25,13 @@ class Performer:
         copier: Copier,
         regions: RegionRegistry,
         handle: Callable[[Event], None],
+        soon: Callable[[Callable[[], None]], None],
     ) -> None:
         self._ports = ports
         self._copier = copier
         self._regions = regions
         self._handle = handle
+        self._soon = soon
         self.differing_pages = 0  # committed again with other bytes than those that were kept
         self._by_kind: dict[type, Callable[..., None]] = {
             Copy: self._copy,
@@ -52,6 +57,9 @@ class Performer:
         self._by_kind[type(action)](action)
 
     def _copy(self, action: Copy) -> None:
+        self._soon(lambda: self._start(action))
+
+    def _start(self, action: Copy) -> None:
         self._ports[action.dst_tier].reopen(action.dst_slots)
         self._copier.copy(action)
 
@@ -89,7 +97,9 @@ class Performer:
         def closed() -> None:
             self._handle(events.SegmentClosed(port.index, segment))
 
-        self._regions.arena_retired(port.index, segment, lambda: port.close_segment(segment, closed))
+        self._regions.arena_retired(
+            port.index, segment, lambda sure: port.close_segment(segment, closed, reusable=sure)
+        )
 
     def _latched(self, port: TierPort) -> None:
         self._handle(events.TierLatched(port.index, port.health.readable))

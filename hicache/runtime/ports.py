@@ -16,8 +16,9 @@ from typing import Protocol, cast
 
 from hicache.errors import HicacheError
 from hicache.runtime.busy import BusySegments
-from hicache.runtime.mapping import Mappable, SharedPool
+from hicache.runtime.mapping import Mappable, SharedPool, Slots
 from hicache.runtime.pace import Pace
+from hicache.runtime.turns import Turn
 from hicache.types import (
     SLOTS_PER_SEGMENT,
     AddressableStore,
@@ -104,6 +105,7 @@ class TierPort:
         self.addressable = addressable
         self.mappable = mappable
         self.shared = shared  # a device's pool, where other processes may map it
+        self.mapped: Slots | None = mappable or shared  # where clients can read leased pages in place
         self.health = Health()
         self.bytes_in = 0
         self.bytes_out = 0
@@ -117,6 +119,7 @@ class TierPort:
         self.on_local: Callable[[], None] = lambda: None  # something for ``poll`` that no store rang for
         self._ids = itertools.count(1)
         self._waiting: dict[int, tuple[Batch, Then]] = {}
+        self._taken: deque[Completion] = deque()  # from the store, not handed out yet
         self._local: deque[Completion] = deque()
         self._held: deque[Batch] | None = None
         self._unopened: dict[int, tuple[str, int, int]] = {}
@@ -194,16 +197,20 @@ class TierPort:
         self._local.append(Completion(batch.id, (outcome,) * pages, nothing, nothing, reason))
         self.on_local()
 
-    def poll(self) -> int:
-        """Hand every completion that is there to whom it belongs; returns how many."""
+    def poll(self, turn: Turn | None = None) -> int:
+        """Hand the completions that are there to whom they belong, all or as many as a turn takes; returns how many."""
         found = 0
-        for completion in self.store.poll():
+        self._taken.extend(self.store.poll())
+        while self._taken:
+            completion = self._taken.popleft()
             batch, then = self._settle(completion)
             self._count(batch, completion)
             if self.spec.durable:
                 self._watch(batch, completion)
             found += 1
             then(completion)
+            if turn is not None and turn.over():
+                return found
         lost = self._take_lost() if self._held is None else []  # before its recovery nobody knows these pages
         if lost:
             self.on_lost(self, lost)
@@ -324,12 +331,18 @@ class TierPort:
             for segment in {slot // SLOTS_PER_SEGMENT for slot in slots} & self._unopened.keys():
                 self.open_segment(segment, *self._unopened[segment])
 
-    def close_segment(self, segment: int, then: Callable[[], None]) -> None:
-        """Close a segment once nobody moves its pages, then call ``then``."""
+    def close_segment(self, segment: int, then: Callable[[], None], *, reusable: bool = True) -> None:
+        """Close a segment once nobody moves its pages, then call ``then``.
+
+        ``reusable``: no process can have its memory mapped any more.
+        """
 
         def close() -> None:
             if self._unopened.pop(segment, None) is None and not self._closed:
-                self._slotted.close_segment(segment)
+                if self.shared is not None:
+                    self.shared.close_segment(segment, reusable=reusable)
+                else:
+                    self._slotted.close_segment(segment)
             then()
 
         self.busy.when_idle(segment, close)

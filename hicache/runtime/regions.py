@@ -11,12 +11,15 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from hicache.device.kv import SharedMemory
-from hicache.errors import InvalidArgumentError, NotFoundError
+from hicache.errors import HicacheError, InvalidArgumentError, NotFoundError
 from hicache.runtime.mapping import Layout, Mappable, SharedPool
+
+_log = logging.getLogger(__name__)
 
 
 class RegionKind(enum.Enum):
@@ -76,7 +79,7 @@ class ClientRegion:
 class _Retiring:
     arena: ArenaInfo
     waiting_for: set[int]
-    then: Callable[[], None]
+    then: Callable[[bool], None]
 
 
 class RegionRegistry:
@@ -91,7 +94,9 @@ class RegionRegistry:
         self._clients: dict[int, ClientRegion] = {}
         self._arenas: dict[tuple[int, int], ArenaInfo] = {}  # (tier, segment)
         self._fds: dict[int, tuple[ArenaInfo, Callable[[], int]]] = {}  # region -> (info, its descriptor)
+        self._pools: dict[int, Callable[[], SharedMemory]] = {}  # of those, a device's: how it is mapped
         self._retiring: dict[int, _Retiring] = {}
+        self._unsure: set[int] = set()  # of these regions somebody may keep a mapping for as long as it lives
 
     def next_id(self) -> int:
         """For a region that somebody else keeps: numbers are unique among all kinds."""
@@ -136,7 +141,19 @@ class RegionRegistry:
 
     def arenas(self, tenant: str) -> list[ArenaInfo]:
         """The tenant's arena regions."""
-        return [arena for arena in self._arenas.values() if arena.tenant == tenant]
+        mine = [arena for arena in self._arenas.values() if arena.tenant == tenant]
+        return [seen for arena in mine if (seen := self._seen(arena)) is not None]
+
+    def _seen(self, arena: ArenaInfo) -> ArenaInfo | None:
+        """The region as a client is told of it; None for one of a pool that cannot be mapped, or not yet."""
+        share = self._pools.get(arena.region_id)
+        if share is None:
+            return arena
+        try:
+            return dataclasses.replace(arena, memory=share())
+        except HicacheError as error:
+            _log.debug("region %d is not listed: %s", arena.region_id, error)
+            return None
 
     def arena_fd(self, tenant: str, region: int) -> int:
         """The descriptor of an arena region: pass it on, never close it. Raises NotFoundError for another's."""
@@ -160,9 +177,9 @@ class RegionRegistry:
 
     def pool_opened(self, tier: int, segment: int, tenant: str, store: SharedPool) -> None:
         """A segment of a device's pool was opened, which other processes may map."""
-        memory = store.memory(segment)
-        arena = dataclasses.replace(self._arena(tenant, store.layout(segment)), memory=memory)
-        self._opened(tier, segment, arena, lambda: memory.fd)
+        arena = self._arena(tenant, store.layout(segment))
+        self._pools[arena.region_id] = lambda: store.shared(segment)
+        self._opened(tier, segment, arena, lambda: store.shared(segment).fd)
 
     def _arena(self, tenant: str, layout: Layout) -> ArenaInfo:
         return ArenaInfo(
@@ -180,18 +197,31 @@ class RegionRegistry:
         self._arenas[tier, segment] = arena
         self._fds[arena.region_id] = (arena, fd)
 
-    def arena_retired(self, tier: int, segment: int, then: Callable[[], None]) -> None:
-        """A segment is being closed; ``then`` is called when no session maps it any more, perhaps at once."""
+    def may_stay_mapped(self, regions: Iterable[int]) -> None:
+        """A session that had these handed out has ended, and its process may live on and keep what it has mapped."""
+        self._unsure.update(region for region in regions if region in self._fds or region in self._retiring)
+
+    def arena_retired(self, tier: int, segment: int, then: Callable[[bool], None]) -> None:
+        """A segment is being closed; ``then`` is called when no session maps it any more, perhaps at once.
+
+        It gets whether that is certain: whoever was handed the memory has said so, or is dead.
+        """
         arena = self._arenas.pop((tier, segment), None)
         if arena is None:  # it could never be opened
-            then()
+            then(True)  # noqa: FBT003
             return
         del self._fds[arena.region_id]
+        self._pools.pop(arena.region_id, None)
         waiting_for = set(self.on_retired(arena.tenant, arena.region_id))
-        if not waiting_for:
-            then()
-            return
-        self._retiring[arena.region_id] = _Retiring(arena, waiting_for, then)
+        if waiting_for:
+            self._retiring[arena.region_id] = _Retiring(arena, waiting_for, then)
+        else:
+            self._gone(arena.region_id, then)
+
+    def _gone(self, region: int, then: Callable[[bool], None]) -> None:
+        sure = region not in self._unsure
+        self._unsure.discard(region)
+        then(sure)
 
     def released(self, session: int, region: int) -> None:
         """A session maps a retired region no longer. Anything else that it may say is ignored."""
@@ -201,7 +231,7 @@ class RegionRegistry:
         retiring.waiting_for.discard(session)
         if not retiring.waiting_for:
             del self._retiring[region]
-            retiring.then()
+            self._gone(region, retiring.then)
 
     @property
     def retiring(self) -> int:

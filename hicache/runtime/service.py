@@ -295,7 +295,11 @@ class Service:
         """A snapshot of all counts."""
         house = self._running
         return service_stats(
-            house, self._door.state, self._clock.now_ms() - self._started_ms, self.latencies.snapshot()
+            house,
+            self._door.state,
+            self._clock.now_ms() - self._started_ms,
+            self.latencies.snapshot(),
+            copy_engine=self.options.copy_engine,
         )
 
     async def advice(self) -> Advice:

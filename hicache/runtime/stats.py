@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hicache.engine import EngineStats
 from hicache.runtime.counters import CallLatency
+from hicache.runtime.device_stats import DeviceStats, device_stats
 from hicache.runtime.loading import LoadCounts
 from hicache.runtime.ports import TierPort
 
@@ -58,6 +59,7 @@ class ServiceStats:
     counters: Mapping[str, int]
     totals: frozenset[str]
     latencies: tuple[CallLatency, ...]
+    devices: tuple[DeviceStats, ...] = ()
 
 
 def tier_stats(engine: EngineStats, ports: Sequence[TierPort]) -> tuple[TierStats, ...]:
@@ -90,7 +92,9 @@ def tier_stats(engine: EngineStats, ports: Sequence[TierPort]) -> tuple[TierStat
     )
 
 
-def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[CallLatency]) -> ServiceStats:
+def service_stats(
+    house: House, state: str, uptime_ms: int, latencies: Sequence[CallLatency], *, copy_engine: str
+) -> ServiceStats:
     """A snapshot of a running service."""
     engine = house.engine.stats()
     report = house.recoverer.report if house.recoverer is not None else None
@@ -140,4 +144,5 @@ def service_stats(house: House, state: str, uptime_ms: int, latencies: Sequence[
         {**totals, **gauges},
         frozenset(totals),
         tuple(latencies),
+        device_stats(house.ports, copy_engine),
     )

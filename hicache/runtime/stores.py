@@ -29,8 +29,15 @@ class Stores:
         return tuple(port.spec for port in self.ports)
 
 
-def open_stores(options: ServiceOptions, notify: Notify, wall_ms: Callable[[], int] = lambda: 0) -> Stores:
-    """Open every configured tier, or none: what was opened before a failure is closed again. ``wall_ms``: unix time.
+def open_stores(
+    options: ServiceOptions,
+    notify: Notify,
+    wall_ms: Callable[[], int] = lambda: 0,
+    now_ns: Callable[[], int] = lambda: 0,
+) -> Stores:
+    """Open every configured tier, or none: what was opened before a failure is closed again.
+
+    ``wall_ms``: unix time. ``now_ns``: the clock by which a device is given up.
 
     Raises ConfigError (a folder in use, a missing package), ExhaustedError, UnavailableError.
     """
@@ -44,8 +51,10 @@ def open_stores(options: ServiceOptions, notify: Notify, wall_ms: Callable[[], i
                 assert disk is not None, "a disk tier without a disk store"
                 ports.append(TierPort(index, spec, disk))
                 continue
-            opener = _open_device if spec.kind is TierKind.DEVICE else _open_host
-            ports.append(opener(index, spec, options, notify))
+            if spec.kind is TierKind.DEVICE:
+                ports.append(_open_device(index, spec, options, notify, now_ns=now_ns))
+            else:
+                ports.append(_open_host(index, spec, options, notify))
             opened.callback(ports[-1].store.close)
         _pin(ports)
         opened.pop_all()
@@ -76,14 +85,16 @@ def _open_disk(options: ServiceOptions, notify: Notify, wall_ms: Callable[[], in
         raise ConfigError(f"--disk-path: {error.message}", hint=error.hint) from error
 
 
-def _open_device(index: int, spec: TierSpec, options: ServiceOptions, notify: Notify) -> TierPort:
+def _open_device(
+    index: int, spec: TierSpec, options: ServiceOptions, notify: Notify, *, now_ns: Callable[[], int]
+) -> TierPort:
     from hicache.device import DeviceOptions, open_device
 
-    return TierPort(
-        index,
-        spec,
-        open_device(options.device, spec, notify, DeviceOptions(copy_engine=options.copy_engine)),
+    settings = DeviceOptions(
+        copy_engine=options.copy_engine, share=options.share_device, timeout_ms=options.device_timeout_ms
     )
+    store = open_device(options.device, spec, notify, settings, now_ns=now_ns)
+    return TierPort(index, spec, store, shared=store if options.share_device else None)
 
 
 def _pin(ports: Sequence[TierPort]) -> None:

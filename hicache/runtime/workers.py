@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from hicache.runtime.turns import Turn
 from hicache.tier.priority import background
 
 T = TypeVar("T")
@@ -81,14 +82,16 @@ class Workers:
         self._done.append(call)
         self._ring()
 
-    def poll(self) -> int:
-        """Hand out the results that are there; returns how many. On the loop's thread."""
+    def poll(self, turn: Turn | None = None) -> int:
+        """Hand out the results that are there, or as many as a turn takes; returns how many. On the loop's thread."""
         found = 0
         while self._done:
             call = self._done.popleft()
             self.running -= 1
             found += 1
             call()
+            if turn is not None and turn.over():
+                break
         return found
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 #: Pages of one batch that belong to one worker: (batch, positions in it, the slots as (segment, index)).
 _Task = tuple[Pending, list[int], list[tuple[Segment, int]]]
-_Where = npt.NDArray[np.bool_]
+_Where = npt.NDArray[np.bool_] | slice
 _Indices = npt.NDArray[np.int64]
 _Queue = queue.SimpleQueue[_Task | None]
 
@@ -153,13 +153,25 @@ class HostStore:
 
     def _group(self, slots: Sequence[int]) -> Iterator[tuple[Segment, _Where, _Indices]]:
         """The slots by segment: which entries of ``slots`` lie in it, and their indices there. No loop over slots."""
-        numbers, indices = np.divmod(np.asarray(slots, dtype=np.int64), SLOTS_PER_SEGMENT)
+        every = np.asarray(slots, dtype=np.int64)
+        if not len(every):
+            return
+        number = int(every.min()) // SLOTS_PER_SEGMENT
+        if number == int(every.max()) // SLOTS_PER_SEGMENT:  # as it is nearly always
+            segment, inside = self._segment(number), every - number * SLOTS_PER_SEGMENT
+            self._check_inside(segment, number, inside)
+            yield segment, slice(None), inside
+            return
+        numbers, indices = np.divmod(every, SLOTS_PER_SEGMENT)
         for number in np.unique(numbers).tolist():
             mine = numbers == number
             segment, inside = self._segment(number), indices[mine]
-            if int(inside.max()) >= segment.layout.slots:
-                raise InvalidArgumentError(f"segment {number} has only {segment.layout.slots} slots")
+            self._check_inside(segment, number, inside)
             yield segment, mine, inside
+
+    def _check_inside(self, segment: Segment, number: int, inside: _Indices) -> None:
+        if int(inside.max()) >= segment.layout.slots:
+            raise InvalidArgumentError(f"segment {number} has only {segment.layout.slots} slots")
 
     # -- the store port
 

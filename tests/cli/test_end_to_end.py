@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from hicache import Client
 from hicache.cli import crew, main
 from hicache.cli.sidecar import Sidecar, temporary
 from hicache.cli.workload import WorkloadSpec
@@ -126,6 +127,49 @@ def test_stats_tree_and_admin(running: Sidecar, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     assert main.main(["admin", "check", "--json", *target]) == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+@pytest.mark.parametrize("extra_key_bytes", [0, 16], ids=["tokens", "extra-keys"])
+def test_admin_pins_and_evicts_a_prefix(
+    running: Sidecar, tmp_path: Path, capsys: pytest.CaptureFixture[str], extra_key_bytes: int
+) -> None:
+    fields = {"model": "pins", "page_tokens": 4, "page_bytes": 4096, "extra_key_bytes": extra_key_bytes}
+
+    def say(*words: str) -> tuple[int, dict[str, int]]:
+        code = main.main(["admin", *words, "--json", "--target", running.target])
+        return code, json.loads(capsys.readouterr().out)
+
+    file = tmp_path / "ids"
+    file.write_text("[1, 2, 3, 4,\n 5 6 7 8, 9]\n", encoding="utf-8")
+    with Client(running.target) as client:
+        namespace = client.namespace(**fields)
+        keys = {"extra_keys": [b"", b""]} if extra_key_bytes else {}
+        with namespace.reserve(list(range(1, 9)), **keys) as reservation:
+            for page in range(2):
+                reservation.write(page, bytes(4096))
+            reservation.commit()
+        name = ("--namespace", namespace.fingerprint.hex()[:16], "--tokens", f"@{file}")
+    code, pinned = say("pin", *name, "--tier", "host", "--ttl", "1h")
+    assert (code, pinned["pages"]) == (0, 2)
+    assert say("evict", *name, "--tier", "host")[1] == {"pages": 0, "kept_pages": 2}
+    assert say("unpin", str(pinned["pin"])) == (0, {"pin": pinned["pin"]})
+    whole = ("--namespace", json.dumps(fields), "--tokens", "1,2,3,4")
+    assert say("evict", *whole) == (0, {"pages": 2, "kept_pages": 0})
+    assert say("pin", *whole) == (1, {"pin": 0, "pages": 0})
+    gone = main.main(["admin", "pin", *name, "--target", running.target])
+    assert (gone, "holds pages" in capsys.readouterr().err) == (main.EXIT_REFUSED, True)
+
+
+def test_admin_names_block_hashes(running: Sidecar, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"model": "h", "page_bytes": 4096, "symbol_kind": "hashes", "symbol_hash_bytes": 16}
+    with Client(running.target) as client, client.namespace(**fields).reserve([b"a" * 16]) as reservation:
+        reservation.write(0, bytes(4096))
+        reservation.commit()
+    words = ["admin", "evict", "--namespace", json.dumps(fields), "--target", running.target]
+    assert main.main([*words, "--tokens", (b"a" * 16).hex()]) == 0
+    assert "moved 1 pages out of all tiers" in capsys.readouterr().out
+    assert main.main([*words, "--tokens", "no-hex"]) == main.EXIT_USAGE
+    assert "--tokens: " in capsys.readouterr().err
 
 
 @pytest.fixture

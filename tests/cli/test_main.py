@@ -11,6 +11,12 @@ import pytest
 
 from hicache.cli import main
 from hicache.cli.main import COMMANDS, build_parser
+from hicache.cli.serve import service_options
+from hicache.cli.settings import ServeConfig
+from hicache.errors import ConfigError
+from hicache.policy import POLICIES
+
+ZOO = ", ".join(sorted(POLICIES))
 
 
 def sub_parser(name: str) -> argparse.ArgumentParser:
@@ -56,6 +62,10 @@ def test_the_top_help_lists_every_command(capsys: pytest.CaptureFixture[str]) ->
             ["replay", "--trace", "/nowhere.zst"],
             "--trace: cannot read /nowhere.zst: No such file or directory",
         ),
+        (["admin", "pin", "--namespace", "{}"], "pin: --tokens is missing (see `hicache admin --help`)"),
+        (["admin", "unpin"], "unpin: PIN is missing (see `hicache admin --help`)"),
+        (["admin", "check", "--tier", "host"], "--tier: is for pin and evict, not for check"),
+        (["demo", "--policy", "nosuch"], f"--policy: unknown eviction policy 'nosuch' (one of {ZOO})"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_flag(
@@ -65,6 +75,16 @@ def test_bad_input_is_one_line_that_names_the_flag(
     shown = capsys.readouterr()
     assert shown.err == f"hicache: error: {message}\n"
     assert not shown.out
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["policy", "device_policy", "disk_policy", "admission", "host_admission", "disk_admission"],
+)
+def test_unknown_names_are_refused_for_tiers_that_are_left_out_too(setting: str) -> None:
+    flag, kind = f"--{setting.replace('_', '-')}", setting.rpartition("_")[2]
+    with pytest.raises(ConfigError, match=f"^{flag}: unknown (eviction )?{kind} 'foo'"):
+        service_options(ServeConfig(**{setting: "foo"}))
 
 
 def test_nobody_there_is_one_line_and_exit_code_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

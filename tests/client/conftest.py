@@ -3,107 +3,69 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import signal
-import subprocess
-import sys
 import tempfile
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sidecars import BareSidecar
 
 import hicache
 import hicache.aio
-from hicache.rpc.client import Lease, NamespaceHandle, Reservation
-
-SIDECAR = textwrap.dedent(
-    """
-    import asyncio, json, signal, sys
-    from hicache.rpc.server import ServerOptions, serve
-    from hicache.runtime import Service, ServiceOptions
-
-    async def main():
-        settings = json.loads(sys.argv[1])
-        service = Service(ServiceOptions(**settings["service"]))
-        await service.start()
-        server = await serve(service, ServerOptions(**settings["server"]))
-        done = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
-        print(json.dumps(server.addresses), flush=True)
-        await done.wait()
-        await server.stop(500)
-        await service.close()
-
-    asyncio.run(main())
-    """
-)
-
-
-class Sidecar:
-    """A sidecar on a socket of its own; it can be killed and started again."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        self.socket = str(home / "hc.sock")
-        self.target = f"unix://{self.socket}"
-        self.service: dict[str, Any] = {"host_bytes": 64 << 20, "host_segment_bytes": 8 << 20}
-        self.server: dict[str, Any] = {"socket_path": self.socket}
-        self.process: subprocess.Popen[str] | None = None
-        self.addresses: list[str] = []
-
-    def start(self) -> Sidecar:
-        settings = json.dumps({"service": self.service, "server": self.server})
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SIDECAR, settings], stdout=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, "the sidecar started"
-        self.addresses = json.loads(line)
-        return self
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        if self.process is not None:
-            self.process.send_signal(number)
-            self.process.wait(20)
-            assert self.process.stdout is not None
-            self.process.stdout.close()
-            self.process = None
-
-    def restart(self) -> None:
-        self.kill()
-        self.start()
+from hicache.rpc.client import KvRegion, Lease, Load, NamespaceHandle, Reservation, Store
 
 
 @pytest.fixture
-def idle_sidecar() -> Iterator[Sidecar]:
+def idle_sidecar() -> Iterator[BareSidecar]:
     """Not started, so that a test can set it up."""
     with tempfile.TemporaryDirectory(prefix="hc") as home:  # short: socket paths are limited
-        sidecar = Sidecar(Path(home))
+        sidecar = BareSidecar(Path(home))
         yield sidecar
         sidecar.kill()
 
 
 @pytest.fixture
-def sidecar(idle_sidecar: Sidecar) -> Sidecar:
+def sidecar(idle_sidecar: BareSidecar) -> BareSidecar:
     return idle_sidecar.start()
 
 
-@pytest.fixture(scope="module")
-def shared_sidecar() -> Iterator[Sidecar]:
-    """One for all tests of a module, which keep to namespaces of their own and leave it running."""
+def lasting(**service: Any) -> Iterator[BareSidecar]:
     with tempfile.TemporaryDirectory(prefix="hc") as home:
-        sidecar = Sidecar(Path(home))
+        sidecar = BareSidecar(Path(home))
+        sidecar.service |= service
         yield sidecar.start()
         sidecar.kill()
 
 
+@pytest.fixture(scope="module")
+def lasting_sidecar() -> Iterator[BareSidecar]:
+    """One for all tests of a file that leave it as it is."""
+    yield from lasting()
+
+
+@pytest.fixture(scope="module")
+def device_sidecar() -> Iterator[BareSidecar]:
+    """As ``lasting_sidecar``, with a device tier."""
+    yield from lasting(device="cpu", device_bytes=8 << 20)
+
+
 #: The same, and not awaited, in both clients.
-PLAIN = {"namespace", "still_valid", "buffer", "pages", "ticket", "staging", "adopt", "adopt_memory"}
-WRAPPED = (Lease, NamespaceHandle, Reservation)
+PLAIN = {
+    "namespace",
+    "still_valid",
+    "buffer",
+    "pages",
+    "ticket",
+    "staging",
+    "adopt",
+    "adopt_memory",
+    "kv_memory",
+    "places",
+    "layer_done",
+    "layer_done_on",
+}
+WRAPPED = (KvRegion, Lease, Load, NamespaceHandle, Reservation, Store)
 
 
 class Awaited:

@@ -98,8 +98,8 @@ def store_all(client: Any, copier: Any, blocks: Any, model: str = "", **how: Any
 
 
 @pytest.mark.parametrize("layout", sorted(AXES))
-def test_two_engines_share_pages_whatever_their_layouts_and_blocks(shared_sidecar: Any, layout: str) -> None:
-    with hicache.Client(shared_sidecar.target) as mine, hicache.Client(shared_sidecar.target) as theirs:
+def test_two_engines_share_pages_whatever_their_layouts_and_blocks(lasting_sidecar: Any, layout: str) -> None:
+    with hicache.Client(lasting_sidecar.target) as mine, hicache.Client(lasting_sidecar.target) as theirs:
         source, at = open_copier(mine, layout, block=16, seed=1)
         model = store_all(mine, source, at).spec.model
         wanted = tokens_of(source, at, len(PROMPT))
@@ -114,8 +114,8 @@ def test_two_engines_share_pages_whatever_their_layouts_and_blocks(shared_sideca
             assert torch.equal(tokens_of(target, to, len(PROMPT)), wanted), (other, block)
 
 
-def test_nothing_else_is_written(shared_sidecar: Any) -> None:
-    with hicache.Client(shared_sidecar.target) as client:
+def test_nothing_else_is_written(lasting_sidecar: Any) -> None:
+    with hicache.Client(lasting_sidecar.target) as client:
         source, at = open_copier(client, "kv-nhd", block=16, seed=1)
         cache = store_all(client, source, at)
         target, to = open_copier(client, "kv-hnd", block=24, seed=2)
@@ -134,8 +134,8 @@ def test_nothing_else_is_written(shared_sidecar: Any) -> None:
         assert torch.equal(found[2:4], wanted[2:4, 2 * TOKENS :])
 
 
-def test_places_skip_and_scatter(shared_sidecar: Any) -> None:
-    with hicache.Client(shared_sidecar.target) as client:
+def test_places_skip_and_scatter(lasting_sidecar: Any) -> None:
+    with hicache.Client(lasting_sidecar.target) as client:
         source, at = open_copier(client, "kv-nhd", block=16, seed=1)
         cache = store_all(client, source, at)
         wanted = tokens_of(source, at, len(PROMPT))
@@ -164,9 +164,9 @@ def test_places_skip_and_scatter(shared_sidecar: Any) -> None:
 @pytest.mark.parametrize("codec", ["fp8-e4m3", "int8-g64", "int4-g64"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
 def test_quantised_pages_are_the_twins_and_within_their_bounds(
-    shared_sidecar: Any, codec: str, dtype: Any
+    lasting_sidecar: Any, codec: str, dtype: Any
 ) -> None:
-    with hicache.Client(shared_sidecar.target) as client:
+    with hicache.Client(lasting_sidecar.target) as client:
         source, at = open_copier(client, "kv-hnd", block=16, seed=4, codec=codec, dtype=dtype)
         cache = store_all(client, source, at)
         numbers = PAGES * source.kv.raw_bytes // 2
@@ -203,8 +203,8 @@ def within(codec: str, x: Any, y: Any, dtype: Any) -> bool:
     return bool(((x - y).abs() <= bound).all())
 
 
-def test_pages_that_cannot_be_quantised_are_counted_and_not_stored(shared_sidecar: Any) -> None:
-    with hicache.Client(shared_sidecar.target) as client:
+def test_pages_that_cannot_be_quantised_are_counted_and_not_stored(lasting_sidecar: Any) -> None:
+    with hicache.Client(lasting_sidecar.target) as client:
         source, at = open_copier(client, "kv-nhd", block=16, seed=4, codec="int8-g64")
         source.kv.planes[1][int(at[4]), 3, 0, 0] = float("inf")
         cache = client.namespace(model=new_model(), **source.namespace_fields())
@@ -231,8 +231,8 @@ def test_quantised_and_plain_pages_never_meet() -> None:
 # --- layer by layer
 
 
-def test_a_layered_store_takes_each_layer_when_it_is_ready(shared_sidecar: Any) -> None:
-    with hicache.Client(shared_sidecar.target) as client:
+def test_a_layered_store_takes_each_layer_when_it_is_ready(lasting_sidecar: Any) -> None:
+    with hicache.Client(lasting_sidecar.target) as client:
         engine, at = open_copier(client, "kv-nhd", block=16, seed=6)
         final = tokens_of(engine, at, len(PROMPT))
         for plane in engine.kv.planes:
@@ -261,8 +261,8 @@ def test_a_layered_store_takes_each_layer_when_it_is_ready(shared_sidecar: Any) 
                 load.wait_layer(LAYERS)
 
 
-def test_an_abandoned_store_gives_its_memory_back(shared_sidecar: Any) -> None:
-    with hicache.Client(shared_sidecar.target) as client:
+def test_an_abandoned_store_gives_its_memory_back(lasting_sidecar: Any) -> None:
+    with hicache.Client(lasting_sidecar.target) as client:
         engine, at = open_copier(client, "kv-nhd", block=16)
         cache = client.namespace(model=new_model(), **engine.namespace_fields())
         with cache.reserve(PROMPT) as room:
@@ -282,10 +282,10 @@ def test_an_abandoned_store_gives_its_memory_back(shared_sidecar: Any) -> None:
             assert client.core.memory.used_bytes == 0
 
 
-def test_present_pages_are_skipped_and_room_is_bounded(shared_sidecar: Any) -> None:
-    with hicache.Client(shared_sidecar.target) as client:
+def test_present_pages_are_skipped_and_room_is_bounded(lasting_sidecar: Any) -> None:
+    with hicache.Client(lasting_sidecar.target) as client:
         engine, at = open_copier(client, "kv-nhd", block=16)
-        small = hicache.Client(shared_sidecar.target, write_limit_bytes=3 * engine.kv.page_bytes)
+        small = hicache.Client(lasting_sidecar.target, write_limit_bytes=3 * engine.kv.page_bytes)
         with small:
             tight = small.copier(
                 [torch.stack([*engine.kv.planes[2 * n : 2 * n + 2]]) for n in range(LAYERS)],
@@ -314,8 +314,8 @@ def test_present_pages_are_skipped_and_room_is_bounded(shared_sidecar: Any) -> N
 # --- never a wrong page
 
 
-def test_an_expired_lease_is_an_error_and_not_pages(shared_sidecar: Any) -> None:
-    with hicache.Client(shared_sidecar.target, deadline_margin_ms=0) as client:
+def test_an_expired_lease_is_an_error_and_not_pages(lasting_sidecar: Any) -> None:
+    with hicache.Client(lasting_sidecar.target, deadline_margin_ms=0) as client:
         engine, at = open_copier(client, "kv-nhd", block=16)
         cache = store_all(client, engine, at)
         with cache.fetch(PROMPT) as lease:
@@ -354,8 +354,8 @@ def _ended_well(load: Any) -> bool:
     return load._error is None
 
 
-def test_slots_that_were_reused_are_seen(shared_sidecar: Any) -> None:
-    with hicache.Client(shared_sidecar.target) as client:
+def test_slots_that_were_reused_are_seen(lasting_sidecar: Any) -> None:
+    with hicache.Client(lasting_sidecar.target) as client:
         engine, at = open_copier(client, "kv-nhd", block=16)
         cache = store_all(client, engine, at)
         with cache.fetch(PROMPT) as lease:
@@ -423,9 +423,9 @@ def test_a_restarted_sidecar_leaves_no_good_load(sidecar: Any) -> None:
             assert load.pages == 0
 
 
-def test_memory_that_goes_is_told_and_closing_the_client_closes_its_copiers(shared_sidecar: Any) -> None:
+def test_memory_that_goes_is_told_and_closing_the_client_closes_its_copiers(lasting_sidecar: Any) -> None:
     told: list[Any] = []
-    with hicache.Client(shared_sidecar.target) as client:
+    with hicache.Client(lasting_sidecar.target) as client:
         engine, at = open_copier(client, "kv-nhd", block=16)
         arena = client.core.arena
         assert engine.copies.forget in arena.watchers
@@ -444,8 +444,8 @@ def test_memory_that_goes_is_told_and_closing_the_client_closes_its_copiers(shar
         engine.load(lease, at)
 
 
-def test_streamed_pages_are_loaded_and_stored(shared_sidecar: Any) -> None:
-    with hicache.Client(shared_sidecar.target, data_plane="stream") as client:
+def test_streamed_pages_are_loaded_and_stored(lasting_sidecar: Any) -> None:
+    with hicache.Client(lasting_sidecar.target, data_plane="stream") as client:
         engine, at = open_copier(client, "kv-nhd", block=16, seed=1)
         cache = store_all(client, engine, at)
         target, to = open_copier(client, "hnd", block=4, seed=2)
@@ -454,9 +454,9 @@ def test_streamed_pages_are_loaded_and_stored(shared_sidecar: Any) -> None:
         assert torch.equal(tokens_of(target, to, len(PROMPT)), tokens_of(engine, at, len(PROMPT)))
 
 
-def test_what_does_not_go_together_is_refused(shared_sidecar: Any) -> None:
+def test_what_does_not_go_together_is_refused(lasting_sidecar: Any) -> None:
     layers, _, _ = make_kv("kv-nhd", tokens=32, block=16)
-    with hicache.Client(shared_sidecar.target) as client:
+    with hicache.Client(lasting_sidecar.target) as client:
         for wrong in (
             {"layout": "nope"},
             {"layout": "nhd"},
@@ -493,9 +493,9 @@ def test_what_does_not_go_together_is_refused(shared_sidecar: Any) -> None:
             engine.store(room, places=[[-1]])
 
 
-def test_the_asyncio_client_has_it_too(shared_sidecar: Any) -> None:
+def test_the_asyncio_client_has_it_too(lasting_sidecar: Any) -> None:
     async def scenario() -> None:
-        async with hicache.aio.Client(shared_sidecar.target) as client:
+        async with hicache.aio.Client(lasting_sidecar.target) as client:
             engine, at = open_copier(client, "kv-nhd", block=16, seed=1)
             cache = client.namespace(model=new_model(), **engine.namespace_fields())
             async with (

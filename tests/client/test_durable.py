@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sidecars import Sidecar
 
 import hicache
 import hicache.aio
-from hicache.cli.sidecar import Sidecar
 
 PAGES = 10
 TOKENS = np.arange(64 * PAGES, dtype=np.int32)

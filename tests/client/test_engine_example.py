@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("codec", "most"), [("", 0.0), pytest.param("fp8-e4m3", 1 / 16, marks=pytest.mark.soak)]
 )
-def test_the_second_engine_loads_what_the_first_stored(shared_sidecar: Any, codec: str, most: float) -> None:
+def test_the_second_engine_loads_what_the_first_stored(lasting_sidecar: Any, codec: str, most: float) -> None:
     command = [
         sys.executable,
         str(ROOT / "examples" / "engine_kv.py"),
-        shared_sidecar.target,
+        lasting_sidecar.target,
         "--tokens",
         "200",
     ]

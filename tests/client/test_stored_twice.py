@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from sidecars import Sidecar
 
 import hicache
-from hicache.cli.sidecar import Sidecar
 
 PAGES = 3
 TOKENS = np.arange(64 * PAGES, dtype=np.int32)

@@ -10,8 +10,7 @@ import pytest
 from crash_world import disk_use
 from e2e_actor import Actor, LoadThread
 from e2e_kit import assert_sound, serving, tiers, wait_recovered
-
-from hicache.cli.sidecar import Sidecar
+from sidecars import Sidecar
 
 pytestmark = pytest.mark.slow
 

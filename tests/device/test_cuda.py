@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import sys
 import threading
@@ -18,7 +17,7 @@ pytest.importorskip("torch", reason="the device room needs torch")
 from cuda_fake import FakeDriver
 from pool_fake import PoolDriver
 
-from hicache.device import DeviceOptions, cudart, engines
+from hicache.device import DeviceOptions, engines
 from hicache.device.cuda import CudaDevice
 from hicache.device.cuda_driver import cpu_list
 from hicache.device.driver import DriverError
@@ -333,56 +332,3 @@ def test_pages_larger_than_a_stage_get_larger_stages():
 @pytest.mark.parametrize(("text", "cpus"), [("0-3,8\n", {0, 1, 2, 3, 8}), ("", set()), ("5", {5})])
 def test_lists_of_processors(text, cpus):
     assert cpu_list(text) == cpus
-
-
-class Library:
-    """A CUDA runtime in Python: what was called, and what it is to answer."""
-
-    def __init__(self, version, codes=None):
-        self.version, self.codes, self.calls = version, codes or {}, []
-        self.cudaGetErrorString = lambda code: b"went wrong"
-
-    def __getattr__(self, name):
-        if not name.startswith("cuda"):
-            raise AttributeError(name)
-
-        def call(*arguments):
-            self.calls.append((name, arguments))
-            if name == "cudaRuntimeGetVersion":
-                arguments[0]._obj.value = self.version
-            if name == "cudaMalloc":
-                arguments[0]._obj.value = 4096
-            return self.codes.get(name, 0)
-
-        return call
-
-
-@pytest.mark.parametrize(("version", "arguments"), [(12080, 9), (13000, 8)])
-def test_the_batched_copy_is_called_as_the_runtimes_version_wants(monkeypatch, version, arguments):
-    library = Library(version)
-    monkeypatch.setattr(cudart.ctypes, "CDLL", lambda path: library)
-    runtime = cudart.Cudart()
-    assert runtime.has_batch
-    runtime.copy_batch([1, 2], [3, 4], [5, 6], 7)
-    name, given = library.calls[-1]
-    assert name == "cudaMemcpyBatchAsync"
-    assert len(given) == arguments
-    assert [list(given[column]) for column in range(3)] == [[1, 2], [3, 4], [5, 6]]
-    assert given[-1].value == 7
-    assert ctypes.sizeof(cudart._Attributes) == 24
-    assert runtime.malloc(10) == 4096
-
-
-def test_an_old_runtime_has_no_batched_copy(monkeypatch):
-    monkeypatch.setattr(cudart.ctypes, "CDLL", lambda path: Library(12040))
-    assert not cudart.Cudart().has_batch
-
-
-@pytest.mark.parametrize(("code", "fatal"), [(2, False), (700, True)])
-def test_return_codes_are_errors_and_some_are_the_end(monkeypatch, code, fatal):
-    library = Library(13000, {"cudaHostRegister": code})
-    monkeypatch.setattr(cudart.ctypes, "CDLL", lambda path: library)
-    with pytest.raises(DriverError, match=rf"cudaHostRegister: went wrong \({code}\)") as caught:
-        cudart.Cudart().host_register(0, 1)
-    assert caught.value.fatal is fatal
-    assert library.calls[-1][0] == "cudaGetLastError"

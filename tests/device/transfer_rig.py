@@ -9,6 +9,7 @@ import os
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from hicache.device import kernels
@@ -167,3 +168,31 @@ def twin(planes, places, rows, *, page_tokens, pack, layers=(0, None), maps=None
 
 def sums(rows):
     return [xxh3_64_intdigest(bytes(row)) for row in rows]
+
+
+def same(maps, others):
+    return all(np.array_equal(one, other) for one, other in zip(maps, others, strict=True))
+
+
+@st.composite
+def forms(draw):
+    """(Form, tokens of a page, tokens of a unit, (first layer, layers))."""
+    unit_tokens = draw(st.sampled_from([1, 1, 2, 3, 4]))
+    page_tokens = unit_tokens * draw(st.integers(1, 4))
+    width = draw(st.sampled_from([1, 2, 4, 8]))
+    layers = draw(st.integers(1, 4))
+    form = Form(
+        layers=layers,
+        per_layer=draw(st.integers(1, 2)),
+        blocks=draw(st.integers(1, 7)),
+        block_tokens=unit_tokens * draw(st.integers(1, 3)),
+        heads=draw(st.integers(1, 3)),
+        dim=draw(st.sampled_from([1, 3, 8, 40])),
+        width=width,
+        order=tuple(draw(st.sampled_from([(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2)]))),
+        gap=draw(st.sampled_from([0, 0, 1, 4])),
+        memories=draw(st.integers(1, 3)),
+        page_offset=width * draw(st.sampled_from([0, 0, 1, 16])),
+    )
+    first = draw(st.integers(0, layers - 1))
+    return form, page_tokens, unit_tokens, (first, draw(st.integers(1, layers - first)))

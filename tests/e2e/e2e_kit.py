@@ -8,21 +8,21 @@ import queue
 import re
 import signal
 import subprocess
-import sys
 import threading
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from hicache.cli.sidecar import Sidecar
+import nursery
+from sidecars import Sidecar
+from waiting import wait_until
+
 from hicache.rpc.client import Client
 from hicache.rpc.client.results import Stats
 
-WORKER = Path(__file__).parent / "e2e_worker.py"
 ANSWER_S = 60.0
 
 
@@ -45,15 +45,6 @@ def serving(folder: Path, *flags: str) -> Iterator[Sidecar]:
         raise
     finally:
         sidecar.kill()
-
-
-def wait_until(what: str, is_true: Callable[[], Any], timeout_s: float = 20.0) -> float:
-    """Poll until it is true; answers how long that took, in seconds."""
-    began = time.monotonic()
-    while not is_true():
-        assert time.monotonic() - began < timeout_s, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.02)
-    return time.monotonic() - began
 
 
 def assert_sound(client: Client) -> None:
@@ -114,13 +105,11 @@ class Failed(Exception):
 
 
 class WorkerProcess:
-    """One client process: a fresh interpreter, ended by its own pid."""
+    """One client process, ended by its own pid."""
 
     def __init__(self, target: str, **options: Any) -> None:
-        command = [sys.executable, str(WORKER), target, json.dumps(options)]
-        self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
+        words = [target, json.dumps(options)]
+        self._child = nursery.sidecars().fork("e2e_worker:main", words, environ=os.environ)
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -130,13 +119,11 @@ class WorkerProcess:
         return self._child.pid
 
     def _read(self) -> None:
-        assert self._child.stdout is not None
         for line in self._child.stdout:
             self._answers.put(json.loads(line))
         self._answers.put(None)
 
     def send(self, do: str, **how: Any) -> None:
-        assert self._child.stdin is not None
         self._child.stdin.write(json.dumps({"do": do, **how}).encode() + b"\n")
         self._child.stdin.flush()
 
@@ -161,8 +148,6 @@ class WorkerProcess:
         self._child.wait(10)
 
     def close(self) -> None:
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
         self._child.stdin.close()
         try:
             self._child.wait(10)

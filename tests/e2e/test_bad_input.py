@@ -15,8 +15,8 @@ import pytest
 import xxhash
 from e2e_actor import PAGE_BYTES, PAGE_TOKENS, SHARED_PAGES, SYMBOL_BYTES, Actor, prompt
 from e2e_kit import assert_idle, assert_sound, serving, tiers
+from sidecars import Sidecar
 
-from hicache.cli.sidecar import Sidecar
 from hicache.errors import HicacheError
 from hicache.rpc.client.lifeline import exchange
 from hicache.rpc.common import fdproto

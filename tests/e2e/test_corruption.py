@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from e2e_actor import PAGE_BYTES, SHARED_PAGES, Actor, prompt
 from e2e_kit import assert_idle, data_file, free_port, metric, serving, tiers, wait_recovered
+from sidecars import Sidecar
 
-from hicache.cli.sidecar import Sidecar
 from hicache.errors import CorruptError
 
 TALKS, PAGES = 24, 10

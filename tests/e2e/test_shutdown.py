@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from e2e_actor import Actor, LoadThread, prompt
 from e2e_kit import assert_idle, serving, tiers, wait_recovered, wait_until
+from sidecars import Sidecar
 
-from hicache.cli.sidecar import Sidecar
 from hicache.errors import UnavailableError
 
 TALKS, PAGES = 40, 14

@@ -11,11 +11,12 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from waiting import wait_until
 
 from hicache import Client
 from hicache.cli.sidecar import Sidecar
@@ -357,12 +358,3 @@ class SidecarBox:
             wait_until("no leases, no reservations, nobody waiting, no copies", idle, timeout_s)
             check = client.admin.check()
             assert check.ok, check.problem
-
-
-def wait_until(what: str, is_true: Callable[[], Any], timeout_s: float = 20.0) -> float:
-    """Poll until it is true; answers how long that took, in seconds."""
-    began = time.monotonic()
-    while not is_true():
-        assert time.monotonic() - began < timeout_s, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.02)
-    return time.monotonic() - began

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sidecars import Sidecar
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from events_kit import FLAGS
-
-from hicache.cli.sidecar import Sidecar
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from events_kit import FLAGS, PAGE_TOKENS, Picture, store, tokens
+from sidecars import Sidecar
 
 import hicache
 import hicache.aio
-from hicache.cli.sidecar import Sidecar
 from hicache.errors import InvalidArgumentError
 from hicache.rpc.client import WatchKind
 

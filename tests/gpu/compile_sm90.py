@@ -1,10 +1,14 @@
-"""Compiles the kernels for an H100-class GPU, which needs none, and prints what the machine code does. Run by a test.
+"""Launches the kernels as the door does, for an H100-class GPU that is not there, and prints what was compiled.
 
-python tests/gpu/compile_sm90.py          one line of JSON a kernel
+Triton's own way to a launch is taken up to the launch itself: it types the arguments by their values, specialises,
+compiles down to machine code. No GPU is needed. Run by a test.
+
+python tests/gpu/compile_sm90.py          one line of JSON a kernel; "made": what was compiled anew for these launches
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -12,29 +16,54 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
+import paged
 import paged_triton
 import quant_triton
-import triton
 import xxh3_triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-ADDRESSES = {"planes", "places", "rows", "targets", "sources", "refused", "table", "scratch", "out"}
+#: Addresses as CUDA gives them: of tables, of which some are no multiples of 16.
+AT = [0x7F00_0000_0000 + n * 0x1_0000_0008 for n in range(8)]
 
 
-def compile_it(name, kernel, constants, *, sixteen=(), **options):
-    """sixteen: arguments that are multiples of 16, as a launch would find out by itself."""
-    names = kernel.arg_names
-    types = {n: "constexpr" if n in constants else "i64" if n in ADDRESSES else "i32" for n in names}
-    known = {(names.index(n),): [["tt.divisibility", 16]] for n in sixteen}
-    values = {(names.index(n),): value for n, value in constants.items()}
-    made = triton.compile(
-        ASTSource(kernel, types, values, known), target=GPUTarget("cuda", 90, 32), options=options
-    )
-    ptx = made.asm["ptx"]
+class Hopper:
+    """As much of Triton's driver as compiling asks for."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+made: dict[str, list] = {}  # kernel -> what its launches compiled
+
+
+def stop_short(self, *args, grid, warmup, _run=JITFunction.run, **kwargs):
+    """Everything that a launch does but for the launch."""
+    assert all(0 < size < 2**31 for size in grid)
+    kernel = _run(self, *args, grid=grid, warmup=True, **kwargs)
+    found = made.setdefault(self.__name__, [])
+    if kernel not in found:
+        found.append(kernel)
+    return kernel
+
+
+def tell(name, *kernels, launches):
+    made.clear()
+    for launch in launches:
+        launch()
+    compiled = [kernel for kernel_name in kernels for kernel in made[kernel_name]]
+    ptx = compiled[0].asm["ptx"]
     found = {
         "kernel": name,
-        "bytes": len(made.asm["cubin"]),
+        "made": len(compiled),
+        "bytes": len(compiled[0].asm["cubin"]),
         "wide_loads": len(re.findall(r"ld\.global[^;]*(?:v2\.b64|v4\.b32)", ptx)),
         "wide_stores": len(re.findall(r"st\.global[^;]*(?:v2\.b64|v4\.b32)", ptx)),
         "fused": len(re.findall(r"fma\.rn\.f32", ptx)),
@@ -43,46 +72,80 @@ def compile_it(name, kernel, constants, *, sixteen=(), **options):
     print(json.dumps(found), flush=True)
 
 
+#: Llama-3-8B: pages of one block of 16 tokens.
+LLAMA = paged.Geometry(
+    pages=64,
+    units=1,
+    unit_tokens=16,
+    block=16,
+    heads=8,
+    dim=128,
+    width=2,
+    strides=(16384, 1024, 128, 1),
+    first_byte=0,
+)
+TOKENS = dataclasses.replace(LLAMA, units=16, unit_tokens=1, block=1, strides=(1024, 1024, 128, 1))
+
+
+def units(geometry, *, pack, host_rows):
+    """A page, many, one layer of many in the middle of a page: the same kernel."""
+
+    def launch(pages, planes, first):
+        some = dataclasses.replace(geometry, pages=pages, first_byte=first)
+        tables = (*AT[:3], planes)
+        paged_triton.move_units(some, tables, aligned_to=16, pack=pack, host_rows=host_rows)
+
+    return [
+        lambda a=arguments: launch(*a)
+        for arguments in ((64, 64, 0), (1, 64, 0), (3, 2, 5 * geometry.plane_bytes), (1, 1, 16))
+    ]
+
+
+def rows():
+    """Pages of many sizes, in any number."""
+    return [
+        lambda n=count, b=size: paged_triton.move_rows(AT[1], AT[2], n, b, aligned_to=16)
+        for count in (64, 1, 3, 16)
+        for size in (2 << 20, 64 << 10, 36 << 10)
+    ]
+
+
+def hashes():
+    return [
+        lambda n=count, b=size: xxh3_triton.hash_rows(AT[0], AT[1], n, b, scratch=AT[2], out=AT[3])
+        for count in (64, 1, 3, 16)
+        for size in (2 << 20, 65536, 1000, 256)
+    ]
+
+
+def quants(codec, *, encode):
+    run = paged_triton.Run.of(LLAMA, 2, widest=2)
+    common = {"page_planes": 64, "half": False, "run": run, "aligned": True}
+
+    def launch(pages, planes):
+        some = dataclasses.replace(LLAMA, pages=pages)
+        if encode:
+            quant_triton.encode(some, (*AT[:4], planes), codec, least=-124, **common)
+        else:
+            quant_triton.decode(some, (*AT[:3], planes), codec, **common)
+
+    return [lambda a=arguments: launch(*a) for arguments in ((64, 64), (1, 64), (3, 2))]
+
+
 def main():
-    move = {
-        "UNIT": 4096,
-        "H": 1,
-        "D": 4096,
-        "STRIDE_T": 0,
-        "STRIDE_H": 0,
-        "STRIDE_D": 1,
-        "WORD": 8,
-        "ALIGNED": True,
-    }
-    compile_it("pack", paged_triton._move_units, {**move, "PACK": True, "BLOCK": 2048})
-    compile_it("unpack", paged_triton._move_units, {**move, "PACK": False, "BLOCK": 2048, "block": 1})
-    rows = {"WORD": 8, "ALIGNED": True, "BLOCK": 2048}
-    compile_it("move_rows", paged_triton._move_rows, rows, sixteen=["words"])
-    compile_it("sums", xxh3_triton._sum_blocks, {"BLOCKS": 16})
-    compile_it("chain", xxh3_triton._chain_rows, {"ROWS": 4, "AHEAD": 8}, num_warps=1)
-    unit = {
-        "UNIT": 16384,
-        "H": 1,
-        "D": 16384,
-        "S_T": 0,
-        "S_H": 0,
-        "S_D": 1,
-        "HALF": False,
-        "GROUPS": 32,
-        "ALIGNED": True,
-    }
-    for name, codec in quant_triton._NAMES.items():
-        constants = {**unit, "CODEC": codec}
-        compile_it(
-            f"{name} in",
-            quant_triton._encode,
-            {**constants, "LEAST": -124},
-            sixteen=["group_count"],
-            enable_fp_fusion=False,
-        )
-        compile_it(
-            f"{name} out", quant_triton._decode, constants, sixteen=["group_count"], enable_fp_fusion=False
-        )
+    driver.set_active(Hopper())
+    JITFunction.run = stop_short
+    for where, host_rows in (("host", True), ("device", False)):
+        for name, pack in (("pack", True), ("unpack", False)):
+            launches = units(LLAMA, pack=pack, host_rows=host_rows)
+            tell(f"{name} {where}", "_move_units", launches=launches)
+    tell("unpack tokens", "_move_units", launches=units(TOKENS, pack=False, host_rows=True))
+    tell("move_rows", "_move_rows", launches=rows())
+    tell("sums", "_sum_blocks", launches=hashes())
+    tell("chain", "_chain_rows", launches=hashes())
+    for codec in quant_triton._NAMES:
+        tell(f"{codec} in", "_encode", launches=quants(codec, encode=True))
+        tell(f"{codec} out", "_decode", launches=quants(codec, encode=False))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # fake_cuda
 
 torch = pytest.importorskip("torch", reason="the device room needs torch")
 
@@ -16,6 +20,11 @@ HAS_CUDA = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets Triton 3.6's interpreter run with a numpy of these days (before 2.4; later ones it cannot take)."""
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array:DeprecationWarning")
 
 
 @pytest.fixture(params=["twin", "triton"])

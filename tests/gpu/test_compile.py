@@ -29,13 +29,13 @@ def test_kernels_compile_for_hopper(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = {line["kernel"]: line for line in map(json.loads, done.stdout.splitlines())}
-    assert len(found) == 11
-    for line in found.values():
-        assert not line["spills"], line
-    for name in ("pack", "unpack", "move_rows"):
-        assert found[name]["wide_loads"] >= 8, found[name]
-        assert found[name]["wide_stores"] >= 8, found[name]
+    assert len(found) == 14
     for name, line in found.items():
+        assert not line["spills"], line
+        assert line["made"] == 1, f"launches of one shape compile anew: {line}"
+        if name.endswith((" host", " device")) or name == "move_rows":
+            assert min(line["wide_loads"], line["wide_stores"]) >= 4, line
         if "g64" in name or "e4m3" in name:
             assert not line["fused"], line
             assert line["wide_loads" if name.endswith(" in") else "wide_stores"], line
+    assert min(found["unpack tokens"]["wide_loads"], found["unpack tokens"]["wide_stores"]) >= 1

@@ -1,4 +1,4 @@
-"""The CUDA store on a real GPU: every engine, the host tier's registered memory, what a copy leaves alone."""
+"""The CUDA store: every engine, the host tier's registered memory. On a GPU, and on a CUDA in ordinary memory."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the device room needs torch")
 
+import fake_cuda  # noqa: E402
+
 from hicache.device import DeviceOptions, engines, open_device  # noqa: E402
+from hicache.device.cuda import CudaDevice  # noqa: E402
 from hicache.types import Batch, Op, Outcome, TierKind, TierSpec  # noqa: E402
 
-pytestmark = pytest.mark.gpu
 SLOTS = 32
+DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cudart"]
 
 
 class Rig:
-    def __init__(self, page_bytes, **options):
+    def __init__(self, device, page_bytes, **options):
         self.page_bytes, self.told, self.next_id = page_bytes, threading.Event(), 0
         size = SLOTS * max(page_bytes, 4096) * 2
         spec = TierSpec("device", TierKind.DEVICE, size, size)
-        self.store = open_device("cuda", spec, self.told.set, DeviceOptions(**options))
+        if device == "cuda":
+            self.store = open_device("cuda", spec, self.told.set, DeviceOptions(**options))
+        else:
+            fake = fake_cuda.fresh()
+            fake.configure(delay_us=20)
+            self.store = CudaDevice(spec, self.told.set, DeviceOptions(**options), fake.driver())
         self.store.open_segment(0, "tenant", page_bytes, SLOTS)
 
     def move(self, op, slots, rows):
@@ -36,10 +44,13 @@ class Rig:
         assert set(done.outcomes) == {Outcome.OK}, done.error
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("engine", ["auto", *engines.ENGINES])
 @pytest.mark.parametrize("page_bytes", [248, 65536, 2 << 20])
-def test_pages_come_back_by_every_engine(engine, page_bytes):
-    rig = Rig(page_bytes, copy_engine=engine, cuda_staging_bytes=5 * page_bytes)
+def test_pages_come_back_by_every_engine(device, engine, page_bytes):
+    if device == "cudart" and page_bytes > 65536:
+        page_bytes = 200_000  # ordinary memory is slow
+    rig = Rig(device, page_bytes, copy_engine=engine, cuda_staging_bytes=5 * page_bytes)
     rows = np.random.default_rng(1).integers(0, 256, (SLOTS, page_bytes), np.uint8)
     order = np.random.default_rng(2).permutation(SLOTS)
     rig.move(Op.PUT, order.tolist(), list(rows))
@@ -51,14 +62,15 @@ def test_pages_come_back_by_every_engine(engine, page_bytes):
     rig.store.close()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("engine", engines.ENGINES)
-def test_registered_memfd_memory_is_copied_directly(engine):
-    page_bytes = 1 << 20
+def test_registered_memfd_memory_is_copied_directly(device, engine):
+    page_bytes = 1 << 20 if device == "cuda" else 1 << 16
     size = 2 * SLOTS * page_bytes
     fd = os.memfd_create("hicache-test")
     os.ftruncate(fd, size)
     arena = np.frombuffer(mmap.mmap(fd, size), np.uint8).reshape(2 * SLOTS, page_bytes)
-    rig = Rig(page_bytes, copy_engine=engine)
+    rig = Rig(device, page_bytes, copy_engine=engine)
     rig.store.pins.add(arena.ctypes.data, size)
     rig.store.pins.remove(0, 0, (registered := threading.Event()).set)
     assert registered.wait(60)

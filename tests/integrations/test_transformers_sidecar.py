@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
+import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nursery import Nursery
+from sidecars import Sidecar
 
 WHY = "needs the extra: pip install 'hicache[transformers]'"
 torch = pytest.importorskip("torch", reason=WHY)
@@ -18,15 +20,11 @@ pytest.importorskip("lmdb", reason="the disk tier needs lmdb")
 pytest.importorskip("zstandard", reason="the disk tier needs zstandard")
 
 import hicache  # noqa: E402 - after the skips
-from hicache.cli.sidecar import Sidecar  # noqa: E402
 from hicache.integrations.transformers import PrefixStore  # noqa: E402
 
-WORKER = Path(__file__).with_name("prefix_worker.py")
-spec = importlib.util.spec_from_file_location("prefix_worker", WORKER)
-assert spec is not None and spec.loader is not None
-worker: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(worker)
-
+WORKER = "prefix_worker"
+sys.path.insert(0, str(Path(__file__).parent))
+worker: Any = importlib.import_module(WORKER)
 SIZES = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
 PAGES = worker.PREFIX_TOKENS // worker.PAGE_TOKENS
@@ -50,37 +48,47 @@ def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sidecar]:
         yield running
 
 
-def work(role: str, sidecar: Sidecar, model_folder: Path, out: Path) -> Any:
-    """What a worker process says, by dtype."""
-    words = [sys.executable, str(WORKER), role, sidecar.target, str(model_folder), str(out)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
-    return torch.load(out, weights_only=False)
+@pytest.fixture(scope="module")
+def work(sidecar: Sidecar, model_folder: Path) -> Iterator[Callable[..., Any]]:
+    """Runs worker processes, which share libraries that were imported before and no more; what they say, by dtype."""
+    nursery = Nursery([WORKER])
+
+    def work(role: str, out: Path) -> Any:
+        said = out.with_suffix(".log")
+        with said.open("wb") as errors:
+            words = [role, sidecar.target, str(model_folder), str(out)]
+            child = nursery.fork(f"{WORKER}:main", words, stderr=errors.fileno(), environ=os.environ)
+        try:
+            assert child.wait(100) == 0, said.read_text()
+        finally:
+            child.kill()
+            child.stdin.close()
+            child.stdout.close()
+        return torch.load(out, weights_only=False)
+
+    yield work
+    nursery.close()
 
 
 @pytest.fixture(scope="module")
-def computed(sidecar: Sidecar, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return work("compute", sidecar, model_folder, tmp_path_factory.mktemp("compute") / "out")
+def computed(work: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return work("compute", tmp_path_factory.mktemp("compute") / "out")
 
 
 @pytest.fixture(scope="module")
-def loaded(
-    computed: Any, sidecar: Sidecar, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Any:
-    return work("load", sidecar, model_folder, tmp_path_factory.mktemp("load") / "out")
+def loaded(computed: Any, work: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return work("load", tmp_path_factory.mktemp("load") / "out")
 
 
 @pytest.fixture(scope="module")
-def after_kill(
-    loaded: Any, sidecar: Sidecar, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Any:
+def after_kill(loaded: Any, work: Any, sidecar: Sidecar, tmp_path_factory: pytest.TempPathFactory) -> Any:
     pid = sidecar.pid
     sidecar.kill()
     sidecar.start()
     assert sidecar.pid != pid
     with hicache.Client(sidecar.target) as client:
         assert all(tier.pages == 0 for tier in client.admin.stats().tiers if tier.kind != "disk")
-    return work("load", sidecar, model_folder, tmp_path_factory.mktemp("again") / "out")
+    return work("load", tmp_path_factory.mktemp("again") / "out")
 
 
 def bits(tensors: Any) -> list[bytes]:
@@ -128,10 +136,10 @@ def test_a_killed_sidecar_gives_it_all_back(computed: Any, after_kill: Any, dtyp
 
 
 def test_another_process_generates_from_what_the_first_stored(
-    after_kill: Any, sidecar: Sidecar, model_folder: Path, tmp_path: Path
+    after_kill: Any, work: Any, tmp_path: Path
 ) -> None:
-    first = work("generate", sidecar, model_folder, tmp_path / "first")["float32"]
-    again = work("generate", sidecar, model_folder, tmp_path / "again")["float32"]
+    first = work("generate", tmp_path / "first")["float32"]
+    again = work("generate", tmp_path / "again")["float32"]
     assert first["loaded"] == [70, 0], "row 0 begins as the other tests' prompt, and row 1 with 70 of padding"
     assert first["stored"].committed.stored_pages == 1 + 3, (
         "four pages of row 0 were there; the fifth is the answer's"

@@ -53,6 +53,7 @@ class FakeRegions:
         self.registered: dict[int, tuple[int, int]] = {}
         self.confirmed: list[tuple[int, int]] = []
         self.next_id = 100
+        self.unsure: set[int] = set()
 
     def register(self, session: int, fd: int) -> Any:
         self.next_id += 1
@@ -62,6 +63,9 @@ class FakeRegions:
     def unregister(self, session: int, region: int) -> None:
         _, fd = self.registered.pop(region)
         os.close(fd)
+
+    def may_stay_mapped(self, regions: Any) -> None:
+        self.unsure.update(regions)
 
     def add_arena(self, tenant: str, region: int, content: bytes) -> None:
         fd = os.memfd_create("arena")

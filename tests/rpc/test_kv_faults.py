@@ -66,6 +66,9 @@ def test_a_lease_that_ends_meanwhile_makes_all_pages_missing(tmp_path: Path, how
                 session.load(lease.lease_id, region, TARGETS, timeline_id=timeline, counter=1), house
             )
             stepped.step()
+            idle: list[bool] = []  # the segment that the load reads stays, whatever becomes of the lease
+            port = house.service._house.ports[0]
+            port.busy.when_idle(0, lambda: idle.append(True))
             if how == "released":
                 await session.release(lease.lease_id)
             elif how == "expired":
@@ -74,7 +77,10 @@ def test_a_lease_that_ends_meanwhile_makes_all_pages_missing(tmp_path: Path, how
                 house.server._sessions.end(
                     house.server._sessions.find(session.id), dead=True, why="a test's doing"
                 )
+            await asyncio.sleep(0.02)
+            assert not idle
             await stepped.finish()
+            assert idle == [True]
             answer = await load
             assert (answer.loaded_pages, [*answer.missing_pages]) == (0, [0, 1, 2])
             assert f"lease {lease.lease_id}" in answer.reason
@@ -390,12 +396,16 @@ def test_what_cannot_be_registered(tmp_path: Path) -> None:
             one = region_pb2.Memory(size_bytes=size, fd_token=token)
             larger = region_pb2.Memory(size_bytes=size + 4096, fd_token=await session.put(kv.fd))
             cuda = region_pb2.Memory(size_bytes=size, cuda_ipc=b"h" * 64, device_uuid=b"u" * 16)
+            vmm = region_pb2.Memory(
+                size_bytes=size, cuda_fd_token=await session.put(kv.fd), device_uuid=b"u" * 16
+            )
             short = region_pb2.Memory(size_bytes=size, cuda_ipc=b"h" * 63, device_uuid=b"u" * 16)
             for memories, code in (
                 ([one, one], NOT_FOUND),
                 ([one], NOT_FOUND),  # it was redeemed, and closed
                 ([larger], INVALID),
                 ([cuda], grpc.StatusCode.UNIMPLEMENTED),
+                ([vmm], grpc.StatusCode.UNIMPLEMENTED),
                 ([short], INVALID),
             ):
                 error = await failure(session.register(kv, memories=memories))

@@ -55,6 +55,7 @@ class Rig:
             bounce_bytes=bounce_bytes,
             lanes=2,
             now_ns=time.monotonic_ns,
+            soon=lambda call: call(),
         )
         self._copies = 0
         wake.call = self.poll

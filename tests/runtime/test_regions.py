@@ -7,7 +7,8 @@ import os
 import pytest
 from runtime_helpers import memfd, open_fds
 
-from hicache.errors import InvalidArgumentError, NotFoundError
+from hicache.device.kv import MemoryKind, SharedMemory
+from hicache.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from hicache.runtime.regions import RegionRegistry
 from hicache.tier.segment import SegmentLayout
 
@@ -84,7 +85,7 @@ def test_a_region_that_nobody_maps_retires_at_once(registry: RegionRegistry) -> 
     registry.arena_opened(1, 0, "red", Store())
     (arena,) = registry.arenas("red")
     closed: list[bool] = []
-    registry.arena_retired(1, 0, lambda: closed.append(True))
+    registry.arena_retired(1, 0, closed.append)
     assert closed
     assert registry.arenas("red") == []
     with pytest.raises(NotFoundError):
@@ -102,7 +103,7 @@ def test_a_region_retires_when_all_who_map_it_have_let_go_or_ended(registry: Reg
 
     registry.on_retired = tell
     closed: list[bool] = []
-    registry.arena_retired(1, 0, lambda: closed.append(True))
+    registry.arena_retired(1, 0, closed.append)
     assert told == [("red", arena.region_id)]
     registry.released(1, arena.region_id)
     registry.released(1, arena.region_id)
@@ -118,10 +119,70 @@ def test_a_region_retires_when_all_who_map_it_have_let_go_or_ended(registry: Reg
     assert registry.retiring == 0
 
 
+@pytest.mark.parametrize("dead", [True, False])
+def test_memory_that_a_process_may_keep_mapped_is_said_to_be_unsure(
+    registry: RegionRegistry, *, dead: bool
+) -> None:
+    for segment in (0, 1, 2):
+        registry.arena_opened(1, segment, "red", Store())
+    kept, let_go, other = (registry.arena_at(1, segment).region_id for segment in (0, 1, 2))
+    registry.on_retired = lambda _, region: {1} if region != other else set()
+    closed: list[bool] = []
+    if not dead:
+        registry.may_stay_mapped([other, 999])  # a session that ended before the segment is closed
+    registry.arena_retired(1, 2, closed.append)
+    assert closed == [dead]
+    registry.arena_retired(1, 0, closed.append)
+    registry.arena_retired(1, 1, closed.append)
+    registry.released(1, let_go)
+    assert closed == [dead, True]
+    if not dead:
+        registry.may_stay_mapped([kept])
+    registry.end_session(1)
+    assert closed == [dead, True, dead]
+    registry.arena_opened(1, 0, "red", Store())
+    registry.on_retired = lambda *_: set()
+    registry.arena_retired(1, 0, closed.append)
+    assert closed[-1], "what was said of a region is of no other"
+
+
+class Pool(Store):
+    """A device's pool: segment 0 may be mapped, segment 1 not yet."""
+
+    wiped = False
+
+    def shared(self, segment: int) -> SharedMemory:
+        if segment and not self.wiped:
+            raise UnavailableError("not wiped yet")
+        return SharedMemory(MemoryKind.MEMFD, 1 << 20, fd=1000 + segment)
+
+    def close_segment(self, segment: int, *, reusable: bool) -> None:
+        raise AssertionError
+
+
+def test_a_pools_regions_are_listed_when_they_may_be_mapped(registry: RegionRegistry) -> None:
+    pool = Pool()
+    registry.arena_opened(1, 0, "red", Store())
+    registry.pool_opened(0, 0, "red", pool)
+    registry.pool_opened(0, 1, "red", pool)
+    assert [arena.memory is not None for arena in registry.arenas("red")] == [False, True]
+    with pytest.raises(UnavailableError):
+        registry.arena_fd("red", registry.arena_at(0, 1).region_id)
+    pool.wiped = True
+    listed = registry.arenas("red")
+    assert [arena.memory.fd for arena in listed if arena.memory is not None] == [1000, 1001]
+    assert registry.arena_fd("red", listed[2].region_id) == 1001
+    with pytest.raises(NotFoundError):
+        registry.arena_fd("blue", listed[2].region_id)
+    assert registry.arenas("blue") == []
+    registry.arena_retired(0, 1, lambda _: None)
+    assert len(registry.arenas("red")) == 2
+
+
 def test_a_segment_that_opens_again_is_another_region(registry: RegionRegistry) -> None:
     registry.arena_opened(1, 0, "red", Store())
     (before,) = registry.arenas("red")
-    registry.arena_retired(1, 0, lambda: None)
+    registry.arena_retired(1, 0, lambda _: None)
     registry.arena_opened(1, 0, "blue", Store())
     (after,) = registry.arenas("blue")
     assert after.region_id != before.region_id
@@ -129,5 +190,5 @@ def test_a_segment_that_opens_again_is_another_region(registry: RegionRegistry) 
 
 def test_a_segment_that_was_never_opened_retires_at_once(registry: RegionRegistry) -> None:
     closed: list[bool] = []
-    registry.arena_retired(1, 5, lambda: closed.append(True))
+    registry.arena_retired(1, 5, closed.append)
     assert closed

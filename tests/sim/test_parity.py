@@ -118,7 +118,7 @@ async def through_the_service(
     options = ServiceOptions(host_bytes=1 << 20, prefault=False, digest=True)
     ports: list[TierPort] = []
 
-    def open_stores(_: ServiceOptions, ring: Callable[[], None], _wall_ms: Callable[[], int]) -> Stores:
+    def open_stores(_: ServiceOptions, ring: Callable[[], None], *_clocks: Callable[[], int]) -> Stores:
         for index, spec in enumerate(specs):
             store = InstantStore(spec, ring)
             ports.append(TierPort(index, spec, store, addressable=None if spec.keyed else store))  # type: ignore[arg-type]

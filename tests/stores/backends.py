@@ -186,6 +186,10 @@ BACKENDS: dict[str, Callable[[int], Backend]] = {
         page_bytes, "fake-plain"
     ),
     "device-many": lambda page_bytes: importlib.import_module("device_backend").make(page_bytes, "many"),
+    "device-cudart": lambda page_bytes: importlib.import_module("device_backend").make(page_bytes, "cudart"),
+    "device-cudart-plain": lambda page_bytes: importlib.import_module("device_backend").make(
+        page_bytes, "cudart-plain"
+    ),
     "device-cuda": lambda page_bytes: importlib.import_module("device_backend").make(page_bytes, "cuda"),
 }
 

@@ -17,7 +17,8 @@ from hicache.device.cuda import CudaDevice, open_cuda
 from hicache.device.segment import DeviceSegment
 from hicache.types import PageStore, TierKind, TierSpec, slot_stride
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "device"))  # the fake
+for folder in ("device", "gpu"):  # the fakes
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))
 
 
 class DeviceBackend(Backend):
@@ -95,6 +96,34 @@ class ManyBackend(DeviceBackend):
         assert not [driver.violations for driver in self.drivers if driver.violations]
 
 
+class CudartBackend(FakeCudaBackend):
+    """The CUDA store and the real driver on a CUDA runtime in ordinary memory, whose streams run late."""
+
+    def open(self) -> PageStore:
+        import fake_cuda
+
+        self.fake = fake_cuda.fresh()
+        self.before = self.fake.live()
+        self.fake.configure(delay_us=60, seed=self.page_bytes)
+        spec = TierSpec("device", TierKind.DEVICE, 2 << 20, 1 << 20)
+        options = DeviceOptions(cuda_staging_bytes=3 * self.page_bytes)
+        self.opened = CudaDevice(spec, self.notify, options, self.fake.driver(kernels=self.kernels))
+        for segment in (0, 1):
+            self.opened.open_segment(segment, "default", self.page_bytes, PAGES // 2)
+        return self.opened
+
+    def close(self) -> None:
+        self.store.close()
+        assert not self.fake.violations(), self.fake.violations()
+        assert self.fake.live() == self.before
+
+
+class CudartBackendPlain(CudartBackend):
+    """The same without kernels."""
+
+    kernels = False
+
+
 class CudaBackend(DeviceBackend):
     """A real GPU."""
 
@@ -126,6 +155,8 @@ KINDS = {
     "fake": FakeCudaBackend,
     "fake-plain": FakeCudaBackendPlain,
     "many": ManyBackend,
+    "cudart": CudartBackend,
+    "cudart-plain": CudartBackendPlain,
     "cuda": CudaBackend,
 }
 

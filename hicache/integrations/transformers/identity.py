@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from hicache.errors import InvalidArgumentError
+from hicache.integrations.configs import config_digest
 from hicache.integrations.transformers.pages import PageShape
 from hicache.rpc.client.arguments import NamespaceFields
 
@@ -21,23 +21,6 @@ if TYPE_CHECKING:
 
 #: How pages are laid out. Another layout of ours, or of transformers' caches, gets another name.
 LAYOUT = "transformers.DynamicCache/1 [layers,2,tokens,heads,dim]"
-
-#: What configurations carry that changes no key and no value, but differs between ways to load one model.
-NOT_IDENTITY = frozenset({
-    "_name_or_path",
-    "architectures",
-    "chunk_size_feed_forward",
-    "dtype",
-    "id2label",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "problem_type",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-})  # fmt: skip
 
 
 def namespace_fields(
@@ -71,7 +54,7 @@ def namespace_fields(
     weights = f"sha256:{weights_digest(model)}" if revision is None else revision
     return NamespaceFields(
         model=str(config.model_type) if revision is None else name,
-        revision=f"{weights} config:{config_digest(config)}",
+        revision=f"{weights} config:{config_digest(config.to_dict())}",
         adapter=" ".join(part for part in (adapter, f"active:{active}" if active else "") if part),
         salt=salt,
         kv_dtype=str(shape.dtype).removeprefix("torch."),
@@ -83,14 +66,6 @@ def namespace_fields(
         page_tokens=shape.page_tokens,
         page_bytes=shape.page_bytes,
     )
-
-
-def config_digest(config: Any) -> str:
-    """A digest of all that a configuration says about how KV is computed: rope, norms, sizes, quantisation."""
-    said: Mapping[str, Any] = config.to_dict()
-    kept = {key: value for key, value in said.items() if key not in NOT_IDENTITY}
-    text = json.dumps(kept, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def weights_digest(model: torch.nn.Module) -> str:

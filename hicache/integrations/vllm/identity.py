@@ -8,12 +8,12 @@ the same name are not.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hicache.errors import UnsupportedError
+from hicache.integrations.configs import config_digest
 from hicache.integrations.vllm.engine import LENGTH_DEPENDENT_ROPE, EngineFacts, ModelFacts
 from hicache.integrations.vllm.settings import VllmSettings, page_tokens
 from hicache.integrations.vllm.weights import folder_digest
@@ -21,24 +21,6 @@ from hicache.rpc.client.arguments import NamespaceFields
 
 #: How a page is made of blocks. Another order of ours gets another name.
 PAGE_LAYOUT = "vllm/1 [rank][layer][block]"
-
-#: What configurations carry that changes no key and no value, but differs between ways to load one model.
-NOT_IDENTITY = frozenset({
-    "_name_or_path",
-    "architectures",
-    "chunk_size_feed_forward",
-    "dtype",
-    "id2label",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "problem_type",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-})  # fmt: skip
-
 
 #: Load formats whose weights are the files in the model's folder (vllm/model_executor/model_loader).
 FOLDER_FORMATS = frozenset({
@@ -70,7 +52,7 @@ def namespace_fields(
     tokens = page_tokens(settings, engine.block_size)
     return NamespaceFields(
         model=_model_name(engine.model, settings),
-        revision=f"{weights_identity(engine.model, settings)} config:{config_digest(engine.model)}",
+        revision=f"{weights_identity(engine.model, settings)} config:{_config(engine.model)}",
         adapter=adapter,
         salt=salt,
         kv_dtype=engine.kv_dtype,
@@ -118,13 +100,12 @@ def weights_identity(model: ModelFacts, settings: VllmSettings) -> str:
     return f"sha256:{folder_digest(Path(model.path))}"
 
 
-def config_digest(model: ModelFacts) -> str:
-    """A digest of all that is said about how KV is computed: rope, norms, sizes, quantisation, dtype, overrides."""
-    kept: dict[str, Any] = {key: value for key, value in model.config.items() if key not in NOT_IDENTITY}
-    kept |= {"/dtype": model.dtype, "/quantization": model.quantization}
+def _config(model: ModelFacts) -> str:
+    """The configuration's digest, with dtype, quantisation and overrides, which vLLM keeps elsewhere."""
+    extra: dict[str, Any] = {"/dtype": model.dtype, "/quantization": model.quantization}
     if LENGTH_DEPENDENT_ROPE & _rope_types(model.config):
-        kept["/max_model_len"] = model.max_model_len
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+        extra["/max_model_len"] = model.max_model_len
+    return config_digest(model.config, extra)
 
 
 def _rope_types(config: Mapping[str, Any]) -> set[str]:

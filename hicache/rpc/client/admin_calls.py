@@ -8,6 +8,8 @@ from hicache.rpc.client.calls import Who
 from hicache.rpc.client.results import (
     Advice,
     CheckResult,
+    CopyChoice,
+    DeviceStats,
     EvictResult,
     LatencyStats,
     PinResult,
@@ -105,6 +107,24 @@ def parse_stats(message: admin_pb2.GetStatsResponse) -> Stats:
         tree_nodes=message.tree_nodes,
         tree_runs=message.tree_runs,
         tree_pages=message.tree_pages,
+        devices=tuple(_device(device) for device in message.devices),
+    )
+
+
+def _device(device: admin_pb2.DeviceStats) -> DeviceStats:
+    return DeviceStats(
+        name=device.name,
+        tier=device.tier,
+        copy_engine=device.copy_engine,
+        choices=tuple(
+            CopyChoice(row.direction, row.page_bytes, row.rows, row.engine, dict(row.gb_per_s))
+            for row in device.choices
+        ),
+        direct_bytes=device.direct_bytes,
+        bounced_bytes=device.bounced_bytes,
+        registered_bytes=device.registered_bytes,
+        faults=device.faults,
+        problem=device.problem,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from hicache.rpc.client import buffers
+from hicache.rpc.client import buffers, in_place
 from hicache.rpc.client.aio_driver import Driver
 from hicache.rpc.client.aio_kv_held import KvRegion, Load, Store
 from hicache.rpc.client.arguments import refuse_torch_views
@@ -55,6 +55,15 @@ class Lease(LeaseBase):
         tensor, rows = buffers.new_tensor(len(self), self.page_bytes, dtype)
         await self.copy_into(rows)
         return tensor
+
+    async def tensors(self) -> list[Any]:
+        """Pages in the device tier's pool on a GPU, in place: uint8 tensors (pages, page_bytes), in page order.
+
+        One for pages that follow each other there. Nobody may write to them; what was computed with them counts only
+        if ``still_valid()`` holds once the GPU is done. Raises UnsupportedError where the pages are elsewhere, or the
+        sidecar does not share its pool (--share-device); and as ``views`` does.
+        """
+        return await self._driver.run(in_place.tensors(self._core, self._state))
 
     async def copy_into(
         self, into: Any, first: int = 0, count: int | None = None, *, verify: Verify | str | None = None

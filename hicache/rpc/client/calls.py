@@ -15,6 +15,7 @@ from hicache.rpc.client.results import (
     Grant,
     MatchResult,
     OperationResult,
+    PoolInfo,
     PrefetchResult,
     RegionInfo,
     Renewed,
@@ -22,6 +23,7 @@ from hicache.rpc.client.results import (
     TierInfo,
     Welcome,
 )
+from hicache.rpc.common import namespaces
 from hicache.rpc.pb import cache_pb2, region_pb2, session_pb2
 from hicache.types import NO_USE, Namespace, Use
 
@@ -150,25 +152,7 @@ def open_namespace(session_id: bytes, spec: Namespace) -> session_pb2.OpenNamesp
     """Names a namespace. The tenant is the server's to say."""
     return session_pb2.OpenNamespaceRequest(
         session_id=session_id,
-        namespace=session_pb2.NamespaceSpec(
-            model=spec.model,
-            revision=spec.revision,
-            adapter=spec.adapter,
-            salt=spec.salt,
-            kv_dtype=spec.kv_dtype,
-            layout=spec.layout,
-            codec=spec.codec,
-            layers=spec.layers,
-            kv_heads=spec.kv_heads,
-            head_size=spec.head_size,
-            page_tokens=spec.page_tokens,
-            world_size=spec.world_size,
-            engine_version=spec.engine_version,
-            page_bytes=spec.page_bytes,
-            symbol_kind=spec.symbol_kind.value,
-            symbol_hash_bytes=spec.symbol_hash_bytes,
-            extra_key_bytes=spec.extra_key_bytes,
-        ),
+        namespace=namespaces.to_message(spec),
     )
 
 
@@ -178,19 +162,37 @@ def open_namespace(session_id: bytes, spec: Namespace) -> session_pb2.OpenNamesp
 def parse_arena_regions(message: region_pb2.ListRegionsResponse) -> list[RegionInfo]:
     """The arena regions of a listing, and those of a pool that are mapped as they are: host memory."""
     return [
-        RegionInfo(
-            region_id=region.region_id,
-            size_bytes=region.size_bytes,
-            page_bytes=region.page_bytes,
-            first_slot_offset=region.first_slot_offset,
-            slot_stride=region.slot_stride,
-            slots=region.slots,
-            counted=region.kind == region_pb2.Region.ARENA,
-        )
+        _region_info(region)
         for region in message.regions
         if region.kind == region_pb2.Region.ARENA
         or (region.kind == region_pb2.Region.POOL and not region.memory.device_uuid)
     ]
+
+
+def parse_gpu_pools(message: region_pb2.ListRegionsResponse) -> list[PoolInfo]:
+    """The regions of a listing that are on a GPU."""
+    return [
+        PoolInfo(
+            _region_info(region),
+            size_bytes=region.memory.size_bytes,
+            handle=region.memory.cuda_ipc,
+            device_uuid=region.memory.device_uuid,
+        )
+        for region in message.regions
+        if region.memory.device_uuid
+    ]
+
+
+def _region_info(region: region_pb2.Region) -> RegionInfo:
+    return RegionInfo(
+        region_id=region.region_id,
+        size_bytes=region.size_bytes,
+        page_bytes=region.page_bytes,
+        first_slot_offset=region.first_slot_offset,
+        slot_stride=region.slot_stride,
+        slots=region.slots,
+        counted=region.kind == region_pb2.Region.ARENA,
+    )
 
 
 # --- look-up and leases

@@ -27,6 +27,7 @@ from hicache.rpc.client.arena import Arena
 from hicache.rpc.client.kv import Timelines
 from hicache.rpc.client.lease import LeaseState, Terms
 from hicache.rpc.client.options import ClientOptions
+from hicache.rpc.client.pools import Pools
 from hicache.rpc.client.region import WriteMemory
 from hicache.rpc.client.results import Capabilities, Welcome
 from hicache.rpc.client.session import Link, Session, Signal
@@ -101,6 +102,7 @@ class Core:
         self.arena = Arena()
         self.memory = WriteMemory(options.write_limit_bytes, options.write_step_bytes)
         self.timelines = Timelines()
+        self.pools = Pools()
         self.fences = open_fences  # tests put theirs here
         self._leases: weakref.WeakSet[LeaseState] = weakref.WeakSet()
         self._process = os.getpid()
@@ -130,6 +132,10 @@ class Core:
         self._leases.add(lease)
         return lease
 
+    def unmapped(self, region_ids: set[int]) -> set[int]:
+        """Those that are not known yet: neither mapped, nor on a GPU."""
+        return self.arena.unknown(region_ids) - self.pools.ids
+
     def deadline_ns(self, sent_ns: int, expires_in_ms: int) -> int:
         """When to stop using what the server lends for so long."""
         margin_ms = self.options.deadline_margin_ms + expires_in_ms // 1000  # clocks differ by far less
@@ -139,7 +145,11 @@ class Core:
 
     def attached(self, welcome: Welcome, capabilities: Capabilities, fd_path: str) -> None:
         """The server welcomed us; a new session starts without mappings."""
-        self.session.attached(welcome, capabilities, fd_path, begin=self.arena.begin)
+        self.session.attached(welcome, capabilities, fd_path, begin=self._begin)
+
+    def _begin(self, incarnation: int) -> None:
+        self.arena.begin(incarnation)
+        self.pools.begin(incarnation)
 
     def on_message(self, message: session_pb2.AttachResponse) -> None:
         """What the server says over the life line."""
@@ -147,7 +157,7 @@ class Core:
             case "draining":
                 self.session.draining = True
             case "region_retired":
-                self.arena.retire(message.region_retired.region_id)
+                self._retire(message.region_retired.region_id)
                 self._let_go()
             case _:
                 return
@@ -159,6 +169,10 @@ class Core:
         while self.arena.unmapped:
             found.append(calls.region_released(self.arena.unmapped.popleft()))
         return found
+
+    def _retire(self, region_id: int) -> None:
+        if not self.pools.retire(region_id, then=lambda: self.arena.unmapped.append(region_id)):
+            self.arena.retire(region_id)
 
     def _let_go(self) -> None:
         """Leases and tickets that are over do not keep retired regions mapped."""

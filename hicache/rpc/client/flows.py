@@ -123,11 +123,13 @@ def answered_late(core: Core, lease: LeaseState, sent_ns: int) -> bool:
 def _regions(core: Core, link: Link, grant: Grant) -> Steps[dict[int, ArenaRegion]]:
     """The mapped regions of a grant's extents; none where its pages are to be streamed."""
     wanted = {extent.region_id for extent in grant.extents}
-    if not link.mapped or not wanted:
+    if not link.finds_regions or not wanted:
         return {}
     try:
-        if core.arena.unknown(wanted):
-            yield from map_regions(core, link, core.arena.unknown(wanted))
+        if core.unmapped(wanted):
+            yield from map_regions(core, link, core.unmapped(wanted))
+        if wanted & core.pools.ids:
+            return {}
         found = {region_id: core.arena.find(region_id) for region_id in wanted}
         if None in found.values():
             raise NotFoundError("the lease points to a region that the server does not list")
@@ -144,6 +146,7 @@ def map_regions(core: Core, link: Link, wanted: set[int]) -> Steps[None]:
     reply = yield from simple(
         core, "ListRegions", lambda at: region_pb2.ListRegionsRequest(session_id=at.session_id), budget
     )
+    core.pools.add(link.incarnation, calls.parse_gpu_pools(reply.message))
     for info in calls.parse_arena_regions(reply.message):
         if info.region_id in wanted:
             yield Work(functools.partial(_map_region, core, link, info))

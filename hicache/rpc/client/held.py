@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from hicache.rpc.client import buffers
+from hicache.rpc.client import buffers, in_place
 from hicache.rpc.client.arguments import refuse_torch_views
 from hicache.rpc.client.calls import CommitAsk
 from hicache.rpc.client.driver import Driver
@@ -55,6 +55,15 @@ class Lease(LeaseBase):
         tensor, rows = buffers.new_tensor(len(self), self.page_bytes, dtype)
         self.copy_into(rows)
         return tensor
+
+    def tensors(self) -> list[Any]:
+        """Pages in the device tier's pool on a GPU, in place: uint8 tensors (pages, page_bytes), in page order.
+
+        One for pages that follow each other there. Nobody may write to them; what was computed with them counts only
+        if ``still_valid()`` holds once the GPU is done. Raises UnsupportedError where the pages are elsewhere, or the
+        sidecar does not share its pool (--share-device); and as ``views`` does.
+        """
+        return self._driver.run(in_place.tensors(self._core, self._state))
 
     def copy_into(
         self, into: Any, first: int = 0, count: int | None = None, *, verify: Verify | str | None = None

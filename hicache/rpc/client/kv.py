@@ -57,19 +57,26 @@ class Counter:
         return self.timeline.address + COUNTER_BYTES * self.index
 
     def get(self) -> int:
-        """As it stands."""
-        return int(self.timeline.values[self.index])
+        """As it stands. Taking the lock again: what is read afterwards is read after it, on any processor."""
+        with self._lock:
+            value = int(self.timeline.values[self.index])
+        with self._lock:
+            return value
 
     def set(self, value: int) -> None:
-        """Show a value, unless it was given back."""
+        """Show a value, unless it was given back; and what was written before, to whoever sees it."""
+        with self._lock:
+            pass
         with self._lock:
             if self._ours:
                 self.timeline.values[self.index] = value
 
     def raise_to(self, value: int) -> None:
-        """Show a value, if it is more than what is shown."""
+        """As ``set``, if it is more than what is shown."""
         with self._lock:
-            if self._ours and self.get() < value:
+            pass
+        with self._lock:
+            if self._ours and int(self.timeline.values[self.index]) < value:
                 self.timeline.values[self.index] = value
 
     def hold(self, queue: Callable[[], Callable[[], bool]]) -> bool:
@@ -172,7 +179,7 @@ class Loaded:
     """What a load brought: pages of the lease by their numbers.
 
     ``missing``: no longer there, or not read, for ``reason`` (of the first); ``corrupt``: not what their checksums
-    say, which the sidecar was told. What was computed with either is void; the blocks of the others are right.
+    say; the sidecar gives them up. What was computed with either is void; the blocks of the others are right.
     """
 
     pages: int

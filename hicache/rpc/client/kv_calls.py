@@ -136,5 +136,5 @@ def commit(route: Route, request_id: bytes, reservation: int, ask: StoreAsk) -> 
         places=ask.places.astype("<i8").tobytes(),
         timeline_id=route.timeline_id if pages else 0,
         counter=route.index if pages else 0,
-        layers_wait_ms=ask.wait_ms,
+        layers_wait_ms=ask.wait_ms if pages else 0,
     )

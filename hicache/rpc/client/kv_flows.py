@@ -5,7 +5,6 @@ A transfer is *prepared* in its caller's time (the region is registered, a count
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -25,7 +24,7 @@ from hicache.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from hicache.rpc.client import calls, flows, kv_calls
+from hicache.rpc.client import calls, kv_calls
 from hicache.rpc.client.core import Attempt, Budget, Core, Reply, invoke
 from hicache.rpc.client.kv import COUNTER_BYTES, COUNTERS, Counter, KvState, Loaded, Progress, Timeline
 from hicache.rpc.client.kv_calls import LoadAsk, Route, StoreAsk
@@ -265,8 +264,8 @@ def load(
     """
     (ask, timeout_s), sending = asked, _Sending(core.new_id())
     good = settled = False
-    incarnation = lease.terms.incarnation
-    budget = dataclasses.replace(core.budget(timeout_s, incarnation=incarnation), retry=False)
+    budget = core.budget(timeout_s, incarnation=lease.terms.incarnation)
+    budget = dataclasses.replace(budget, retry=False)
 
     def step(attempt: Attempt) -> Steps[Step]:
         yield from ()
@@ -283,11 +282,6 @@ def load(
         raise
     finally:
         progress.end(good=good, settled=settled)
-    if loaded.corrupt:
-        with contextlib.suppress(HicacheError):  # it is the sidecar's affair; the caller knows
-            yield from flows.report_corrupt(
-                core, lease, loaded.corrupt, core.budget(None, incarnation=incarnation)
-            )
     return loaded
 
 

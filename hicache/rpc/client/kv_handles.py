@@ -110,9 +110,9 @@ class TransferBase:
         try:
             fences = self._core.fences()
             fences.admit(counter.timeline.address, counter.timeline.values.nbytes, counter.timeline)
+            return counter.hold(lambda: queue(fences, counter.address, place)) or self.done
         except UnsupportedError:
             return False
-        return counter.hold(lambda: queue(fences, counter.address, place)) or self.done
 
 
 class LoadBase(TransferBase):

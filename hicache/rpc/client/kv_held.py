@@ -41,12 +41,13 @@ class KvRegion(KvRegionBase):
     def settle(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
         """Wait until nothing is copied to or from it: after a transfer whose ``result`` was that nobody answered.
 
-        False where that is not known in time. The next transfer registers it again.
+        Stores that still wait for layers are cut short. False where it is not known in time. The next transfer
+        registers it again.
         """
         return self._driver.run(self._settle(timeout_s))
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> bool:
-        """Have the sidecar let go of it, when transfers under way have ended. Idempotent.
+        """Have the sidecar let go of it, when transfers under way have ended; see ``settle``. Idempotent.
 
         False where the sidecar is out of reach or not done in time: if it lives, it may still copy for a while.
         """

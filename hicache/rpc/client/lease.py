@@ -17,7 +17,7 @@ import xxhash
 from hicache.errors import CorruptError, HicacheError, InvalidArgumentError, NotFoundError, StaleError
 from hicache.rpc.client.arena import ArenaRegion
 from hicache.rpc.client.buffers import Bytes
-from hicache.rpc.client.results import U64, Grant
+from hicache.rpc.client.results import U64, Extent, Grant
 from hicache.rpc.pb import cache_pb2
 
 #: Copied and checksummed in pieces that stay in the cache between the two.
@@ -60,6 +60,7 @@ class LeaseState:
         self.pending_ms = 0
         self.deadline_ns = 0
         self.runs: tuple[MappedRun, ...] = ()
+        self.extents: tuple[Extent, ...] = ()  # as the server named them, whether mapped here or not
         self.checksums: U64 = np.empty(0, np.uint64)
         self.generations: U64 = np.empty(0, np.uint64)
         self.private: npt.NDArray[np.uint8] | None = None
@@ -87,6 +88,7 @@ class LeaseState:
         self.tier_pages = {name: pages for name, pages in zip(names, grant.tier_pages, strict=False) if pages}
         self.deadline_ns = deadline_ns
         self.runs, self.checksums, self.generations = tuple(runs), grant.checksums, grant.generations
+        self.extents = grant.extents
         if grant.granted_pages != self.granted_pages:
             self.granted_pages, self.private = grant.granted_pages, None
 

@@ -64,7 +64,7 @@ def live(core: Core) -> Steps[None]:
 
 
 def _prove(core: Core, capabilities: Capabilities) -> Steps[tuple[str, bytes]]:
-    """The descriptor socket to use for pages ("" for streams), and the token for Hello.
+    """The descriptor socket to share memory over ("": none is shared), and the token for Hello.
 
     Raises UnsupportedError where shared memory was asked for and cannot be had, UnavailableError where the socket
     that the server names does not answer.
@@ -83,7 +83,7 @@ def _prove(core: Core, capabilities: Capabilities) -> Steps[tuple[str, bytes]]:
     if not capabilities.fd_socket:
         return "", b""
     path, token = yield from _hello(_fd_paths(core.target, capabilities.fd_socket))
-    return ("" if plane is DataPlane.STREAM or not readable else path), token
+    return ("" if plane is DataPlane.STREAM else path), token
 
 
 def _hello(paths: Sequence[str]) -> Steps[tuple[str, bytes]]:

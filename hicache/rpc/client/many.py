@@ -251,8 +251,8 @@ def _map_all(core: Core, link: Link, message: cache_pb2.FetchManyResponse) -> St
     wanted: set[int] = set()
     for outcome in message.outcomes:
         wanted.update(outcome.fetch.extents.region_id)
-    unknown = core.arena.unknown(wanted)
-    if link.mapped and unknown:
+    unknown = core.unmapped(wanted)
+    if link.finds_regions and unknown:
         with contextlib.suppress(HicacheError):
             yield from flows.map_regions(core, link, unknown)
 

@@ -121,6 +121,35 @@ class LatencyStats:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class CopyChoice:
+    """The engine that copies pages of one size one way, few or many at once; ``gb_per_s``: as measured, by engine."""
+
+    direction: str
+    page_bytes: int
+    rows: str
+    engine: str
+    gb_per_s: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceStats:
+    """One device of the device tier. ``copy_engine``: what was asked for; auto: see ``choices``.
+
+    ``direct_bytes`` went without, ``bounced_bytes`` through a bounce buffer. ``problem``: why it was given up.
+    """
+
+    name: str
+    tier: str
+    copy_engine: str
+    choices: tuple[CopyChoice, ...]
+    direct_bytes: int
+    bounced_bytes: int
+    registered_bytes: int
+    faults: int
+    problem: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Stats:
     """The sidecar's figures."""
 
@@ -139,6 +168,7 @@ class Stats:
     tree_nodes: int
     tree_runs: int
     tree_pages: int
+    devices: tuple[DeviceStats, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -270,6 +300,16 @@ class RegionInfo:
     slot_stride: int
     slots: int
     counted: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolInfo:
+    """A segment of a device tier's pool on a GPU. ``handle``: of CUDA IPC; empty where it is mapped by descriptor."""
+
+    region: RegionInfo
+    size_bytes: int
+    handle: bytes
+    device_uuid: bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

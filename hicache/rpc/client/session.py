@@ -21,7 +21,7 @@ LASTING = frozenset({ErrorCode.INVALID, ErrorCode.DENIED, ErrorCode.UNAUTHENTICA
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Link:
-    """An attached session. ``fd_path`` is empty where pages travel as streams; ``epoch`` names the server's run."""
+    """An attached session. ``fd_path`` is empty where no memory is shared; ``epoch`` names the server's run."""
 
     incarnation: int
     session_id: bytes
@@ -33,7 +33,12 @@ class Link:
     @property
     def mapped(self) -> bool:
         """Whether pages travel through shared memory."""
-        return bool(self.fd_path)
+        return bool(self.fd_path) and any(tier.client_readable for tier in self.capabilities.tiers)
+
+    @property
+    def finds_regions(self) -> bool:
+        """Whether regions that leases point to can be mapped: arenas, or segments of a device's pool."""
+        return self.mapped or (bool(self.fd_path) and self.capabilities.pool_shared)
 
 
 class Signal(Protocol):

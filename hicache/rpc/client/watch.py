@@ -18,8 +18,9 @@ from hicache.errors import ExhaustedError, HicacheError, StaleError, Unavailable
 from hicache.keys import KEY_BYTES
 from hicache.rpc.client import core as rules
 from hicache.rpc.client.steps import EndWatch, NeedLink, NextEvents, OpenWatch, Sleep, Steps
+from hicache.rpc.common import namespaces
 from hicache.rpc.pb import events_pb2
-from hicache.types import Namespace, SymbolKind
+from hicache.types import Namespace
 
 PAUSE_FIRST_S = 0.05
 PAUSE_MOST_S = 1.0
@@ -202,7 +203,7 @@ class WatchState:
 
     def _learn(self, message: Message) -> None:
         for each in message.namespaces:
-            spec = _namespace(each)
+            spec = namespaces.from_message(each.namespace, each.tenant)
             self._namespaces[each.namespace_id] = WatchedNamespace(spec, each.fingerprint)
 
     def _events(self, message: Message) -> Iterator[PageEvents]:
@@ -222,27 +223,3 @@ class WatchState:
                 symbols[at:end],
             )
             at, first = end, first + pages
-
-
-def _namespace(each: events_pb2.WatchedNamespace) -> Namespace:
-    spec = each.namespace
-    return Namespace(
-        tenant=each.tenant,
-        model=spec.model,
-        revision=spec.revision,
-        adapter=spec.adapter,
-        salt=spec.salt,
-        kv_dtype=spec.kv_dtype,
-        layout=spec.layout,
-        codec=spec.codec,
-        layers=spec.layers,
-        kv_heads=spec.kv_heads,
-        head_size=spec.head_size,
-        page_tokens=spec.page_tokens,
-        page_bytes=spec.page_bytes,
-        world_size=spec.world_size,
-        engine_version=spec.engine_version,
-        symbol_kind=SymbolKind(spec.symbol_kind),
-        symbol_hash_bytes=spec.symbol_hash_bytes,
-        extra_key_bytes=spec.extra_key_bytes,
-    )

@@ -92,7 +92,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self, session_id: _Optional[bytes] = ...) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("server_version", "uptime_ms", "tiers", "counters", "sessions", "leases", "reservations", "waiting", "copies_in_flight", "namespaces", "tree_nodes", "tree_runs", "tree_pages", "latencies", "state")
+    __slots__ = ("server_version", "uptime_ms", "tiers", "counters", "sessions", "leases", "reservations", "waiting", "copies_in_flight", "namespaces", "tree_nodes", "tree_runs", "tree_pages", "latencies", "state", "devices")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,7 @@ class GetStatsResponse(_message.Message):
     TREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     LATENCIES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     server_version: str
     uptime_ms: int
     tiers: _containers.RepeatedCompositeFieldContainer[TierStats]
@@ -130,7 +131,51 @@ class GetStatsResponse(_message.Message):
     tree_pages: int
     latencies: _containers.RepeatedCompositeFieldContainer[LatencyStats]
     state: str
-    def __init__(self, server_version: _Optional[str] = ..., uptime_ms: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., waiting: _Optional[int] = ..., copies_in_flight: _Optional[int] = ..., namespaces: _Optional[int] = ..., tree_nodes: _Optional[int] = ..., tree_runs: _Optional[int] = ..., tree_pages: _Optional[int] = ..., latencies: _Optional[_Iterable[_Union[LatencyStats, _Mapping]]] = ..., state: _Optional[str] = ...) -> None: ...
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceStats]
+    def __init__(self, server_version: _Optional[str] = ..., uptime_ms: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[int] = ..., leases: _Optional[int] = ..., reservations: _Optional[int] = ..., waiting: _Optional[int] = ..., copies_in_flight: _Optional[int] = ..., namespaces: _Optional[int] = ..., tree_nodes: _Optional[int] = ..., tree_runs: _Optional[int] = ..., tree_pages: _Optional[int] = ..., latencies: _Optional[_Iterable[_Union[LatencyStats, _Mapping]]] = ..., state: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[DeviceStats, _Mapping]]] = ...) -> None: ...
+
+class DeviceStats(_message.Message):
+    __slots__ = ("name", "tier", "copy_engine", "choices", "direct_bytes", "bounced_bytes", "registered_bytes", "faults", "problem")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    COPY_ENGINE_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    DIRECT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BOUNCED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REGISTERED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tier: str
+    copy_engine: str
+    choices: _containers.RepeatedCompositeFieldContainer[CopyChoice]
+    direct_bytes: int
+    bounced_bytes: int
+    registered_bytes: int
+    faults: int
+    problem: str
+    def __init__(self, name: _Optional[str] = ..., tier: _Optional[str] = ..., copy_engine: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[CopyChoice, _Mapping]]] = ..., direct_bytes: _Optional[int] = ..., bounced_bytes: _Optional[int] = ..., registered_bytes: _Optional[int] = ..., faults: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class CopyChoice(_message.Message):
+    __slots__ = ("direction", "page_bytes", "rows", "engine", "gb_per_s")
+    class GbPerSEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    GB_PER_S_FIELD_NUMBER: _ClassVar[int]
+    direction: str
+    page_bytes: int
+    rows: str
+    engine: str
+    gb_per_s: _containers.ScalarMap[str, float]
+    def __init__(self, direction: _Optional[str] = ..., page_bytes: _Optional[int] = ..., rows: _Optional[str] = ..., engine: _Optional[str] = ..., gb_per_s: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class TierStats(_message.Message):
     __slots__ = ("name", "kind", "state", "capacity_bytes", "used_bytes", "pages", "hit_pages", "bytes_in", "bytes_out", "evicted_pages", "dropped_pages", "corrupt_pages", "hit_bytes", "written_bytes", "admitted_pages", "refused_pages", "reason", "degraded_ms")

@@ -70,7 +70,8 @@ class RegionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Unregister(self, request, context):
-        """Forget it; answers when no copy uses it any more, and its mappings are closed.
+        """Forget it; answers when no copy uses it any more, and its mappings are closed. A Commit that still waits for layers
+        of it ends, and takes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -13,6 +13,7 @@ from hicache.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from hicache.rpc.common import namespaces
 from hicache.rpc.pb import session_pb2
 from hicache.rpc.server import convert
 from hicache.rpc.server.edge import Edge, session_call
@@ -164,7 +165,7 @@ class SessionServicer:
         self, session: Session, request: session_pb2.OpenNamespaceRequest, _: Context
     ) -> session_pb2.OpenNamespaceResponse:
         """Name a namespace; idempotent by nature."""
-        spec = convert.namespace(request.namespace, session.peer.tenant)
+        spec = namespaces.from_message(request.namespace, session.peer.tenant)
         full = len(session.namespaces) >= self.edge.options.max_namespaces_per_tenant
         if full and spec not in session.namespaces.values():
             raise ExhaustedError(f"the tenant has {len(session.namespaces)} namespaces open")

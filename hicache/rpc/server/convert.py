@@ -7,7 +7,7 @@ from hicache.errors import CorruptError, InvalidArgumentError
 from hicache.keys import validate_use
 from hicache.rpc.pb import admin_pb2, cache_pb2, session_pb2
 from hicache.runtime.service import Service
-from hicache.types import NO_USE, Namespace, SymbolKind, TierSpec, Use
+from hicache.types import NO_USE, TierSpec, Use
 
 MAX_U32 = (1 << 32) - 1
 MAX_OFFSET = 1 << 62
@@ -21,36 +21,6 @@ def tier_info(spec: TierSpec) -> session_pb2.TierInfo:
         capacity_bytes=spec.capacity_bytes,
         durable=spec.durable,
         client_readable=spec.client_readable,
-    )
-
-
-def namespace(spec: session_pb2.NamespaceSpec, tenant: str) -> Namespace:
-    """The namespace that a client describes, of its own tenant. Raises InvalidArgumentError."""
-    try:
-        kind = SymbolKind(spec.symbol_kind or SymbolKind.TOKENS.value)
-    except ValueError as error:
-        raise InvalidArgumentError(
-            f"namespace: symbol_kind is tokens or hashes, not {spec.symbol_kind!r}"
-        ) from error
-    return Namespace(
-        tenant=tenant,
-        model=spec.model,
-        revision=spec.revision,
-        adapter=spec.adapter,
-        salt=spec.salt,
-        kv_dtype=spec.kv_dtype,
-        layout=spec.layout,
-        codec=spec.codec or "lossless",
-        layers=spec.layers,
-        kv_heads=spec.kv_heads,
-        head_size=spec.head_size,
-        page_tokens=spec.page_tokens,
-        page_bytes=spec.page_bytes,
-        world_size=spec.world_size or 1,
-        engine_version=spec.engine_version,
-        symbol_kind=kind,
-        symbol_hash_bytes=spec.symbol_hash_bytes,
-        extra_key_bytes=spec.extra_key_bytes,
     )
 
 

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from hicache.errors import DeniedError, ExhaustedError, InvalidArgumentError
-from hicache.rpc.pb import events_pb2, session_pb2
+from hicache.rpc.common import namespaces
+from hicache.rpc.pb import events_pb2
 from hicache.rpc.server import convert
 from hicache.rpc.server.edge import Edge
 from hicache.rpc.server.identity import Context
@@ -14,7 +15,6 @@ from hicache.rpc.server.sessions import Session
 from hicache.runtime.journal import Entry
 from hicache.runtime.service import Service
 from hicache.runtime.watchers import ALL_TENANTS, Kind, Watcher
-from hicache.types import Namespace
 
 Response = events_pb2.WatchEventsResponse
 KINDS = {
@@ -137,29 +137,7 @@ class _Columns:
                     tenant=spec.tenant,
                     fingerprint=fingerprint,
                     symbol_bytes=spec.symbol_bytes,
-                    namespace=_spec(spec),
+                    namespace=namespaces.to_message(spec),
                 )
             )
         return wanted
-
-
-def _spec(spec: Namespace) -> session_pb2.NamespaceSpec:
-    return session_pb2.NamespaceSpec(
-        model=spec.model,
-        revision=spec.revision,
-        adapter=spec.adapter,
-        salt=spec.salt,
-        kv_dtype=spec.kv_dtype,
-        layout=spec.layout,
-        codec=spec.codec,
-        layers=spec.layers,
-        kv_heads=spec.kv_heads,
-        head_size=spec.head_size,
-        page_tokens=spec.page_tokens,
-        world_size=spec.world_size,
-        engine_version=spec.engine_version,
-        page_bytes=spec.page_bytes,
-        symbol_kind=spec.symbol_kind.value,
-        symbol_hash_bytes=spec.symbol_hash_bytes,
-        extra_key_bytes=spec.extra_key_bytes,
-    )

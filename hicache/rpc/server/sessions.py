@@ -229,6 +229,8 @@ class Sessions:
         self._unwatch(session)
         log.info("session %d (%s) ended: %s", session.number, session.name, why)
         self.on_end(session.number)
+        if not dead:
+            self._service.regions.may_stay_mapped(session.mapped | session.retired)
         self._service.end_session(session.number, dead=dead)
         session.answers.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from hicache.rpc.pb import admin_pb2
+from hicache.runtime.device_stats import DeviceStats
 from hicache.runtime.stats import ServiceStats, TierStats
 from hicache.version import __version__
 
@@ -28,6 +29,7 @@ def stats_response(stats: ServiceStats) -> admin_pb2.GetStatsResponse:
         tree_runs=engine.runs,
         tree_pages=engine.pages,
         latencies=[admin_pb2.LatencyStats(**dataclasses.asdict(each)) for each in stats.latencies],
+        devices=[_device(device) for device in stats.devices],
     )
 
 
@@ -51,4 +53,27 @@ def _tier(tier: TierStats) -> admin_pb2.TierStats:
         refused_pages=tier.refused_pages,
         reason=tier.reason,
         degraded_ms=tier.degraded_ms,
+    )
+
+
+def _device(device: DeviceStats) -> admin_pb2.DeviceStats:
+    return admin_pb2.DeviceStats(
+        name=device.name,
+        tier=device.tier,
+        copy_engine=device.copy_engine,
+        choices=[
+            admin_pb2.CopyChoice(
+                direction=choice.direction,
+                page_bytes=choice.page_bytes,
+                rows=choice.rows,
+                engine=choice.engine,
+                gb_per_s=choice.gb_per_s,
+            )
+            for choice in device.choices
+        ],
+        direct_bytes=device.direct_bytes,
+        bounced_bytes=device.bounced_bytes,
+        registered_bytes=device.registered_bytes,
+        faults=device.faults,
+        problem=device.problem,
     )

@@ -15,30 +15,31 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from sglang_kit import PoolTransferResult, Sidecar, Storage, StorageConfig, StorageMetrics
+from sglang_kit import PoolTransferResult, Storage, StorageConfig, StorageMetrics
+from sidecars import BareSidecar
 
 BACKEND = "hicache.integrations.sglang.backend"
 Open = Callable[..., Any]
 
 
-def running() -> Iterator[Sidecar]:
+def running() -> Iterator[BareSidecar]:
     with tempfile.TemporaryDirectory(prefix="hc-") as home:
-        found = Sidecar(Path(home))
+        found = BareSidecar(Path(home))
         found.start()
         yield found
         if found.process is not None:
-            found.signal(signal.SIGCONT)
+            found.send_signal(signal.SIGCONT)
         found.kill()
 
 
 @pytest.fixture(scope="module")
-def shared_sidecar() -> Iterator[Sidecar]:
+def shared_sidecar() -> Iterator[BareSidecar]:
     """For tests that leave it as it is; emptied after each."""
     yield from running()
 
 
 @pytest.fixture
-def own_sidecar() -> Iterator[Sidecar]:
+def own_sidecar() -> Iterator[BareSidecar]:
     """For tests that harm it."""
     yield from running()
 
@@ -81,12 +82,12 @@ def make_backend(stand_ins: None) -> Iterator[Open]:
 
 
 @pytest.fixture
-def open_backend(make_backend: Open, shared_sidecar: Sidecar) -> Iterator[Open]:
+def open_backend(make_backend: Open, shared_sidecar: BareSidecar) -> Iterator[Open]:
     """``make_backend`` on the shared sidecar."""
     made: list[Any] = []
 
     def make(pool: Any, **given: Any) -> Any:
-        made.append(make_backend(pool, endpoint=shared_sidecar.endpoint, **given))
+        made.append(make_backend(pool, endpoint=shared_sidecar.target, **given))
         return made[-1]
 
     yield make

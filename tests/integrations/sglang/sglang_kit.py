@@ -4,67 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import math
 import mmap
 import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-SIDECAR = textwrap.dedent(
-    """
-    import asyncio, json, signal, sys
-    from hicache.rpc.server import ServerOptions, serve
-    from hicache.runtime import Service, ServiceOptions
-
-    async def main():
-        service = Service(ServiceOptions(**json.loads(sys.argv[2])))
-        await service.start()
-        server = await serve(service, ServerOptions(socket_path=sys.argv[1]))
-        done = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, done.set)
-        print("ready", flush=True)
-        await done.wait()
-        await server.stop(500)
-        await service.close()
-
-    asyncio.run(main())
-    """
-)
-
-
-class Sidecar:
-    """It can be stopped, killed and started again on the same socket."""
-
-    def __init__(self, home: Path) -> None:
-        self.socket = str(home / "hc.sock")
-        self.endpoint = f"unix://{self.socket}"
-        self.options: dict[str, Any] = {"host_bytes": 64 << 20, "host_segment_bytes": 8 << 20}
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-c", SIDECAR, self.socket, json.dumps(self.options)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == "ready\n"
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(20)
-            assert self.process.stdout is not None
-            self.process.stdout.close()
-            self.process = None
 
 
 class ShmAllocator:

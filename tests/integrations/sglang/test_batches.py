@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sglang_kit import Sidecar
+from sidecars import BareSidecar
 
 from hicache.errors import InvalidArgumentError, UnavailableError
 from hicache.rpc.client import Client
@@ -23,8 +23,8 @@ def page(number: int) -> PageSource:
     return PageSource([np.full(PAGE_BYTES, number, np.uint8)])
 
 
-def test_prompts_of_two_pages(shared_sidecar: Sidecar) -> None:
-    with Client(shared_sidecar.endpoint) as client:
+def test_prompts_of_two_pages(shared_sidecar: BareSidecar) -> None:
+    with Client(shared_sidecar.target) as client:
         space = client.namespace(
             model="batches", page_bytes=PAGE_BYTES, symbol_kind="hashes", symbol_hash_bytes=32
         )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sglang_kit import HostPool, Sidecar, StatePool, Transfer, keys_of
+from sglang_kit import HostPool, StatePool, Transfer, keys_of
+from sidecars import BareSidecar
 
 from hicache.errors import ConfigError
 from hicache.integrations.sglang.pools import leading
@@ -18,7 +19,7 @@ from hicache.integrations.sglang.settings import read_settings
 from hicache.rpc.client import batching
 
 
-def flip(sidecar: Sidecar, needle: bytes) -> int:
+def flip(sidecar: BareSidecar, needle: bytes) -> int:
     """Change one byte of every copy of ``needle`` in the sidecar's shared memory; answers how many."""
     assert sidecar.process is not None
     home, flipped = Path(f"/proc/{sidecar.process.pid}"), 0
@@ -48,10 +49,10 @@ def eventually(ask: Callable[[], bool], timeout_s: float = 40) -> bool:
 
 @pytest.mark.parametrize("layout", ["page_first", "layer_first"])
 def test_a_flipped_byte_is_a_miss_that_can_be_stored_again(
-    make_backend: Any, own_sidecar: Sidecar, layout: str
+    make_backend: Any, own_sidecar: BareSidecar, layout: str
 ) -> None:
     pool = HostPool(layout)
-    backend = make_backend(pool, endpoint=own_sidecar.endpoint)
+    backend = make_backend(pool, endpoint=own_sidecar.target)
     keys, stored = keys_of(1, 2, 3), pool.fill(0, 1, 2)
     assert backend.batch_set_v1(keys, pool.indices(0, 1, 2)) == [True] * 3
     assert flip(own_sidecar, stored[1][: len(stored[1]) // 4]) == 1
@@ -64,10 +65,10 @@ def test_a_flipped_byte_is_a_miss_that_can_be_stored_again(
 
 
 def test_memory_that_changes_after_its_checksum_is_not_stored(
-    make_backend: Any, own_sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch
+    make_backend: Any, own_sidecar: BareSidecar, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = HostPool()
-    backend = make_backend(pool, endpoint=own_sidecar.endpoint)
+    backend = make_backend(pool, endpoint=own_sidecar.target)
     pool.fill(0, 1)
     store_many = batching.store_many
 
@@ -82,9 +83,11 @@ def test_memory_that_changes_after_its_checksum_is_not_stored(
     assert backend.batch_set_v1(keys_of(1), pool.indices(0)) == [True]
 
 
-def test_values_of_another_size_and_wrong_calls_are_refused(make_backend: Any, own_sidecar: Sidecar) -> None:
+def test_values_of_another_size_and_wrong_calls_are_refused(
+    make_backend: Any, own_sidecar: BareSidecar
+) -> None:
     pool = HostPool()
-    backend = make_backend(None, endpoint=own_sidecar.endpoint)
+    backend = make_backend(None, endpoint=own_sidecar.target)
     assert not backend.set("any", pool.get_dummy_flat_data_page())  # no pool yet: nothing is known of pages
     assert backend.batch_exists(keys_of(1)) == 0
     backend.register_mem_pool_host(pool)
@@ -100,13 +103,13 @@ def test_values_of_another_size_and_wrong_calls_are_refused(make_backend: Any, o
 
 
 def test_an_absent_sidecar_costs_nothing_and_is_used_as_soon_as_it_is_there(
-    make_backend: Any, own_sidecar: Sidecar
+    make_backend: Any, own_sidecar: BareSidecar
 ) -> None:
     own_sidecar.kill()
     pool = HostPool()
     stored = pool.fill(0)
     began = time.monotonic()
-    backend = make_backend(pool, endpoint=own_sidecar.endpoint, attach_wait_ms=100)
+    backend = make_backend(pool, endpoint=own_sidecar.target, attach_wait_ms=100)
     backend.register_mem_host_pool_v2(StatePool(), "mamba")
     assert backend.batch_exists(keys_of(1)) == 0
     assert backend.batch_set_v1(keys_of(1), pool.indices(0)) == [False]
@@ -122,10 +125,10 @@ def test_an_absent_sidecar_costs_nothing_and_is_used_as_soon_as_it_is_there(
 
 
 def test_a_killed_sidecar_is_picked_up_again_after_its_restart(
-    make_backend: Any, own_sidecar: Sidecar
+    make_backend: Any, own_sidecar: BareSidecar
 ) -> None:
     pool = HostPool()
-    backend = make_backend(pool, endpoint=own_sidecar.endpoint, deadline_ms=1000, load_wait_ms=500)
+    backend = make_backend(pool, endpoint=own_sidecar.target, deadline_ms=1000, load_wait_ms=500)
     stored = pool.fill(*range(8))
     keys, slowest_s, stop = keys_of(*range(8)), [0.0], threading.Event()
 
@@ -151,30 +154,30 @@ def test_a_killed_sidecar_is_picked_up_again_after_its_restart(
     assert pool.read(*range(8, 16)) == stored
 
 
-def test_a_sidecar_that_hangs_costs_one_deadline_a_pause(make_backend: Any, own_sidecar: Sidecar) -> None:
+def test_a_sidecar_that_hangs_costs_one_deadline_a_pause(make_backend: Any, own_sidecar: BareSidecar) -> None:
     pool = HostPool()
     given = {"deadline_ms": 500, "load_wait_ms": 200, "store_wait_ms": 200, "retry_ms": 5000}
-    backend = make_backend(pool, endpoint=own_sidecar.endpoint, **given)
+    backend = make_backend(pool, endpoint=own_sidecar.target, **given)
     pool.fill(0)
     assert backend.batch_set_v1(keys_of(1), pool.indices(0)) == [True]
-    own_sidecar.signal(signal.SIGSTOP)
+    own_sidecar.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     for _ in range(20):
         assert backend.batch_exists(keys_of(1)) == 0
         assert backend.batch_get_v1(keys_of(1), pool.indices(0)) == [False]
     assert time.monotonic() - began < 2.5
-    own_sidecar.signal(signal.SIGCONT)
+    own_sidecar.send_signal(signal.SIGCONT)
     assert eventually(lambda: backend.batch_exists(keys_of(1)) == 1)
 
 
 def test_more_than_there_is_room_for_drops_the_ends_of_prompts_first(
-    make_backend: Any, own_sidecar: Sidecar
+    make_backend: Any, own_sidecar: BareSidecar
 ) -> None:
     pool = HostPool()
     own_sidecar.kill()
-    own_sidecar.options = {"host_bytes": 2 << 20, "host_segment_bytes": 1 << 20, "policy": "lru"}
+    own_sidecar.service = {"host_bytes": 2 << 20, "host_segment_bytes": 1 << 20, "policy": "lru"}
     own_sidecar.start()
-    backend = make_backend(pool, endpoint=own_sidecar.endpoint)
+    backend = make_backend(pool, endpoint=own_sidecar.target)
     pages = range(pool.pages)
     pool.fill(*pages)
     assert pool.pages * pool.page_bytes * 5 > 2 << 20, "five prompts do not fit"
@@ -210,8 +213,8 @@ def test_wrong_settings_name_their_key(given: dict[str, Any], words: str) -> Non
         read_settings(given)
 
 
-def test_what_cannot_be_served_is_refused_at_the_start(make_backend: Any, own_sidecar: Sidecar) -> None:
-    endpoint = own_sidecar.endpoint
+def test_what_cannot_be_served_is_refused_at_the_start(make_backend: Any, own_sidecar: BareSidecar) -> None:
+    endpoint = own_sidecar.target
     with pytest.raises(ConfigError, match="model is missing"):
         make_backend(HostPool(), endpoint=endpoint, config={"model_name": None})
     with pytest.raises(ConfigError, match="kv_cache_dtype is missing"):

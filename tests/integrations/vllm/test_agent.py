@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import toy_engine
+from sidecars import Sidecar
 from toy_engine import LOADING, Access, ToyEngine, ToyRequest, truth
 
 from hicache import Client
-from hicache.cli.sidecar import Sidecar
 from hicache.integrations.vllm.agent import Agent
 from hicache.integrations.vllm.requests import Adapter, Identity, Shape
 from hicache.integrations.vllm.scheduler import Scheduler
@@ -282,6 +282,7 @@ def test_durable_commits_are_acknowledged_when_they_are_durable(
         rig.run(rig.request(prompt(64)))
         rig.settle()
         sidecar.kill()
+        wait_until(lambda: not rig.agent.online)  # else the next wait may be over before the loss is noticed
         sidecar.start()
         wait_until(lambda: rig.agent.online)
         with Client(sidecar.target) as client:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hicache.errors import ConfigError
+from hicache.integrations.vllm import agent as agent_module
 from hicache.integrations.vllm.agent import Agent
 from hicache.integrations.vllm.commits import Commits, CommitTask, Outcome, Place, Settled
 from hicache.integrations.vllm.namespaces import Namespaces
@@ -25,7 +26,8 @@ FIELDS = NamespaceFields(model="toy", page_bytes=PAGE_BYTES, page_tokens=8)
 
 
 @pytest.fixture
-def agents(tmp_path: Path) -> Iterator[Callable[..., Agent]]:
+def agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Agent]]:
+    monkeypatch.setattr(agent_module, "GREETING_S", 0.2)  # nobody will be there
     with ExitStack() as stack:
 
         def made(fields_of: Any = lambda adapter, salt: FIELDS, **fields: Any) -> Agent:

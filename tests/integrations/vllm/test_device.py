@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from worker_kit import (
+    FACTS,
+    NAMES,
+    PART,
     AnySource,
     Pages,
     Staging,
     load_order,
     make_caches,
-    make_facts,
     make_settings,
     part_of,
     save_order,
@@ -31,9 +33,6 @@ from hicache.integrations.vllm.layout import LayerTensor, PartLayout, plan
 from hicache.integrations.vllm.messages import StepOrders
 from hicache.integrations.vllm.worker import Worker
 
-FACTS = make_facts()
-NAMES = [layer.name for layer in FACTS.layers]
-PART = FACTS.part_block_bytes
 DELAY_S = 0.005
 
 
@@ -111,13 +110,6 @@ def device_worker(
     worker.register(caches)
     yield worker, caches
     worker.close()
-
-
-@pytest.fixture
-def staging() -> Iterator[Staging]:
-    staging = Staging(64 * PART)
-    yield staging
-    staging.close()
 
 
 def test_a_load_is_there_when_its_layer_is_computed_and_not_before_the_engine_is_done_with_the_blocks(

@@ -14,7 +14,7 @@ from hicache import keys
 from hicache.errors import ConfigError, UnsupportedError
 from hicache.integrations.vllm import weights
 from hicache.integrations.vllm.engine import EngineFacts, LayerFacts, ModelFacts
-from hicache.integrations.vllm.identity import adapter_digest, config_digest, namespace_fields
+from hicache.integrations.vllm.identity import adapter_digest, namespace_fields
 from hicache.integrations.vllm.weights import folder_digest
 from hicache.rpc.client.arguments import make_namespace
 
@@ -82,12 +82,43 @@ def test_pages_adapters_salts_and_names() -> None:
 
 
 def test_the_longest_context_counts_where_rope_depends_on_it() -> None:
-    def digest(kind: str, length: int) -> str:
+    def revision(kind: str, length: int) -> str:
         config = {"text_config": {"rope_parameters": {"rope_type": kind}}}
-        return config_digest(dataclasses.replace(MODEL, config=config, max_model_len=length))
+        return revision_of(dataclasses.replace(MODEL, config=config, max_model_len=length))
 
-    assert digest("longrope", 4096) != digest("longrope", 8192)
-    assert digest("llama3", 4096) == digest("llama3", 8192)
+    assert revision("longrope", 4096) != revision("longrope", 8192)
+    assert revision("llama3", 4096) == revision("llama3", 8192)
+
+
+def revision_of(model: ModelFacts) -> str:
+    return namespace_fields(make_facts(model=model), NAMED)["revision"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"model_type": "llama", "hidden_size": 64, "use_cache": True, "rope": {"rope_type": "llama3"}},
+            "1821f3d721978fa73651119bb8ea9e208212cbb5fad375356842c529f3fe589f",
+        ),
+        (
+            {"text": {"rope_type": "dynamic"}, "layers": {1: "a", 2: None}, "dtype": "no matter"},
+            "3ed3983301c441e2a60c9b28040a17d8ddf02848d5c3eff3af721a82d3fdc105",
+        ),
+    ],
+    ids=["llama", "dynamic"],
+)
+def test_the_digest_of_a_configuration_is_what_pages_on_disks_have(
+    config: dict[str, Any], expected: str
+) -> None:
+    model = dataclasses.replace(MODEL, config=config, quantization="awq")
+    assert revision_of(model) == f"named:my-model@3 config:{expected}"
+
+
+def test_a_configuration_with_odd_keys_has_an_identity_too() -> None:
+    odd = dataclasses.replace(MODEL, config={"layers": {1: "a", "b": 2}})
+    other = dataclasses.replace(MODEL, config={"layers": {1: "a", "b": 3}})
+    assert revision_of(odd) != revision_of(other)
 
 
 # --- weights

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from worker_kit import (
+    FACTS,
+    NAMES,
+    PART,
     Pages,
     Staging,
     block_of,
@@ -24,30 +26,6 @@ from worker_kit import (
 from hicache.errors import InvalidArgumentError, UnavailableError, UnsupportedError
 from hicache.integrations.vllm.messages import StepOrders, StepReport
 from hicache.integrations.vllm.worker import Worker
-
-FACTS = make_facts()
-NAMES = [layer.name for layer in FACTS.layers]
-PART = FACTS.part_block_bytes  # of a page of one block
-
-
-@pytest.fixture
-def caches() -> dict[str, Any]:
-    return make_caches(FACTS, 1)
-
-
-@pytest.fixture
-def worker(caches: dict[str, Any]) -> Iterator[Worker]:
-    worker = make_worker(FACTS, caches)
-    yield worker
-    worker.close()
-
-
-@pytest.fixture
-def staging() -> Iterator[Staging]:
-    staging = Staging(64 * PART)
-    yield staging
-    staging.close()
-
 
 # --- loads
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from worker_kit import (
+    FACTS,
+    NAMES,
+    PART,
     Pages,
     Staging,
     load_order,
@@ -20,30 +22,6 @@ from hicache.errors import UnavailableError
 from hicache.integrations.vllm import saves
 from hicache.integrations.vllm.messages import StepOrders, StepReport
 from hicache.integrations.vllm.worker import Worker
-
-FACTS = make_facts()
-NAMES = [layer.name for layer in FACTS.layers]
-PART = FACTS.part_block_bytes  # of a page of one block
-
-
-@pytest.fixture
-def caches() -> dict[str, Any]:
-    return make_caches(FACTS, 1)
-
-
-@pytest.fixture
-def worker(caches: dict[str, Any]) -> Iterator[Worker]:
-    worker = make_worker(FACTS, caches)
-    yield worker
-    worker.close()
-
-
-@pytest.fixture
-def staging() -> Iterator[Staging]:
-    staging = Staging(64 * PART)
-    yield staging
-    staging.close()
-
 
 # --- saves
 

@@ -44,6 +44,12 @@ def make_facts(layers: int = 3, block_bytes: int = 4096, blocks: int = 64, **cha
     return dataclasses.replace(facts, **changes)
 
 
+#: The engine that most tests have.
+FACTS = make_facts()
+NAMES = [layer.name for layer in FACTS.layers]
+PART = FACTS.part_block_bytes  # of a page of one block
+
+
 def make_settings(endpoint: str = "unix:///nowhere.sock", **fields: Any) -> VllmSettings:
     return VllmSettings(endpoint=endpoint, **fields)
 

@@ -1,0 +1,107 @@
+"""A Fetch that hits, from call to answer, over the unix socket: in the host tier and in the device tier.
+
+    python bench/fetch.py [--repetitions 9] [--rounds 60] [--device cpu]
+
+A prompt of 8,192 tokens is cached in both tiers, once as 512 pages of 16 tokens, once as 128 of 64. Each round asks for
+every case once, in turn, so that all of them meet the same machine; a case's sample is the median of its rounds. Beside
+them stands a Match of the same prompt (the same bytes in, no lease and no columns out) and the release of a lease. The
+bar is that of a hit in the device tier: from call to readable tensor in under 1 ms; what is measured here is the call.
+Writes ``bench/results/fetch.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import harness  # noqa: E402
+
+import hicache  # noqa: E402
+from hicache.cli.sidecar import Sidecar  # noqa: E402
+
+TOKENS, PAGE_BYTES = 8192, 16 << 10
+BAR_US = 1000.0
+
+
+class Cached:
+    """A prompt of TOKENS tokens in pages of ``page_tokens``, in the device tier and in the host tier."""
+
+    def __init__(self, client: hicache.Client, page_tokens: int) -> None:
+        self.pages = TOKENS // page_tokens
+        self.cache = client.namespace(model="bench", page_tokens=page_tokens, page_bytes=PAGE_BYTES)
+        self.prompt = b"".join(
+            (page_tokens * 1_000_000 + token).to_bytes(4, "little") for token in range(TOKENS)
+        )
+        with self.cache.reserve(self.prompt) as room:
+            room.store([bytes([page % 251]) * PAGE_BYTES for page in range(self.pages)])
+        for device in (False, True):
+            with self.cache.fetch(self.prompt, wait_ms=20_000, device=device) as lease:
+                assert lease.granted_pages == self.pages, (lease.granted_pages, self.pages)
+
+    def match(self) -> dict[str, float]:
+        """The prompt there and a few numbers back."""
+        begin = time.perf_counter_ns()
+        self.cache.match(self.prompt)
+        return {"match": (time.perf_counter_ns() - begin) / 1e3}
+
+    def fetch(self, *, device: bool) -> dict[str, float]:
+        """A lease of all pages, and its release."""
+        begin = time.perf_counter_ns()
+        lease = self.cache.fetch(self.prompt, device=device)
+        got = time.perf_counter_ns()
+        assert lease.granted_pages == self.pages
+        lease.release()
+        end = time.perf_counter_ns()
+        where = "device" if device else "host"
+        return {f"fetch_{where}": (got - begin) / 1e3, f"release_{where}": (end - got) / 1e3}
+
+
+def rounds(cases: dict[str, Callable[[], dict[str, float]]], count: int) -> dict[str, float]:
+    """Every case in turn, ``count`` times: medians in microseconds."""
+    taken: dict[str, list[float]] = {}
+    for _ in range(count):
+        for shape, case in cases.items():
+            for name, value in case().items():
+                taken.setdefault(f"{name}_{shape.split()[0]}_pages_us", []).append(value)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=9, help="samples a case, at least 7 (default 9)")
+    parser.add_argument("--rounds", type=int, default=60, help="calls a sample (default 60)")
+    parser.add_argument("--device", default="cpu", help="of the device tier (default cpu)")
+    options = parser.parse_args()
+    flags = ["--device", options.device, "--device-bytes", "64MiB", "--host-bytes", "64MiB"]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Sidecar(Path(folder), flags) as sidecar,
+        hicache.Client(sidecar.target) as client,
+    ):
+        cases: dict[str, Callable[[], dict[str, float]]] = {}
+        for page_tokens in (16, 64):
+            cached = Cached(client, page_tokens)
+            cases[f"{cached.pages} match"] = cached.match
+            cases[f"{cached.pages} host"] = functools.partial(cached.fetch, device=False)
+            cases[f"{cached.pages} device"] = functools.partial(cached.fetch, device=True)
+        rounds(cases, options.rounds)  # warm
+        samples = [rounds(cases, options.rounds) for _ in range(options.repetitions)]
+    found = {name: statistics.median(sample[name] for sample in samples) for name in samples[0]}
+    for name, value in found.items():
+        low, high = min(sample[name] for sample in samples), max(sample[name] for sample in samples)
+        print(f"{name:<32} {value:8.0f} us  ({low:.0f} to {high:.0f})")
+    harness.write("fetch", {"bars": {"fetch_device_us": BAR_US}, **found, "samples": samples})
+
+
+if __name__ == "__main__":
+    harness.run(main)
