@@ -12,6 +12,7 @@ and stride allows; where all are multiples of 16 the compiler is told and moves 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import triton
 import triton.language as tl
@@ -157,10 +158,11 @@ def move_units(geometry, tables, *, aligned_to, pack, host_rows=True):
     )
 
 
-def move_rows(targets, sources, rows, row_bytes, *, aligned_to, programs=HOST_PROGRAMS):
+def move_rows(targets, sources, rows, row_bytes, *, aligned_to, warm=False):
     """Launch ``rows`` copies of ``row_bytes``; targets and sources: addresses of int64 tables on the device.
 
-    ``programs`` and their size are those for host memory, to or from which rows go, at once or a copy later.
+    Programs are those for host memory, to or from which rows go, at once or a copy later. ``warm``: compile what
+    such a launch needs, and launch nothing.
     """
     word = next(width for width in (8, 4, 2, 1) if not (aligned_to % width or row_bytes % width))
     words = row_bytes // word
@@ -168,7 +170,9 @@ def move_rows(targets, sources, rows, row_bytes, *, aligned_to, programs=HOST_PR
         return
     block = min(HOST_BLOCK, max(16, triton.next_power_of_2(words)))
     chunks = -(-words // block)
-    _move_rows[(min(rows * chunks, programs),)](
+    grid = (min(rows * chunks, HOST_PROGRAMS),)
+    launch = functools.partial(_move_rows.warmup, grid=grid) if warm else _move_rows[grid]
+    launch(
         targets,
         sources,
         rows * chunks,

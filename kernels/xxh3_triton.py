@@ -6,6 +6,8 @@ Rows are given as a table of int64 addresses on the device, multiples of 8. ``sc
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -13,8 +15,9 @@ import triton.language as tl
 _SUM_BLOCKS = 16
 #: Rows of one program of the chains: four rows of eight lanes are a warp.
 _CHAIN_ROWS = 4
-#: Blocks whose sums are loaded ahead of the chain.
-_AHEAD = 8
+#: Blocks whose sums are loaded ahead of the chain, in short rows and in long ones: a trip to memory costs as much as
+#: ten steps of the chain, so it is made once in so many.
+_AHEAD_SHORT, _AHEAD_LONG = 8, 32
 
 
 @triton.jit
@@ -56,6 +59,11 @@ def _fold(a, b):
     return ((middle << 32) | (low & 0xFFFFFFFF)) ^ high
 
 
+@triton.jit
+def _scramble(lanes, key):
+    return (lanes ^ (lanes >> 47) ^ key) * 0x9E3779B1  # a constant of 32 bits: two products, not four
+
+
 @triton.jit(do_not_specialize=["table", "rows", "scratch", "out", "row_count", "row_words", "block_count"])
 def _chain_rows(
     table: tl.int64,
@@ -73,17 +81,19 @@ def _chain_rows(
     lane = tl.arange(0, 8)[None, :]
     look = _words(table)
     scramble = tl.load(look + 16 + lane).to(tl.uint64, bitcast=True)
-    prime32 = tl.load(look + 48).to(tl.uint64, bitcast=True)
     sums = _words(scratch) + row.to(tl.int64)[:, None] * block_count * 8 + lane
     lanes = tl.load(look + 40 + lane + row[:, None] * 0).to(tl.uint64, bitcast=True)
-    for start in range(0, block_count - 1, AHEAD):
+    whole = (block_count - 1) // AHEAD * AHEAD
+    for start in range(
+        0, whole, AHEAD
+    ):  # the loads do not wait for the chain, so they are under way together
         for ahead in tl.static_range(AHEAD):
-            number = row[:, None] * 0 + (start + ahead)
-            full = number < block_count - 1
-            added = tl.load(sums + number * 8, mask=here & full, other=0).to(tl.uint64, bitcast=True)
-            mixed = lanes + added
-            mixed = (mixed ^ (mixed >> 47) ^ scramble) * prime32
-            lanes = tl.where(full, mixed, lanes)
+            added = tl.load(sums + (start + ahead) * 8, mask=here, other=0)
+            lanes = _scramble(lanes + added.to(tl.uint64, bitcast=True), scramble)
+    for ahead in tl.static_range(AHEAD):
+        inside = here & (row[:, None] * 0 + whole + ahead < block_count - 1)
+        added = tl.load(sums + (whole + ahead) * 8, mask=inside, other=0).to(tl.uint64, bitcast=True)
+        lanes = tl.where(inside, _scramble(lanes + added, scramble), lanes)
     lanes += tl.load(sums + (block_count - 1) * 8, mask=here, other=0).to(tl.uint64, bitcast=True)
     base = _words(tl.load(_words(rows) + row, mask=row < row_count, other=0))
     last = base[:, None] + (row_words - 8)
@@ -108,14 +118,18 @@ def scratch_bytes(rows, row_bytes):
     return rows * ((row_bytes - 1) // 1024 + 1) * 64
 
 
-def hash_rows(table, rows, row_count, row_bytes, *, scratch, out):
-    """Launch both. All but the sizes are addresses on the device; table: ``xxh3.constants``; out: int64 [rows]."""
+def hash_rows(table, rows, row_count, row_bytes, *, scratch, out, warm=False):
+    """Launch both. All but the sizes are addresses on the device; table: ``xxh3.constants``; out: int64 [rows].
+
+    ``warm``: compile what such a launch needs, and launch nothing.
+    """
     if not row_count:
         return
     blocks = (row_bytes - 1) // 1024 + 1
+    sizes = (blocks, (row_bytes - 1) // 64)
     grid = (row_count, -(-blocks // _SUM_BLOCKS))
-    _sum_blocks[grid](table, rows, scratch, blocks, (row_bytes - 1) // 64, BLOCKS=_SUM_BLOCKS)
-    _chain_rows[(-(-row_count // _CHAIN_ROWS),)](
+    _launch(_sum_blocks, grid, warm)(table, rows, scratch, *sizes, BLOCKS=_SUM_BLOCKS)
+    _launch(_chain_rows, (-(-row_count // _CHAIN_ROWS),), warm)(
         table,
         rows,
         scratch,
@@ -124,6 +138,10 @@ def hash_rows(table, rows, row_count, row_bytes, *, scratch, out):
         row_bytes // 8,
         blocks,
         ROWS=_CHAIN_ROWS,
-        AHEAD=_AHEAD,
+        AHEAD=_AHEAD_LONG if blocks > _AHEAD_LONG else _AHEAD_SHORT,
         num_warps=1,
     )
+
+
+def _launch(kernel, grid, warm):
+    return functools.partial(kernel.warmup, grid=grid) if warm else kernel[grid]

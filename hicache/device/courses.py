@@ -180,6 +180,7 @@ def _queue_move(driver: Driver, stream: int, chunk: Chunk, bay: Bay, rows: Addre
         element_bytes=kv.element_bytes,
         strides=kv.strides,
         aligned_to=alignment(planes, rows),
+        host_rows=chunk.engine == "kernel",
     )
     driver.move_units(stream, move, pack=task.pack)
 

@@ -327,11 +327,18 @@ class Stepped(Protocol):
 
 
 class Pump:
-    """The thread that runs a lane's steps."""
+    """The thread that runs a lane's steps. ``pause_s``: until it is asked again, where it is not idle."""
 
-    def __init__(self, name: str, lane: Stepped, bind: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        lane: Stepped,
+        bind: Callable[[], None],
+        pause_s: Callable[[], float] = lambda: POLL_S,
+    ) -> None:
         self._lane = lane
         self._bind = bind
+        self._pause_s = pause_s
         self._work = threading.Event()
         self._ending = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -359,7 +366,7 @@ class Pump:
             if self._lane.step():
                 continue
             if not self._lane.idle:
-                self._work.wait(POLL_S)
+                self._work.wait(self._pause_s())
             elif self._ending:
                 return
             else:

@@ -58,7 +58,7 @@ class CudaMover:
             True: lane(pack=True, priority=PACK_PRIORITY),
         }
         self._pumps = {
-            pack: Pump(f"hicache-kv-{'pack' if pack else 'load'}", each, store.driver.bind)
+            pack: Pump(f"hicache-kv-{'pack' if pack else 'load'}", each, store.driver.bind, each.pause_s)
             for pack, each in self._lanes.items()
             if threaded
         }
@@ -66,6 +66,11 @@ class CudaMover:
     def _problem(self) -> str:
         """Why the device was given up, by whomever; empty while it serves."""
         return self.store.problem or next((lane.dead for lane in self._lanes.values() if lane.dead), "")
+
+    @property
+    def _silent(self) -> bool:
+        """It was given up without an answer: what it was given may still happen, so its memory stays as it is."""
+        return any(lane.silent for lane in self._lanes.values())
 
     @property
     def uuid(self) -> bytes:
@@ -83,9 +88,7 @@ class CudaMover:
         unmap = opened.unmap
 
         def careful() -> None:
-            if not any(
-                lane.silent for lane in self._lanes.values()
-            ):  # it would wait, and what was queued may happen
+            if not self._silent:  # it would wait, and what was queued may happen
                 unmap()
 
         opened.unmap = careful
@@ -98,7 +101,7 @@ class CudaMover:
         whole = lane.whole(task)
 
         def finish() -> None:
-            if hold is not None:
+            if hold is not None and not self._silent:
                 self.store.pins.let_go(hold)
             task.finish()
 

@@ -23,7 +23,7 @@ from hicache.types import Outcome
 
 THREADS = 2
 #: How long a thread sleeps when all works wait for engines.
-POLL_S = 100e-6
+POLL_S = 500e-6
 
 Steps = Iterator[bool]
 

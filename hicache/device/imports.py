@@ -139,15 +139,23 @@ def _planes(kv: PagedKv, starts: list[int]) -> Addresses:
     )
 
 
+@dataclasses.dataclass(slots=True)
+class _Mapped:
+    """An allocation of another process, and how many regions need it."""
+
+    address: int
+    size_bytes: int
+    close: Callable[[int], None]
+    regions: int = 0
+
+
 class CudaImports:
     """Opens KV regions on one device. From any thread."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._lock = threading.Lock()
-        self._opened: dict[
-            object, tuple[int, int, MemoryKind]
-        ] = {}  # what names it -> address, regions, kind
+        self._opened: dict[object, _Mapped] = {}  # by what names it
 
     def open(self, kv: PagedKv) -> OpenKv:
         """Map every memory of the region; descriptors are closed. Raises UnsupportedError."""
@@ -172,34 +180,44 @@ class CudaImports:
                 hint=f"give the sidecar the engine's device (--device), {CLIENT_COPIES}",
             )
         with self._lock:
-            address, regions, kind = self._opened.get(name) or (self._map(memory), 0, memory.kind)
-            self._opened[name] = (address, regions + 1, kind)
-            return address
+            found = self._opened.get(name) or self._map(memory)
+            if found.size_bytes < memory.size_bytes:  # a kernel that reads behind it ends the device for all
+                if not found.regions:
+                    self._unmap(found)
+                raise InvalidArgumentError(
+                    f"the allocation has {found.size_bytes} bytes, not the {memory.size_bytes} it is said to have"
+                )
+            found.regions += 1
+            self._opened[name] = found
+            return found.address
 
-    def _map(self, memory: SharedMemory) -> int:
+    def _map(self, memory: SharedMemory) -> _Mapped:
         try:
-            if memory.kind is MemoryKind.CUDA_IPC:
-                return self._driver.open_shared(memory.handle)
-            return self._driver.open_exported(memory.fd, memory.size_bytes)
+            if memory.kind is MemoryKind.CUDA_FD:
+                address = self._driver.open_exported(memory.fd, memory.size_bytes)
+                return _Mapped(address, memory.size_bytes, self._driver.close_exported)
+            address = self._driver.open_shared(memory.handle)
+            start, size = self._driver.extent(address)
         except DriverError as error:
             raise UnsupportedError(
                 f"memory of kind {memory.kind} could not be mapped: {error}",
                 hint=f"{ADVICE[memory.kind]}; {CLIENT_COPIES}",
             ) from error
+        return _Mapped(address, start + size - address, self._driver.close_shared)
 
     def _give(self, names: list[object]) -> None:
         self._driver.bind()
         for name in names:
             with self._lock:
-                address, regions, kind = self._opened.pop(name)
-                if regions > 1:
-                    self._opened[name] = (address, regions - 1, kind)
-                    continue
-                close = self._driver.close_shared
-                if kind is MemoryKind.CUDA_FD:
-                    close = self._driver.close_exported
-                with contextlib.suppress(DriverError):  # a device that was lost has taken it with it
-                    close(address)
+                found = self._opened[name]
+                found.regions -= 1
+                if not found.regions:
+                    del self._opened[name]
+                    self._unmap(found)
+
+    def _unmap(self, found: _Mapped) -> None:
+        with contextlib.suppress(DriverError):  # a device that was lost has taken it with it
+            found.close(found.address)
 
 
 def _name(memory: SharedMemory) -> object:

@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -284,6 +284,15 @@ def hash_constants() -> Tensor:
 def hash_scratch_bytes(rows: int, row_bytes: int) -> int:
     """What ``hash_rows_at`` needs beside the rows."""
     return rows * ((row_bytes - 1) // 1024 + 1) * 64
+
+
+def warm() -> Iterator[None]:
+    """Compile, a step each time it is asked, what stores launch for nearly all pages; launch nothing."""
+    table, page_bytes = 1 << 40, 2 << 20  # an address as they are
+    _load("paged_triton").move_rows(table, table, 1, page_bytes, aligned_to=16, warm=True)
+    yield
+    _load("xxh3_triton").hash_rows(table, table, 1, page_bytes, scratch=table, out=table, warm=True)
+    yield
 
 
 def has_triton() -> bool:

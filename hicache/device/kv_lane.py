@@ -27,6 +27,9 @@ CHUNK_BYTES_MIN = 4 << 20
 #: Chunks of a shape that each engine gets before the fastest is kept.
 TRIALS = 3
 
+#: How often events are asked for, and engines' counters where nothing flies.
+POLL_S, LAYER_POLL_S = 30e-6, 500e-6
+
 Shape = tuple[str, int, str]  # direction, bytes of a strip, few or many
 
 
@@ -110,6 +113,10 @@ class KvLane:
             enough = moved == transfer.page_bytes and not (transfer.places < 0).any()
         return enough and kernels.can_hash(transfer.page_bytes)
 
+    def pause_s(self) -> float:
+        """Until it is worth asking again: soon for an event of the device, later for a layer of an engine."""
+        return POLL_S if self._flying else LAYER_POLL_S
+
     @property
     def idle(self) -> bool:
         """Nothing waits or flies."""
@@ -165,8 +172,10 @@ class KvLane:
 
     def _steps(self, course: Course) -> Steps:
         task = course.task
-        if self.ending or not len(course.pages):
+        if self.ending:
             task.fault(self.ending)
+        elif not len(course.pages):
+            task.arrived(task.shape.layers)
         elif course.whole:
             yield from self._pages(course, whole=True)
         else:

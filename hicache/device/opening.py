@@ -153,7 +153,15 @@ class KvTransfers:
         if lender is None:
             self.check(transfer.kv, device_pages=True)
             raise UnsupportedError("no device tier lends its slots")
-        loan = lender.lend(pages.slots)
+        try:
+            loan = lender.lend(pages.slots)
+        except InvalidArgumentError as error:
+            if len(self._movers) < 2:
+                raise
+            raise UnsupportedError(
+                f"pages lie on another device than the KV region: {error}",
+                hint=f"fetch without device=True, {CLIENT_COPIES}",
+            ) from error
         sizes = loan.page_bytes
         if sizes not in (set(), {transfer.page_bytes}):
             loan.end()

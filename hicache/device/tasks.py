@@ -167,8 +167,8 @@ class Task:
             self.fail(np.flatnonzero(~self.loan.still()).tolist(), Outcome.MISS)
             self.loan.end()
         self._over = True
+        self.host = []  # whose they are may release them now
         self._ended(self)
-        self.host = []
 
     def done(self) -> TransferDone:
         """What the owner gets."""

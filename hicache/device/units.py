@@ -2,8 +2,8 @@
 
 One call moves the units of a chunk, whatever their addresses: a *piece* of a unit is an item at any byte of an array
 that begins at the lowest address and has no end, so that one index picks pieces out of any number of pages, blocks and
-planes. numpy leaves the interpreter's lock while it copies. A byte passes once through a temporary, so chunks are small:
-they stay in the processor's cache.
+planes. numpy leaves the interpreter's lock while it copies. A byte passes once through a temporary, so chunks are
+small: they stay in the processor's cache.
 """
 
 from __future__ import annotations

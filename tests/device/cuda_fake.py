@@ -158,6 +158,11 @@ class FakeDriver:
             os.close(theirs)
 
     @alone
+    def extent(self, address):
+        start, end = self._starts[bisect.bisect_right(self._starts, (address, 1 << 63)) - 1]
+        return start, end - start
+
+    @alone
     def close_shared(self, address):
         self._unmap(address, by_handle=True)
 

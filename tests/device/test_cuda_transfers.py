@@ -20,16 +20,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("torch", reason="the device room needs torch")
 
 from cuda_fake import FakeDriver
+from pool_fake import PoolDriver
 from transfer_rig import Count, Form, Planes, forms, part, same, sums, twin
 
 from hicache.device import DeviceOptions
 from hicache.device.courses import runs
-from hicache.device.cuda import CudaDevice
+from hicache.device.cuda import CudaDevice, open_cuda
 from hicache.device.driver import DriverError
 from hicache.device.kv import FAILED, MemoryKind, SharedMemory
 from hicache.device.opening import KvTransfers
 from hicache.device.transfers import DevicePages, HostPages, Transfer
-from hicache.errors import UnsupportedError
+from hicache.errors import InvalidArgumentError, UnsupportedError
 from hicache.types import Batch, Op, Outcome, TierKind, TierSpec
 
 SPEC = TierSpec("device", TierKind.DEVICE, 4 << 21, 1 << 21)
@@ -53,6 +54,8 @@ class Rig:
         spread=False,
         threaded=False,
         driver=None,
+        timeout_ms=0,
+        clock=lambda: 0,
     ):
         self.rng = np.random.default_rng(seed)
         self.form = form or Form()
@@ -61,8 +64,10 @@ class Rig:
         self.page_tokens = page_tokens
         self.page_bytes = self.form.page_offset + part(self.form, page_tokens)
         self.told = threading.Event()
-        options = DeviceOptions(cuda_staging_bytes=bay_pages * self.page_bytes, copy_engine=engine)
-        self.store = CudaDevice(SPEC, self.told.set, options, self.driver, threaded=threaded)
+        options = DeviceOptions(
+            cuda_staging_bytes=bay_pages * self.page_bytes, copy_engine=engine, timeout_ms=timeout_ms
+        )
+        self.store = CudaDevice(SPEC, self.told.set, options, self.driver, threaded=threaded, now_ns=clock)
         self.now_ns = 0
         self.moves = KvTransfers(self.store, self.told.set, lambda: self.now_ns, threaded=threaded)
         self.threaded = threaded
@@ -315,6 +320,13 @@ def test_memory_that_cannot_be_mapped_is_refused_with_advice(rig):
     )
     with pytest.raises(UnsupportedError, match=r"expandable_segments:False.*PID and IPC namespaces"):
         rig.moves.open_kv(rig.planes.kv([own]))
+    short = [dataclasses.replace(memory, size_bytes=len(rig.planes.maps[0]) + 1) for memory in rig.memories]
+    for still in (1, 0):
+        with pytest.raises(InvalidArgumentError, match="it is said to have"):
+            rig.moves.open_kv(rig.planes.kv(short))
+        assert len(rig.driver.mapped) == still
+        if still:
+            rig.moves.close_kv(rig.handle, lambda: None)
     rig.driver.release(next(at for at, m in rig.driver.memory.items() if m.nbytes == 1 << 20))
 
 
@@ -430,3 +442,63 @@ def test_a_device_that_is_lost_is_asked_for_nothing_any_more(monkeypatch):
     assert made.driver.calls["move_units"] == before
     made.driver.run_all()
     made.close()
+
+
+def test_a_silent_device_is_given_up_and_keeps_what_it_may_still_use():
+    clock = [0]
+    driver = PoolDriver(3)
+    made = Rig(driver=driver, timeout_ms=50, clock=lambda: clock[0])
+    made.moves.load(made.transfer())
+    for _ in range(3):
+        made.moves.step()
+    driver.hush()
+    for clock[0] in (10_000_000, 40_000_000):
+        made.moves.step()
+        assert not made.moves.poll()
+    clock[0] = 200_000_000
+    [done] = made.wait()
+    assert set(done.outcomes) == {Outcome.FAULT}
+    assert "no answer for 0.05 s" in done.error
+    gone = []
+    made.moves.close_kv(made.handle, lambda: gone.append(True))
+    made.store.pins.remove(made.arena.ctypes.data, made.arena.nbytes, lambda: gone.append(False))
+    made.store.pins.work()
+    assert gone == [True], "Unregister is answered; the host's memory is not given back"
+    assert driver.mapped
+    assert driver.registered
+    made.moves.close()
+    driver.speak()
+    assert not driver.violations
+
+
+def test_regions_of_several_devices_and_pages_on_another():
+    first = PoolDriver(1)
+    drivers = [first, PoolDriver(2, host=first)]
+    store = open_cuda(SPEC, lambda: None, DeviceOptions(cuda_staging_bytes=4096), drivers)
+    moves = KvTransfers(store, lambda: None, lambda: 0, threaded=True)
+    assert moves.device_uuids == tuple(driver.uuid for driver in drivers)
+    engine, form = FakeDriver(9), Form()
+    planes = Planes(form, np.random.default_rng(0), lambda size: engine.memory[engine.allocate(size)])
+    size = len(planes.maps[0])
+    memory = SharedMemory(
+        MemoryKind.CUDA_IPC,
+        size,
+        handle=engine.share(planes.maps[0].ctypes.data),
+        device_uuid=drivers[1].uuid,
+    )
+    handle = moves.open_kv(planes.kv([memory]))
+    assert drivers[1].mapped
+    page_bytes = part(form, 4)
+    for segment in (0, 1):
+        store.open_segment(segment, "tenant", page_bytes, 4)
+    elsewhere = next(s for s in (0, 1) if store.device_of(s).driver is first)
+    places = np.zeros((1, 1), np.int64)
+    with pytest.raises(UnsupportedError, match=r"another device.*fetch without device=True"):
+        moves.load(Transfer(1, handle, DevicePages([elsewhere << 24]), places, 4, page_bytes))
+    moves.load(Transfer(2, handle, DevicePages([(1 - elsewhere) << 24]), places, 4, page_bytes))
+    moves.close()
+    assert [done.outcomes for done in moves.poll()] == [(Outcome.MISS,)]
+    assert not drivers[1].mapped
+    store.close()
+    engine.release(planes.maps[0].ctypes.data)
+    assert not drivers[1].violations

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("torch", reason="the device room needs torch")
@@ -248,6 +249,27 @@ def test_slots_that_rotted_are_corrupt_and_emptied(slots):
     assert slots.wait()[0].outcomes[1] is Outcome.CORRUPT
     slots.moves.load(slots.transfer(DevicePages([3, 4, 5, 6])))
     assert slots.wait()[0].outcomes[1] is Outcome.MISS
+
+
+def test_slots_that_are_overwritten_while_they_are_read_are_never_taken_for_right(slots):
+    rng, faces = random.Random(1), [bytes([n]) * slots.page_bytes for n in range(1, 9)]
+    found = {Outcome.OK: 0, Outcome.MISS: 0}
+    for number in range(120):
+        views = [memoryview(rng.choice(faces)) for _ in range(4)]
+        batch = Batch(100 + number, Op.PUT, page_bytes=slots.page_bytes, slots=[3, 4, 5, 6], buffers=views)
+        slots.store.submit(batch)
+        slots.moves.load(slots.transfer(DevicePages([3, 4, 5, 6])))
+        if rng.random() < 0.3:
+            slots.store.free([rng.randrange(3, 7)])
+        [done] = slots.wait()
+        rows = np.zeros_like(slots.rows)
+        twin(slots.planes, slots.places, rows, page_tokens=4, pack=True)
+        for page, outcome in enumerate(done.outcomes):
+            found[outcome] += 1
+            if outcome is Outcome.OK:
+                assert xxh3_64_intdigest(rows[page].tobytes()) == done.checksums[page]
+                assert rows[page].tobytes() in {*faces, slots.rows[page].tobytes()}
+    assert found[Outcome.OK], found
 
 
 def test_slots_that_are_freed_or_closed_under_a_loan_are_not_still_there(slots):

@@ -27,11 +27,11 @@ GRANULE = 2 << 20
 
 
 class Engine:
-    """``fake_engine.py``, told what to do."""
+    """``fake_engine.py``, or ``gpu_engine.py``, told what to do."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: str = "fake_engine.py") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "fake_engine.py")],
+            [sys.executable, str(Path(__file__).parent / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

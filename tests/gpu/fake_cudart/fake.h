@@ -27,6 +27,7 @@ struct piece {
 /* configuration: see ``fake_configure`` */
 struct settings {
     int devices, driver_version, read_only_supported, delay_us, seed;
+    int any_memory; /* memory that nobody has made known counts as known */
     size_t device_bytes, register_bytes;
 };
 extern struct settings fake_settings;

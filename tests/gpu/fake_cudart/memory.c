@@ -12,7 +12,7 @@
 
 #define MAGIC 0x6563616368654163ULL
 
-struct settings fake_settings = {1, 13000, 1, 0, 1, (size_t)1 << 40, (size_t)1 << 40};
+struct settings fake_settings = {1, 13000, 1, 0, 1, 0, (size_t)1 << 40, (size_t)1 << 40};
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct region *regions;
@@ -80,6 +80,7 @@ int fake_configure(const char *name, long long value)
     else if (!strcmp(name, "read_only_supported")) fake_settings.read_only_supported = (int)value;
     else if (!strcmp(name, "delay_us")) fake_settings.delay_us = (int)value;
     else if (!strcmp(name, "seed")) fake_settings.seed = (int)value;
+    else if (!strcmp(name, "any_memory")) fake_settings.any_memory = (int)value;
     else if (!strcmp(name, "device_bytes")) fake_settings.device_bytes = (size_t)value;
     else if (!strcmp(name, "register_bytes")) fake_settings.register_bytes = (size_t)value;
     else return -1;
@@ -91,7 +92,7 @@ void fake_reset(void)
 {
     fake_drain();
     pthread_mutex_lock(&lock);
-    fake_settings = (struct settings){1, 13000, 1, 0, 1, (size_t)1 << 40, (size_t)1 << 40};
+    fake_settings = (struct settings){1, 13000, 1, 0, 1, 0, (size_t)1 << 40, (size_t)1 << 40};
     lost = violations = 0;
     memset(faults, 0, sizeof faults);
     memset(calls, 0, sizeof calls);
@@ -184,7 +185,7 @@ bool fake_find(uintptr_t address, size_t size, struct region *found)
 bool fake_may_touch(uintptr_t address, size_t size)
 {
     struct region found;
-    return !size || (fake_find(address, size, &found) && (found.kind != MAPPED || found.readable));
+    return !size || fake_settings.any_memory || (fake_find(address, size, &found) && (found.kind != MAPPED || found.readable));
 }
 
 static size_t used(int device)
