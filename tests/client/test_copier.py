@@ -28,7 +28,7 @@ from hicache.errors import (  # noqa: E402
     UnavailableError,
     UnsupportedError,
 )
-from hicache.rpc.client.copier import open_engine  # noqa: E402
+from hicache.rpc.client.copier import _leased, open_engine  # noqa: E402
 
 AXES = {
     "kv-nhd": "2bthd",
@@ -421,6 +421,27 @@ def test_a_restarted_sidecar_leaves_no_good_load(sidecar: Any) -> None:
             load = engine.load(empty, at)
             load.wait(30)
             assert load.pages == 0
+
+
+def test_memory_that_goes_is_told_and_closing_the_client_closes_its_copiers(lasting_sidecar: Any) -> None:
+    told: list[Any] = []
+    with hicache.Client(lasting_sidecar.target) as client:
+        engine, at = open_copier(client, "kv-nhd", block=16)
+        arena = client.core.arena
+        assert engine.copies.forget in arena.watchers
+        arena.watchers.append(told.append)
+        with store_all(client, engine, at).fetch(PROMPT) as lease:
+            region = lease._state.runs[0].region
+            engine.load(lease, at).wait(30)
+            span = _leased(client.core, lease._state, 0, 1)[0]
+            assert span.memory is region and not span.gone()
+            arena._regions.pop(region.info.region_id)
+            assert span.gone(), "not registered again once it is no longer listed"
+            arena._regions[region.info.region_id] = region
+    assert region in told and engine.closed
+    assert engine.copies.forget not in arena.watchers
+    with pytest.raises(HicacheError):
+        engine.load(lease, at)
 
 
 def test_streamed_pages_are_loaded_and_stored(lasting_sidecar: Any) -> None:

@@ -46,14 +46,18 @@ class Spot:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
-    """Where pages lie, or their parts: an uploaded table, and what all its addresses are a multiple of."""
+    """Where pages lie, or their parts: an uploaded table, and what all its addresses are a multiple of.
+
+    ``host``: in host memory.
+    """
 
     at: int
     aligned_to: int
+    host: bool = False
 
     def part(self, first: int) -> Rows:
         """From some row on."""
-        return Rows(self.at + 8 * first, self.aligned_to)
+        return Rows(self.at + 8 * first, self.aligned_to, self.host)
 
 
 class Lane:
@@ -128,9 +132,10 @@ class Lane:
         pages, units = places.shape
         return Spot(self.put(places), pages, units, self.kv.page_tokens // units)
 
-    def rows(self, addresses: Addresses) -> Rows:
+    def rows(self, addresses: Addresses, *, host: bool = False) -> Rows:
         """Upload where rows lie."""
-        return Rows(self.put(addresses), int(np.gcd.reduce(np.concatenate([addresses.reshape(-1), [16]]))))
+        aligned_to = int(np.gcd.reduce(np.concatenate([addresses.reshape(-1), [16]])))
+        return Rows(self.put(addresses), aligned_to, host)
 
     def stage_rows(self, count: int, row_bytes: int) -> Addresses:
         """Rows in the stage, side by side."""
@@ -192,6 +197,7 @@ class Lane:
             element_bytes=kv.planes[0].element_size(),
             strides=_four(kv.planes[0].stride()),
             aligned_to=int(np.gcd(self._aligned_to, rows.aligned_to)),
+            host_rows=rows.host,
         )
 
     def strips(self, targets: Addresses, sources: Addresses, width_bytes: int, pieces: Addresses) -> None:

@@ -40,7 +40,7 @@ class Transfer:
         self._layer_bytes = lane.kv.plane_bytes * lane.kv.planes_per_layer
         if way == "kernel":  # all layers' tables with one copy
             steps = np.arange(layers.start, layers.stop, dtype=np.int64)[:, None] * self._layer_bytes
-            self._rows = lane.rows(slab.at + steps)
+            self._rows = lane.rows(slab.at + steps, host=True)
         else:
             most = max(1, min(len(slab.at), lane.stage_bytes // self._layer_bytes))
             self._stage = lane.stage_rows(most, self._layer_bytes)

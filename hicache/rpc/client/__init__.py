@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hicache.rpc.client.client import Client, NamespaceHandle
+from hicache.rpc.client.copier import Copier, Packing
 from hicache.rpc.client.held import Lease, Reservation
 from hicache.rpc.client.kv import Loaded
 from hicache.rpc.client.kv_held import KvRegion, Load, Store
@@ -32,6 +33,7 @@ __all__ = [
     "Client",
     "ClientOptions",
     "CommitResult",
+    "Copier",
     "DataPlane",
     "EventBatch",
     "EvictResult",
@@ -46,6 +48,7 @@ __all__ = [
     "MatchResult",
     "NamespaceHandle",
     "OperationResult",
+    "Packing",
     "PageEvents",
     "PinResult",
     "PrefetchResult",

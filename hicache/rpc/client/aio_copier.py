@@ -48,7 +48,7 @@ class Load:
         await asyncio.to_thread(self.handle.wait_layer, layer, stream, timeout_s)
 
 
-class Store(StoreBase):
+class Packing(StoreBase):
     """See StoreBase. At the end of an ``async with`` what was not committed is abandoned."""
 
     _room: Reservation
@@ -113,11 +113,11 @@ class Copier(CopierBase):
         stream: Any = None,
         layered: bool = False,
         verify: Verify | str | None = None,
-    ) -> Store:
+    ) -> Packing:
         """Begin to pack pages of the prompt; see the synchronous copier."""
         where = self._where(blocks, places, reservation.page_bytes)
         packing = self._pack(reservation, where, first_page, stream=stream, layered=layered, verify=verify)
-        return Store(self, reservation, packing)
+        return Packing(self, reservation, packing)
 
     async def close(self) -> None:
         """Let copies under way end, fail the others, unregister all memory. Idempotent."""

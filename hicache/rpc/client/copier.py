@@ -148,7 +148,7 @@ class CopierBase:
         self._copies.load(job)
         return job.handle
 
-    def _pack(self, room: ReservationBase, where: Places, first_page: int, **how: Any) -> _Packing:
+    def _pack(self, room: ReservationBase, where: Places, first_page: int, **how: Any) -> _Begun:
         """Begin to pack those of pages [first_page, first_page + len(where)) that are missing."""
         from hicache.device.copying.jobs import StoreHandle, StoreJob
 
@@ -174,10 +174,10 @@ class CopierBase:
             if staging is not None:
                 staging.free()
             raise
-        return _Packing(job, staging, begin, wanted - pages)
+        return _Begun(job, staging, begin, wanted - pages)
 
 
-class _Packing:
+class _Begun:
     """What a store is made of. ``left_pages`` found no room in the client's memory."""
 
     def __init__(self, job: Any, staging: Staging | None, first_page: int, left_pages: int) -> None:
@@ -194,7 +194,7 @@ class StoreBase:
     The blocks must not change until ``done``. Its memory is given back by the commit, or by ``abandon``.
     """
 
-    def __init__(self, copier: CopierBase, room: ReservationBase, packing: _Packing) -> None:
+    def __init__(self, copier: CopierBase, room: ReservationBase, packing: _Begun) -> None:
         self._mark = copier._copies.mark
         self._room = room
         self._packing = packing
@@ -258,7 +258,7 @@ class StoreBase:
             self._packing.staging.free()
 
 
-class Store(StoreBase):
+class Packing(StoreBase):
     """See StoreBase. At the end of a ``with`` what was not committed is abandoned."""
 
     _room: Reservation
@@ -328,15 +328,15 @@ class Copier(CopierBase):
         stream: Any = None,
         layered: bool = False,
         verify: Verify | str | None = None,
-    ) -> Store:
+    ) -> Packing:
         """Begin to pack pages of the prompt from ``first_page`` on; those that are not missing are skipped.
 
-        Behind what ``stream`` was given; ``layered``: each layer behind its ``Store.layer_ready``. Then ``commit``.
+        Behind what ``stream`` was given; ``layered``: each layer behind its ``Packing.layer_ready``. Then ``commit``.
         Raises ExhaustedError where the client's own memory has no room for a page.
         """
         where = self._where(blocks, places, reservation.page_bytes)
         packing = self._pack(reservation, where, first_page, stream=stream, layered=layered, verify=verify)
-        return Store(self, reservation, packing)
+        return Packing(self, reservation, packing)
 
     def close(self) -> None:
         """Let copies under way end, fail the others, unregister all memory. Idempotent."""
