@@ -1,11 +1,12 @@
 """A Fetch that hits, from call to answer, over the unix socket: in the host tier and in the device tier.
 
-    python bench/fetch.py [--repetitions 9] [--rounds 60] [--device cpu]
+    python bench/fetch.py [--repetitions 9] [--rounds 60] [--device cpu] [--private]
 
 A prompt of 8,192 tokens is cached in both tiers, once as 512 pages of 16 tokens, once as 128 of 64. Each round asks for
 every case once, in turn, so that all of them meet the same machine; a case's sample is the median of its rounds. Beside
 them stands a Match of the same prompt (the same bytes in, no lease and no columns out) and the release of a lease. The
-bar is that of a hit in the device tier: from call to readable tensor in under 1 ms; what is measured here is the call.
+bar is that of a hit in the device tier: from call to readable tensor in under 1 ms; what is measured here is the call,
+with the places of the pages in its answer (``--private``: without, as where the pool is not shared).
 Writes ``bench/results/fetch.json``.
 """
 
@@ -81,8 +82,12 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9, help="samples a case, at least 7 (default 9)")
     parser.add_argument("--rounds", type=int, default=60, help="calls a sample (default 60)")
     parser.add_argument("--device", default="cpu", help="of the device tier (default cpu)")
+    parser.add_argument(
+        "--private", action="store_true", help="without --share-device: no places in the answer"
+    )
     options = parser.parse_args()
     flags = ["--device", options.device, "--device-bytes", "64MiB", "--host-bytes", "64MiB"]
+    flags += [] if options.private else ["--share-device"]
     with (
         tempfile.TemporaryDirectory() as folder,
         Sidecar(Path(folder), flags) as sidecar,

@@ -179,8 +179,11 @@ class ManyDevices(Generic[D]):
         return self._column(slots, lambda device, theirs: device.generations(theirs))
 
     def _column(self, slots: Sequence[int], ask: Callable[[D, Sequence[int]], list[int]]) -> list[int]:
+        split = self._split(slots)
+        if len(split) == 1:
+            return ask(self.devices[next(iter(split))], slots)
         found = [0] * len(slots)
-        for at, places in self._split(slots).items():
+        for at, places in split.items():
             order = places.tolist()
             for place, value in zip(
                 order, ask(self.devices[at], [slots[place] for place in order]), strict=True

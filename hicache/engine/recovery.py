@@ -17,7 +17,7 @@ from hicache.engine import commits, room
 from hicache.engine.core import ABSENT, RESIDENT, TICKS_PER_MS, Core
 from hicache.engine.events import Recovered, Recovering
 from hicache.engine.holders import NamespaceState
-from hicache.engine.stranded import StrandedChain
+from hicache.engine.stranded import StrandedChain, arriving, delete
 from hicache.keys import KEY_BYTES, chain_keys
 from hicache.policy import RunInfo
 from hicache.tree import Run
@@ -66,6 +66,7 @@ def _end_recovery(core: Core, namespace: NamespaceState, tier: int) -> None:
     core.room_changed = True
     core.stranded.forget_numbers(namespace.id)
     find_parents(core, namespace, tier)
+    revive(core)  # before any room is made: what can be matched again is not the first to go
     pool = namespace.pools[tier]
     if pool.available < 0:
         room.make_room(core, pool, 0, namespace.page_bytes, drop=True)
@@ -98,7 +99,7 @@ class _Part:
         self.policy = self.pool.policy
         self.pages = self.charged = 0
         self.cleared = not core.cleared.isdisjoint((0, event.namespace))
-        self.arriving = _arriving(core, event.tier) if self.cleared else set()
+        self.arriving = arriving(core, event.tier) if self.cleared else set()
 
     def bring(self, number: int) -> None:
         """Give one chain its place: in the tree, or among the stranded."""
@@ -197,15 +198,6 @@ class _Part:
         self.pool.used += self.charged
         core.counters.recovered_pages += self.pages
         core.counters.pages[self.tier][RESIDENT] += self.pages
-
-
-def _arriving(core: Core, tier: int) -> set[bytes]:
-    """Keys that are being written to the tier: they have been stored anew, and stay."""
-    found = {key for _, ingest in core.ingests.values() for key in ingest.keys}
-    for job in core.copies.values():
-        if job.dst == tier:
-            found.update(key for run in job.runs for key in core.keys(run))
-    return found
 
 
 def lay(core: Core, before: bytes, tier: int, chain: StrandedChain) -> Run:
@@ -329,7 +321,7 @@ def _delete(core: Core, chains: list[StrandedChain]) -> int:
     pages = 0
     for chain in chains:
         chain.namespace.pools[core.durable_tier].used -= sum(chain.charges)
-        core.free_keys(core.durable_tier, chain.key_list())
+        delete(core, chain.key_list())
         pages += chain.pages
     core.counters.dropped_pages[core.durable_tier] += pages
     return pages

@@ -139,12 +139,29 @@ class Stranded:
             del self._namespaces[number]
 
 
+def arriving(core: Core, tier: int) -> set[bytes]:
+    """Keys that are being written to a tier: these pages have been stored anew, and stay. O(pages under way)."""
+    found = {key for _, ingest in core.ingests.values() for key in ingest.keys}
+    for job in core.copies.values():
+        if job.dst == tier:
+            found.update(key for run in job.runs for key in core.keys(run))
+    return found
+
+
+def delete(core: Core, keys: list[bytes]) -> None:
+    """Have stranded pages deleted, but for those of which a new copy is on its way: that one replaces the old."""
+    under_way = arriving(core, core.durable_tier)
+    gone = [key for key in keys if key not in under_way]
+    if gone:
+        core.free_keys(core.durable_tier, gone)
+
+
 def give_room(core: Core, pool: Pool, units: int) -> bool:
     """Give up stranded pages until the pool has so many units; whether it has."""
     while units > pool.available and core.stranded.pages:
         keys, freed = core.stranded.trim(units - pool.available)
         pool.used -= freed
-        core.free_keys(pool.tier, keys)
+        delete(core, keys)
         core.counters.dropped_pages[pool.tier] += len(keys)
         core.room_changed = True
     return units <= pool.available

@@ -8,6 +8,8 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -16,17 +18,19 @@ from xxhash import xxh3_64_intdigest
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("torch", reason="the device room needs torch")
 
-from cuda_fake import FakeDriver
+from pool_fake import PoolDriver
 
 from hicache.cli import doctor, stats
 from hicache.device import DeviceOptions
 from hicache.device.cuda import CudaDevice
+from hicache.device.engines import Choice
 from hicache.rpc.client import admin_calls
 from hicache.rpc.client.results import DeviceStats, Stats
 from hicache.rpc.server.stats import stats_response
 from hicache.runtime import Service, ServiceOptions
+from hicache.runtime.device_stats import device_stats
 from hicache.runtime.metrics import ServiceCollector
-from hicache.types import Ack, Namespace
+from hicache.types import Ack, Namespace, TierKind, TierSpec
 
 PAGE, PAGES = 4096, 12
 SPACE = Namespace("m", 4, PAGE)
@@ -53,12 +57,12 @@ async def store_and_fetch(service: Service) -> None:
 
 def told(monkeypatch: pytest.MonkeyPatch, after: Callable[[Service], None] | None = None, **settings: object):
     """The client's Stats and the metrics of a service whose device is a fake one."""
-    drivers: list[FakeDriver] = []
+    drivers: list[PoolDriver] = []
 
-    def open_fake(_device, spec, notify, options):
-        drivers.append(FakeDriver(3, delays=False))
+    def open_fake(_device, spec, notify, options, *, now_ns):
+        drivers.append(PoolDriver(3, delays=False))
         small = DeviceOptions(cuda_staging_bytes=16 * PAGE, copy_engine=options.copy_engine)
-        return CudaDevice(spec, notify, small, drivers[0])
+        return CudaDevice(spec, notify, small, drivers[0], now_ns=now_ns)
 
     monkeypatch.setattr("hicache.device.open_device", open_fake)
 
@@ -142,6 +146,19 @@ def test_a_device_without_choices_is_not_listed() -> None:
             await service.close()
 
     asyncio.run(main())
+
+
+def test_several_devices_are_told_one_by_one() -> None:
+    told = [
+        SimpleNamespace(device=name, choices={("to host", PAGE, "few"): Choice("dma", {"dma": 1.5})},
+            direct_bytes=size, bounced_bytes=1, registered_bytes=2, faults=0, problem="")
+        for name, size in (("cuda:0", 3), ("cuda:1", 4))
+    ]  # fmt: skip
+    spec = TierSpec("device", TierKind.DEVICE, 1 << 20, 1 << 16)
+    port: Any = SimpleNamespace(spec=spec, store=SimpleNamespace(stats=tuple(told)))
+    first, second = device_stats([port], "auto")
+    assert (first.name, first.direct_bytes, second.name, second.direct_bytes) == ("cuda:0", 3, "cuda:1", 4)
+    assert first.choices[0].gb_per_s == {"dma": 1.5}
 
 
 def device(**changed: object) -> DeviceStats:

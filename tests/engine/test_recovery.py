@@ -130,6 +130,26 @@ def _without(shell: Shell, prompt: bytes, parts: int) -> list[ev.Recovered]:
     return recovery
 
 
+def test_a_page_that_is_stored_anew_is_not_deleted_with_its_stranded_copy() -> None:
+    """Room is made at the end of a recovery, while new copies of stranded pages are on their way to the disk."""
+    shell = world(tier(HOST, 32), tier(DISK, 8))
+    put(shell, line(0, 8), ack=Ack.DURABLE)
+    fresh = attach(torn(shell, line(0, 2), line(0, 5)))
+    room = fresh.reserve(ME, NS, line(0, 8))
+    assert isinstance(room, act.ReserveResult) and room.missing_pages == 8
+    request = next(fresh.requests)
+    fresh.handle(ev.Commit(request, ME, room.reservation, [(0, 8)], (NS, line(0, 8)), Ack.DURABLE, last=True))
+    copy_in = next(index for index, copy in enumerate(fresh.pending) if isinstance(copy, act.CopyIn))
+    fresh.finish(copy_in)
+    assert [type(copy) for copy in fresh.pending] == [act.Copy]
+    while fresh.recovery:
+        fresh.recover_some()
+    fresh.finish_all()
+    answer = fresh.replies[request]
+    assert isinstance(answer, act.CommitResult) and answer.durable_pages == 8
+    assert {prompt for _, prompt in fresh.disk_pages()} == {line(0, count) for count in range(1, 9)}
+
+
 def test_stranded_pages_are_the_first_to_go() -> None:
     shell = world(tier(HOST, 32), tier(DISK, 8))  # sixteen pages of what they really take
     put(shell, line(0, 5), ack=Ack.DURABLE)

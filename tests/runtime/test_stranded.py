@@ -17,7 +17,11 @@ PAGES, ROTTEN = 20, 7
 
 def options(tmp_path: Path) -> ServiceOptions:
     return ServiceOptions(
-        host_bytes=8 << 20, disk_path=str(tmp_path / "disk"), disk_bytes=64 << 20, prefault=False
+        host_bytes=8 << 20,
+        disk_path=str(tmp_path / "disk"),
+        disk_bytes=64 << 20,
+        prefault=False,
+        scrub_bytes_per_s=0,  # what rots is to be found by whom a test says
     )
 
 
