@@ -12,7 +12,6 @@ and stride allows; where all are multiples of 16 the compiler is told and moves 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import triton
 import triton.language as tl
@@ -158,11 +157,10 @@ def move_units(geometry, tables, *, aligned_to, pack, host_rows=True):
     )
 
 
-def move_rows(targets, sources, rows, row_bytes, *, aligned_to, warm=False):
+def move_rows(targets, sources, rows, row_bytes, *, aligned_to):
     """Launch ``rows`` copies of ``row_bytes``; targets and sources: addresses of int64 tables on the device.
 
-    Programs are those for host memory, to or from which rows go, at once or a copy later. ``warm``: compile what
-    such a launch needs, and launch nothing.
+    Programs are those for host memory, to or from which rows go, at once or a copy later.
     """
     word = next(width for width in (8, 4, 2, 1) if not (aligned_to % width or row_bytes % width))
     words = row_bytes // word
@@ -170,9 +168,7 @@ def move_rows(targets, sources, rows, row_bytes, *, aligned_to, warm=False):
         return
     block = min(HOST_BLOCK, max(16, triton.next_power_of_2(words)))
     chunks = -(-words // block)
-    grid = (min(rows * chunks, HOST_PROGRAMS),)
-    launch = functools.partial(_move_rows.warmup, grid=grid) if warm else _move_rows[grid]
-    launch(
+    _move_rows[(min(rows * chunks, HOST_PROGRAMS),)](
         targets,
         sources,
         rows * chunks,

@@ -6,8 +6,6 @@ Rows are given as a table of int64 addresses on the device, multiples of 8. ``sc
 
 from __future__ import annotations
 
-import functools
-
 import triton
 import triton.language as tl
 
@@ -118,18 +116,15 @@ def scratch_bytes(rows, row_bytes):
     return rows * ((row_bytes - 1) // 1024 + 1) * 64
 
 
-def hash_rows(table, rows, row_count, row_bytes, *, scratch, out, warm=False):
-    """Launch both. All but the sizes are addresses on the device; table: ``xxh3.constants``; out: int64 [rows].
-
-    ``warm``: compile what such a launch needs, and launch nothing.
-    """
+def hash_rows(table, rows, row_count, row_bytes, *, scratch, out):
+    """Launch both. All but the sizes are addresses on the device; table: ``xxh3.constants``; out: int64 [rows]."""
     if not row_count:
         return
     blocks = (row_bytes - 1) // 1024 + 1
     sizes = (blocks, (row_bytes - 1) // 64)
     grid = (row_count, -(-blocks // _SUM_BLOCKS))
-    _launch(_sum_blocks, grid, warm)(table, rows, scratch, *sizes, BLOCKS=_SUM_BLOCKS)
-    _launch(_chain_rows, (-(-row_count // _CHAIN_ROWS),), warm)(
+    _sum_blocks[grid](table, rows, scratch, *sizes, BLOCKS=_SUM_BLOCKS)
+    _chain_rows[(-(-row_count // _CHAIN_ROWS),)](
         table,
         rows,
         scratch,
@@ -141,7 +136,3 @@ def hash_rows(table, rows, row_count, row_bytes, *, scratch, out, warm=False):
         AHEAD=_AHEAD_LONG if blocks > _AHEAD_LONG else _AHEAD_SHORT,
         num_warps=1,
     )
-
-
-def _launch(kernel, grid, warm):
-    return functools.partial(kernel.warmup, grid=grid) if warm else kernel[grid]

@@ -34,6 +34,7 @@ examples:
   hicache serve                                        1GiB of host memory on the default socket
   hicache serve --host-bytes 64GiB --disk-path /data/hicache --disk-bytes 500GiB
   hicache serve --device cpu --device-bytes 1GiB --host-bytes 8GiB
+  hicache serve --device cuda:0,cuda:1 --device-bytes 80GiB --host-bytes 256GiB
   hicache serve --config hicache.toml --print-config   what would be used, as TOML
   hicache serve --tcp-address 0.0.0.0:7070 --tls-cert c.pem --tls-key k.pem --token-file tokens
 

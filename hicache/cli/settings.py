@@ -228,7 +228,7 @@ class ServeConfig:
         "tuning",
         Kind.TEXT,
         "auto",
-        "how a CUDA device copies; auto: the fastest as measured at the first copy of each shape",
+        "how a CUDA device copies; auto: the fastest as measured when pages of a size are first met",
         ("auto", "kernel", "staged", "batch", "dma"),
     )
     device_timeout_ms: int = setting(

@@ -29,18 +29,26 @@ class Chore(Protocol):
 class Wipe:
     """Zeros over all of a segment's memory, so that no byte of an earlier one can be read, whoever maps it.
 
-    A segment whose memory could not be wiped takes no pages: ``segment.problem`` says why.
+    A segment whose memory could not be wiped takes no pages: ``segment.problem`` says why. ``event``: of the chores of
+    the lane, of which there is one at a time.
     """
 
     def __init__(
-        self, driver: Driver, stream: int, segment: DeviceSegment, size_bytes: int, patience: Patience
+        self,
+        driver: Driver,
+        segment: DeviceSegment,
+        size_bytes: int,
+        *,
+        stream: int,
+        event: int,
+        patience: Patience,
     ) -> None:
         self._driver = driver
         self._stream = stream
         self._segment = segment
         self._size_bytes = size_bytes
         self._patience = patience
-        self._event = driver.event()
+        self._event = event
         self._since_ns = 0
         self._under_way = False
         self._tries = 0

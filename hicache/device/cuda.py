@@ -115,6 +115,7 @@ class CudaDevice(SegmentTable[DeviceSegment]):
             patience=self._patience,
             fate=self._fate,
         )
+        self._wiped = driver.event()
         self._writes = make(priority=PROMOTION_PRIORITY, to_host=False)
         self._reads = make(priority=DEMOTION_PRIORITY, to_host=True)
         self._lanes = (self._writes, self._reads)
@@ -168,8 +169,15 @@ class CudaDevice(SegmentTable[DeviceSegment]):
         opened = DeviceSegment(domain, page_bytes, slots, address=address, hashable=hashable)
         self._segments[segment] = opened
         if not clean:
-            stream = self._writes.stream
-            self._chore(self._writes, Wipe(self._driver, stream, opened, self._memory_bytes, self._patience))
+            wipe = Wipe(
+                self._driver,
+                opened,
+                self._memory_bytes,
+                stream=self._writes.stream,
+                event=self._wiped,
+                patience=self._patience,
+            )
+            self._chore(self._writes, wipe)
         if self._calibrates and page_bytes not in self._sizes:
             self._sizes.add(page_bytes)
             for lane in self._lanes:

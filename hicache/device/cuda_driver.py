@@ -6,14 +6,19 @@ Nothing here has run on a GPU. On the CPU it runs on a CUDA runtime in ordinary 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from hicache.device import selftest
 from hicache.device.cuda_memory import CudaMemory, Libraries
 from hicache.device.driver import DriverError, Strips, UnitMove
+from hicache.errors import UnsupportedError
+
+_log = logging.getLogger(__name__)
 
 
 class Launches(Protocol):
@@ -48,6 +53,18 @@ class CudaDriver(CudaMemory):
         self._streams: list[int] = []
         self._events: list[int] = []
         self._owner = threading.get_ident()
+        if self.has_kernels:
+            self._check_kernels()
+
+    def _check_kernels(self) -> None:
+        """Do without kernels that do not work here. Raises UnsupportedError where the device is lost over them."""
+        try:
+            problem = selftest.problem(self)
+        except DriverError as error:
+            raise UnsupportedError(f"device {self.name!r} failed its test: {error}") from error
+        if problem:
+            _log.warning("%s: its kernels are not used, copies go by cudaMemcpy: %s", self.name, problem)
+            self._launches, self.has_kernels = None, False
 
     def bind(self) -> None:
         """See Driver. The thread that opened the device is not moved: it is the application's."""

@@ -7,13 +7,13 @@
     dma     one cudaMemcpyAsync a run of neighbouring rows; always there
 
 ``Chooser`` times each for a shape (direction, bytes of a page, a few rows or many) when it is first asked, on the
-lane's thread and with the device's own clock, and keeps the fastest; ``--copy-engine`` overrides it.
+lane's thread and with the device's own clock, and keeps the best; ``--copy-engine`` overrides it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from hicache.device.driver import Addresses, Bytes, Driver, DriverError
 from hicache.device.patience import ENDLESS, Patience, Unanswered
 
 ENGINES = ("kernel", "staged", "batch", "dma")
+#: Those that leave the multiprocessors alone, and how near they must come to the fastest to be taken.
+COPY_ENGINES, NEARLY = ("batch", "dma"), 0.95
 #: From this many rows on a shape counts as many.
 MANY_ROWS = 8
 
@@ -147,6 +149,13 @@ class Choice:
     gb_per_s: dict[str, float]
 
 
+def best(gb_per_s: Mapping[str, float]) -> str:
+    """The fastest, or one of the copy engines where it is nearly as fast: they take no multiprocessor from compute."""
+    enough = NEARLY * max(gb_per_s.values())
+    near = {name: speed for name, speed in gb_per_s.items() if speed >= enough}
+    return max(near, key=lambda name: (name in COPY_ENGINES, near[name]))
+
+
 class Chooser:
     """The engines of one lane. Used by its thread; ``choices`` may be read from any."""
 
@@ -197,7 +206,7 @@ class Chooser:
                 self._wait()
                 self._driver.release(slots)
         speeds = {name: round(count * row_bytes / ns, 2) for name, ns in found.items()}
-        return Choice(min(found, key=lambda name: found[name]), speeds)
+        return Choice(best(speeds), speeds)
 
     def _time(self, engine: str, rows: Rows, stage: Stage) -> int:
         """The least of three times, after one to warm up, in ns."""

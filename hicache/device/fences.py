@@ -8,14 +8,20 @@ Has not run on a GPU yet, only on the CUDA of the tests.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from hicache.device.cuda_api import CudaApi
 from hicache.device.cudart import Cudart
 from hicache.device.driver import DriverError
 from hicache.errors import UnsupportedError
+
+MARK_BYTES = 8
 
 _Queue = Callable[[int, int, int], None]
 
@@ -37,7 +43,11 @@ class Fences(Protocol):
 
 
 class CudaFences:
-    """Streams of any device of this process; a stream is torch's, or what looks like it. Any thread may call it."""
+    """Streams of any device of this process; a stream is torch's, or what looks like it. Any thread may call it.
+
+    That a stream has come so far it says itself, in a *mark*: whoever asks makes no call of CUDA, which on a thread of
+    another device would begin to use that device, too.
+    """
 
     def __init__(self) -> None:
         """Raises UnsupportedError where CUDA cannot be reached."""
@@ -47,6 +57,7 @@ class CudaFences:
             raise UnsupportedError(f"CUDA cannot be reached: {error}") from error
         self._lock = threading.Lock()
         self._admitted: dict[int, tuple[int, object]] = {}  # by address here: the device's
+        self._marks = _Marks()
 
     def admit(self, address: int, size_bytes: int, owner: object) -> None:
         """See Fences."""
@@ -68,48 +79,61 @@ class CudaFences:
         return self._queue(self._api.write_value, stream, address, value)
 
     def _queue(self, queue: _Queue, stream: Any, address: int, value: int) -> Callable[[], bool]:
+        import torch
+
+        mark, room = self._marks.take()
+        self.admit(*room, self._marks)
+        with torch.cuda.device(stream.device):
+            try:
+                queue(stream.cuda_stream, self._seen(address), value)
+            except DriverError as error:
+                self._marks.give(mark)
+                raise UnsupportedError(f"the stream cannot use counters: {error}") from error
+            with contextlib.suppress(DriverError):  # then it is never said, and the counter not used again
+                self._api.write_value(stream.cuda_stream, self._seen(mark), 1)
+        return lambda: self._marks.shown(mark)
+
+    def _seen(self, address: int) -> int:
+        """An address in admitted memory as the device has it."""
         with self._lock:
             base = max(start for start in self._admitted if start <= address)
-            seen = self._admitted[base][0] + address - base
-        with self._device(stream.device.index or 0):
-            try:
-                queue(stream.cuda_stream, seen, value)
-            except DriverError as error:
-                raise UnsupportedError(f"the stream cannot use counters: {error}") from error
-            event = self._cudart.event()
-            self._cudart.record(event, stream.cuda_stream)
-        return _Ready(self._cudart, event).ask
-
-    @contextlib.contextmanager
-    def _device(self, index: int) -> Iterator[None]:
-        """The calling thread's device is as it was afterwards: it is the engine's."""
-        before = self._cudart.device
-        self._cudart.use(index)
-        try:
-            yield
-        finally:
-            self._cudart.use(before)
+            return self._admitted[base][0] + address - base
 
 
-class _Ready:
-    """An event until it is ready."""
+class _Marks:
+    """Words that streams set to 1, in pages of their own. Any thread may call it."""
 
-    def __init__(self, cudart: Cudart, event: int) -> None:
-        self._cudart = cudart
-        self._event = event
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pages: dict[int, npt.NDArray[np.uint64]] = {}  # by address
+        self._free: list[int] = []
 
-    def ask(self) -> bool:
-        """Whether the stream has come so far; a device that is broken never says so."""
-        if not self._event:
-            return True
-        try:
-            if not self._cudart.query(self._event):
+    def take(self) -> tuple[int, tuple[int, int]]:
+        """The address of a mark that shows 0; and the page that it is in: address and size."""
+        with self._lock:
+            if not self._free:
+                page = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), dtype=np.uint64)
+                base = page.ctypes.data
+                self._pages[base] = page
+                self._free += range(base, base + mmap.PAGESIZE, MARK_BYTES)
+            mark = self._free.pop()
+            base = mark - mark % mmap.PAGESIZE
+            self._pages[base][(mark - base) // MARK_BYTES] = 0
+            return mark, (base, mmap.PAGESIZE)
+
+    def shown(self, mark: int) -> bool:
+        """Whether the stream has come so far. To be asked until it says so, and not afterwards."""
+        with self._lock:
+            base = mark - mark % mmap.PAGESIZE
+            if not self._pages[base][(mark - base) // MARK_BYTES]:
                 return False
-        except DriverError:
-            return False
-        self._cudart.destroy_event(self._event)
-        self._event = 0
-        return True
+            self._free.append(mark)
+            return True
+
+    def give(self, mark: int) -> None:
+        """No stream was told of it."""
+        with self._lock:
+            self._free.append(mark)
 
 
 _lock = threading.Lock()

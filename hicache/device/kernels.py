@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -286,13 +287,11 @@ def hash_scratch_bytes(rows: int, row_bytes: int) -> int:
     return rows * ((row_bytes - 1) // 1024 + 1) * 64
 
 
-def warm() -> Iterator[None]:
-    """Compile, a step each time it is asked, what stores launch for nearly all pages; launch nothing."""
-    table, page_bytes = 1 << 40, 2 << 20  # an address as they are
-    _load("paged_triton").move_rows(table, table, 1, page_bytes, aligned_to=16, warm=True)
-    yield
-    _load("xxh3_triton").hash_rows(table, table, 1, page_bytes, scratch=table, out=table, warm=True)
-    yield
+def launch_errors() -> tuple[type[Exception], ...]:
+    """What a launch may raise: Triton's own, and those of the compilers that it calls."""
+    from triton.errors import TritonError
+
+    return (TritonError, RuntimeError, OSError, ValueError, subprocess.SubprocessError)
 
 
 def has_triton() -> bool:

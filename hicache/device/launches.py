@@ -1,13 +1,8 @@
-"""Triton's launches on a CUDA stream that torch did not make. The one place where the CUDA driver needs torch.
-
-Triton compiles a kernel when it is first launched, for a second or so where its own cache has none; what nearly every
-page needs is compiled in the background from the start.
-"""
+"""Triton's launches on a CUDA stream that torch did not make. The one place where the CUDA driver needs torch."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -17,8 +12,6 @@ import torch
 from hicache.device import kernels
 from hicache.device.driver import DriverError, UnitMove
 
-_log = logging.getLogger(__name__)
-_END = object()
 _cuda: Any = torch.cuda  # typed in part only
 
 
@@ -28,9 +21,9 @@ class TritonLaunches:
     def __init__(self, index: int) -> None:
         self._device = torch.device("cuda", index)
         self._constants = kernels.hash_constants().to(self._device)
+        self._errors = kernels.launch_errors()
         self._streams: dict[int, Any] = {}
-        self._lock = threading.Lock()  # Triton's compiler has one user at a time
-        threading.Thread(target=self._warm, name="hicache-kernels", daemon=True).start()
+        self._lock = threading.Lock()  # a first launch compiles, and the compiler has one user at a time
 
     @staticmethod
     def can_run(index: int) -> bool:
@@ -55,24 +48,13 @@ class TritonLaunches:
 
     @contextlib.contextmanager
     def _on(self, stream: int, call: str) -> Iterator[None]:
-        """Launches inside go to the stream, on its device; what CUDA or Triton say is a DriverError."""
-        known = self._streams.get(stream)
-        if known is None:
-            known = self._streams[stream] = _cuda.ExternalStream(stream, device=self._device)
+        """Launches inside go to the stream, on its device; what CUDA, Triton or a compiler say is a DriverError."""
         try:
-            with self._lock, torch.cuda.stream(known):
-                yield
-        except RuntimeError as error:
-            raise DriverError(call, str(error)) from error
-
-    def _warm(self) -> None:
-        """Compile, kernel by kernel; a lane that must launch waits for one at most."""
-        steps = kernels.warm()
-        more = True
-        while more:
-            try:
-                with self._lock, torch.cuda.device(self._device):
-                    more = next(steps, _END) is not _END
-            except RuntimeError as error:
-                _log.warning("kernels were not compiled ahead: %s", error)
-                return
+            with self._lock:
+                known = self._streams.get(stream)
+                if known is None:
+                    known = self._streams[stream] = _cuda.ExternalStream(stream, device=self._device)
+                with torch.cuda.stream(known):
+                    yield
+        except self._errors as error:
+            raise DriverError(call, f"{type(error).__name__}: {error}") from error

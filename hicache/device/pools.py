@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hicache.device.cuda_api import CudaApi
@@ -25,11 +25,13 @@ class GpuPool:
 
     def __init__(self, memory: SharedMemory) -> None:
         """A descriptor is closed, whatever comes of it. Raises UnsupportedError where it cannot be mapped here."""
+        import torch
+
         try:
             try:
                 self._cudart, self._api = Cudart(), CudaApi()
                 self.device = self._find(memory.device_uuid)
-                with _device(self._cudart, self.device):
+                with torch.cuda.device(self.device):  # the thread's own afterwards again
                     self.address = self._open(memory)
             except (OSError, DriverError) as error:
                 raise UnsupportedError(
@@ -44,7 +46,7 @@ class GpuPool:
         unmap = self._cudart.ipc_close if by_handle else self._api.unmap
         self._then: list[Callable[[], None]] = []
         weakref.finalize(
-            self, _close, self._cudart, self.device, functools.partial(unmap, self.address), self._then
+            self, _close, self.device, functools.partial(unmap, self.address), self._then
         ).atexit = False
 
     def when_unmapped(self, then: Callable[[], None]) -> None:
@@ -85,21 +87,10 @@ class _Rows:
         }
 
 
-@contextlib.contextmanager
-def _device(cudart: Cudart, index: int) -> Iterator[None]:
-    """The calling thread's device is as it was afterwards: it is the engine's."""
-    before = cudart.device
-    cudart.use(index)
-    try:
-        yield
-    finally:
-        cudart.use(before)
+def _close(device: int, unmap: Callable[[], None], then: Sequence[Callable[[], None]]) -> None:
+    import torch
 
-
-def _close(
-    cudart: Cudart, device: int, unmap: Callable[[], None], then: Sequence[Callable[[], None]]
-) -> None:
-    with contextlib.suppress(DriverError), _device(cudart, device):  # the device may be broken
+    with contextlib.suppress(DriverError), torch.cuda.device(device):  # it may be broken
         unmap()
     for each in then:
         each()

@@ -67,7 +67,7 @@ class House:
         self.loop = EngineLoop(self.engine, clock, self._perform)
         self.namespaces = NamespaceBook(stores.specs)
         self._wake = wake
-        self._backlog = Backlog(wake.ring)
+        self._backlog = Backlog(wake.ring, clock.now_ns)
         self._workers = Workers(options.workers, wake.ring)
         self.desk = TransferDesk(transfers, self._workers, wake.ring)
         self.kv_regions = KvRegions(self.desk, regions.next_id, door.require)

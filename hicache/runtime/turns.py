@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 #: A turn ends with the first result that is handed out after so long. One result takes up to a millisecond.
 TURN_NS = 200_000
+#: What comes after so long a calm is done at once, and what comes within so short a time behind it.
+CALM_NS, AT_ONCE_NS = 20_000_000, 50_000
 
 
 class Turn:
@@ -49,16 +51,24 @@ class Turns:
 
 
 class Backlog:
-    """Things to do, in order, as many at a time as a turn takes. ``ring`` asks for turns."""
+    """Things to do, in order: at once after a calm, else by turns, which ``ring`` asks for."""
 
-    def __init__(self, ring: Callable[[], None]) -> None:
+    def __init__(self, ring: Callable[[], None], now_ns: Callable[[], int]) -> None:
         self._ring = ring
+        self._now_ns = now_ns
+        self._since_ns = -CALM_NS  # when something was last done at once, the first of a row
         self._calls: deque[Callable[[], None]] = deque()
 
     def add(self, call: Callable[[], None]) -> None:
-        """It is done soon, behind all that was added before."""
-        self._calls.append(call)
-        self._ring()
+        """It is done at once, or soon; behind all that was added before."""
+        spent_ns = self._now_ns() - self._since_ns
+        if spent_ns >= CALM_NS:
+            self._since_ns += spent_ns
+        if not self._calls and (spent_ns < AT_ONCE_NS or spent_ns >= CALM_NS):
+            call()
+        else:
+            self._calls.append(call)
+            self._ring()
 
     def poll(self, turn: Turn | None = None) -> int:
         """Do what is there, or as much as a turn takes; returns how much that was."""

@@ -46,8 +46,8 @@ def lasting_sidecar() -> Iterator[BareSidecar]:
 
 @pytest.fixture(scope="module")
 def device_sidecar() -> Iterator[BareSidecar]:
-    """As ``lasting_sidecar``, with a device tier."""
-    yield from lasting(device="cpu", device_bytes=8 << 20)
+    """As ``lasting_sidecar``, with a device tier whose pool is shared."""
+    yield from lasting(device="cpu", device_bytes=8 << 20, share_device=True)
 
 
 #: The same, and not awaited, in both clients.

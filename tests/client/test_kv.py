@@ -20,7 +20,7 @@ pytest.importorskip("torch", reason="an engine's KV is tensors")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from kv_kit import PAGE_TOKENS, Engine, Form, namespace_fields
+from kv_client_kit import PAGE_TOKENS, Engine, Form, namespace_fields
 
 import hicache
 import hicache.aio
@@ -50,6 +50,10 @@ FORM = FORMS[0]
 def salt() -> str:
     """Of a namespace that no other test has."""
     return secrets.token_hex(8)
+
+
+def open_fds() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def blocks_of(form: Form, seed: int) -> Any:
@@ -94,6 +98,7 @@ def test_another_process_loads_what_this_one_stored(make_client: Any, lasting_si
             for number, form in enumerate(FORMS):
                 engine = Engine(form, seed=number + 1)
                 kv = await client.register_kv(engine.tensors, layout=form.layout)
+                assert unwrapped(kv)._state.tensors == engine.tensors  # not freed under the sidecar
                 assert (kv.layers, kv.closed) == (form.layers, False)
                 places = kv.places(blocks_of(form, seed=number), PAGE_TOKENS)
                 assert places.shape == (PAGES, max(1, PAGE_TOKENS // form.block))
@@ -105,8 +110,9 @@ def test_another_process_loads_what_this_one_stored(make_client: Any, lasting_si
                     await lease.copy_into(out)
                 assert (out == expected).all()
                 stored.append(expected.tobytes())
+                before = open_fds()
                 assert await kv.close()
-                assert await kv.close() and kv.closed
+                assert await kv.close() and kv.closed and open_fds() == before - 1
                 with pytest.raises(NotFoundError, match="closed"):
                     await store(cache, kv, places, TOKENS + 1)
 
@@ -448,6 +454,51 @@ def test_leases_in_the_device_tier_are_loaded_and_read(make_client: Any, device_
 
 def unwrapped(found: Any) -> Any:
     return getattr(found, "_inner", found)
+
+
+def test_pages_in_a_shared_pool_are_read_in_place(make_client: Any, device_sidecar: Any) -> None:
+    """Of a device in host memory; nothing but the lease's time says how long they are what they were."""
+
+    async def scenario() -> None:
+        source = Engine(FORM, seed=8)
+        async with make_client(device_sidecar.target) as client:
+            a = await client.register_kv(source.tensors, layout=FORM.layout)
+            cache = client.namespace(**namespace_fields(FORM), salt=salt())
+            places = a.places(range(PAGES), PAGE_TOKENS)
+            await store(cache, a, places)
+            lease = await cache.fetch(TOKENS, device=True, wait_ms=5000)
+            assert lease.zero_copy and len(lease) == PAGES
+            state = unwrapped(lease)._state
+            assert all(not run.region.info.counted for run in state.runs)
+            views = await lease.views()
+            assert all(view.readonly for view in views)
+            assert [bytes(view) for view in views] == [row.tobytes() for row in source.bytes_of(places)]
+            with pytest.raises(UnsupportedError, match=r"views\(\) or numpy"):
+                await lease.tensors()
+            ticket = lease.ticket()
+            reader = await client.reader(ticket)
+            assert reader.unsound(0, PAGES) == [] and reader.still_valid()
+            assert lease.still_valid()
+            await lease.renew(60)  # less the client's margin
+            await asyncio.sleep(0.05)
+            assert not lease.still_valid()
+            await lease.release()
+
+    asyncio.run(scenario())
+
+
+def test_pages_that_no_memory_is_shared_of_are_no_tensors(make_client: Any, lasting_sidecar: Any) -> None:
+    async def scenario() -> None:
+        engine = Engine(FORM, seed=8)
+        async with make_client(lasting_sidecar.target, data_plane="stream") as client:
+            cache = client.namespace(**namespace_fields(FORM), salt=salt())
+            await cache.store(TOKENS, engine.bytes_of(np.arange(PAGES)[:, None] * PAGE_TOKENS))
+            async with await cache.fetch(TOKENS) as lease, await cache.fetch(TOKENS + 1) as none:
+                assert await none.tensors() == []
+                with pytest.raises(UnsupportedError, match="share-device"):
+                    await lease.tensors()
+
+    asyncio.run(scenario())
 
 
 def test_without_a_device_tier_device_leases_are_refused(make_client: Any, lasting_sidecar: Any) -> None:

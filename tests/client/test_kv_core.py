@@ -19,7 +19,7 @@ pytest.importorskip("torch", reason="an engine's KV is tensors")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from kv_kit import Engine, Form
+from kv_client_kit import Engine, Form
 
 from hicache.device import kernels
 from hicache.device.driver import DriverError
@@ -160,12 +160,14 @@ def test_streams_wait_for_layers_and_keep_the_counter_until_they_have() -> None:
     core: Any = FakeCore(fences)
     counter = line.take()
     progress = Progress(1, 3, counter, awaited=True)
-    load = LoadBase(core, progress)
-    assert load._wait_on(None, 1) and load._wait_on(None, 3)
+    load, stream = LoadBase(core, progress), FakeStream()
+    assert load._wait_on(stream, 1) and load._wait_on(stream, 3) and not load._wait_on(None, 3)
     assert fences.queue == [("wait", 0, 1), ("wait", 0, 3)]
     assert fences.admitted == [(line.address, 8)] * 2
     progress.end(good=True, settled=True)
-    assert load._wait_on(None, 2) and len(fences.queue) == 2  # there is nothing to wait for
+    assert (
+        load._wait_on(stream, 2) and load._wait_on(None, 2) and len(fences.queue) == 2
+    )  # there is nothing to wait for
     assert line.take() is None
     fences.ran = 1
     assert line.take() is None
@@ -181,6 +183,8 @@ def test_streams_say_that_layers_are_done_or_are_waited_for() -> None:
     store, stream = StoreBase(core, progress), FakeStream()
     store.layer_done_on(stream, 0)
     assert fences.queue == [("write", progress.counter.index, 1)] and not stream.synchronized  # type: ignore[union-attr]
+    store.layer_done_on(None, 1)
+    assert progress.counter.get() == 2 and not stream.synchronized  # type: ignore[union-attr]
     fences.refuses = True
     store.layer_done_on(stream, 2)
     assert stream.synchronized == 1 and progress.counter.get() == 3  # type: ignore[union-attr]

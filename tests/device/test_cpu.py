@@ -259,6 +259,12 @@ def test_reads_and_writes_of_the_same_slots_at_once_never_give_a_wrong_page(open
     """Pages are replaced and freed under readers: each read is a page that was put, or a miss."""
     rig = open_rig(segments=1, staging_bytes=1 << 16)
     rig.store.open_segment(1, "", 20_000, 8)
+    # on a busy machine every read of a round may be overtaken: then once more
+    assert any(read_under_writers(rig) for _ in range(20))
+
+
+def read_under_writers(rig) -> int:
+    """Pages that were read whole while others were written to their slots."""
     pages = [page(i, 20_000) for i in range(24)]
     known = set(pages)
     slots = [slot(i) for i in range(8)]
@@ -274,7 +280,7 @@ def test_reads_and_writes_of_the_same_slots_at_once_never_give_a_wrong_page(open
             assert outcome in {OK, MISS}
             assert outcome is MISS or bytes(buffer) in known
             seen += outcome is OK
-    assert seen
+    return seen
 
 
 def test_a_fault_is_an_outcome_and_the_stream_goes_on(rig):

@@ -332,3 +332,16 @@ def test_pages_larger_than_a_stage_get_larger_stages():
 @pytest.mark.parametrize(("text", "cpus"), [("0-3,8\n", {0, 1, 2, 3, 8}), ("", set()), ("5", {5})])
 def test_lists_of_processors(text, cpus):
     assert cpu_list(text) == cpus
+
+
+@pytest.mark.parametrize(
+    ("speeds", "wanted"),
+    [
+        ({"kernel": 50.0, "staged": 52.0, "batch": 50.0, "dma": 49.9}, "batch"),
+        ({"kernel": 50.0, "staged": 52.0, "batch": 49.0, "dma": 49.3}, "staged"),
+        ({"kernel": 50.0, "dma": 12.0}, "kernel"),
+        ({"dma": 12.0}, "dma"),
+    ],
+)
+def test_copy_engines_are_preferred_where_they_are_nearly_as_fast(speeds, wanted):
+    assert engines.best(speeds) == wanted

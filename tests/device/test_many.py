@@ -139,6 +139,16 @@ def test_a_device_that_dies_takes_only_its_segments_with_it(seed):
     assert done.outcomes["get ok"] > 50
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_two_hundred_thousand_operations():
+    moved = seed = 0
+    while moved < 200_000:
+        seed += 1
+        moved += walk(1000 + seed, 10_000, (0.0, 0.002, 0.02, 0.0)[seed % 4], dies=5_000 * (seed % 2)).pages
+    print(f"{moved} page operations, {seed} seeds")
+
+
 def test_segments_go_where_most_room_is():
     store = make(two(), 5)
     for segment in range(4):

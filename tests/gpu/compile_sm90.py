@@ -103,15 +103,9 @@ def units(geometry, *, pack, host_rows):
     ]
 
 
-def warm():
-    """As the door does from the start; what comes after must need no more."""
-    for _ in kernels.warm():
-        continue
-
-
 def rows():
     """Pages of many sizes, in any number."""
-    return [warm] + [
+    return [
         lambda n=count, b=size: paged_triton.move_rows(AT[1], AT[2], n, b, aligned_to=16)
         for count in (64, 1, 3, 16)
         for size in (2 << 20, 64 << 10, 36 << 10)
@@ -119,7 +113,7 @@ def rows():
 
 
 def hashes():
-    return [warm] + [
+    return [
         lambda n=count, b=size: xxh3_triton.hash_rows(AT[0], AT[1], n, b, scratch=AT[2], out=AT[3])
         for count in (64, 1, 3, 16)
         for size in (2 << 20, 65536, 36 << 10)

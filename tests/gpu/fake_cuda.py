@@ -1,6 +1,7 @@
 """The CUDA driver and runtime in ordinary memory (``fake_cudart/*.c``): built when first used, loaded, and driven.
 
-The library's names for files are CUDA's, so that a process that finds it by LD_LIBRARY_PATH takes it for CUDA.
+The files have names of their own, so that a process with a real CUDA beside it takes neither for the other; links have
+CUDA's names, so that a process that finds them by LD_LIBRARY_PATH takes them for CUDA.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from hicache.device.cudart import Cudart
 
 SOURCES = Path(__file__).parent / "fake_cudart"
 ROOT = Path(__file__).resolve().parents[2]
-RUNTIMES = {13000: "libcudart.so.13", 12080: "libcudart-12080.so", 12040: "libcudart-12040.so"}
+RUNTIMES = {version: f"libfakecudart-{version}.so" for version in (13000, 12080, 12040)}
 FLAGS = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread")
 KINDS = ("streams", "device", "host", "registered", "opened", "mapped", "events")
 
@@ -41,7 +42,9 @@ def build() -> Path:
     if compiler is None:
         pytest.skip("no C compiler: the CUDA runtime in ordinary memory cannot be built")
     sources = sorted(SOURCES.glob("*.[ch]"))
-    mark = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    mark = hashlib.sha256(b"".join(source.read_bytes() for source in (*sources, Path(__file__)))).hexdigest()[
+        :16
+    ]
     folder = _cache() / f"fake-cuda-{mark}"
     if folder.is_dir():
         return folder
@@ -53,6 +56,7 @@ def build() -> Path:
     for version, name in RUNTIMES.items():
         more = [f"-DVERSION={version}", f"-Wl,-soname,{name}", "-Wl,-rpath,$ORIGIN"]
         _compile([compiler, *FLAGS, *more, str(SOURCES / "runtime.c"), str(core), "-o", str(making / name)])
+    (making / "libcudart.so.13").symlink_to(RUNTIMES[13000])
     try:
         making.rename(folder)
     except OSError:  # another process was faster
@@ -88,7 +92,7 @@ class FakeCuda:
         return Cudart(str(self.folder / RUNTIMES[version]))
 
     def api(self) -> CudaApi:
-        return CudaApi(str(self.folder / "libcuda.so.1"))
+        return CudaApi(str(self.folder / "libfakecuda.so"))
 
     def driver(self, index: int = 0, version: int = 13000, *, kernels: bool = True) -> CudaDriver:
         """The real driver on this library; kernels are run by the stream's own thread."""

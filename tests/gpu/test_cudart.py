@@ -16,6 +16,7 @@ import fake_cuda  # noqa: E402
 
 from hicache.device import DeviceOptions, cudart, kernels  # noqa: E402
 from hicache.device.cuda import CudaDevice  # noqa: E402
+from hicache.device.cuda_driver import CudaDriver  # noqa: E402
 from hicache.device.driver import DriverError, Strips, UnitMove  # noqa: E402
 from hicache.device.kv import FAILED  # noqa: E402
 from hicache.errors import UnsupportedError  # noqa: E402
@@ -261,6 +262,48 @@ def test_two_devices_of_one_thread(fake):
         driver.close()
 
 
+# --- kernels that do not work are not used
+
+
+class Broken(fake_cuda.TwinLaunches):
+    """Kernels that do something else than they should."""
+
+    def __init__(self, fake, runtime, how):
+        super().__init__(fake, runtime)
+        self.how = how
+
+    def move_rows(self, stream, table, rows, row_bytes, aligned_to):
+        if self.how == "raises":
+            raise DriverError("move_rows", "PTXASError: no ptxas")
+        if self.how == "is lost":
+            table += 1 << 40
+        super().move_rows(stream, table, rows, row_bytes - 8 * (self.how == "forgets"), aligned_to)
+
+    def hash_rows(self, stream, table, rows, row_bytes, scratch):
+        super().hash_rows(stream, table, rows, row_bytes - 8 * (self.how == "miscounts"), scratch)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("raises", "no ptxas"), ("forgets", "arrived changed"), ("miscounts", "hash of a row")]
+)
+def test_a_device_whose_kernels_do_not_work_copies_without_them(fake, caplog, how, said):
+    runtime = fake.runtime()
+    driver = CudaDriver(0, Broken(fake, runtime, how), (runtime, fake.api()))
+    assert not driver.has_kernels
+    assert said in caplog.text
+    with pytest.raises(DriverError, match="no kernels"):
+        driver.hash_rows(0, 0, 1, 1024, 0)
+    driver.close()
+
+
+def test_a_device_that_is_lost_over_its_kernels_is_not_opened(fake):
+    runtime = fake.runtime()
+    with pytest.raises(UnsupportedError, match="illegal memory access"):
+        CudaDriver(0, Broken(fake, runtime, "is lost"), (runtime, fake.api()))
+    fake.reset()
+    fake.sweep()
+
+
 # --- memory
 
 
@@ -314,10 +357,13 @@ def test_memory_that_may_only_be_read_is_registered_so_where_the_device_can(fake
         driver.register_read_only(start, 8192)
 
 
-def test_the_library_that_is_mapped_already_is_taken():
-    """In this process it is the fake, unless a CUDA build of torch has loaded its own."""
-    fake_cuda.library().runtime(13000)
-    assert "libcudart" in cudart._path()
+def test_a_cuda_in_ordinary_memory_is_not_taken_for_cuda(fake):
+    """It is loaded here; where a GPU is, the tests of both run in one process."""
+    fake.runtime()
+    try:
+        assert "fake" not in cudart._path()
+    except OSError as error:
+        assert "no CUDA runtime here" in str(error)
 
 
 # --- units

@@ -207,7 +207,7 @@ def test_the_wait_ends_before_the_calls_deadline(tmp_path: Path) -> None:
                     queries=[Query(namespace_id=namespace, prompt=prompt(4, salt)) for salt in range(3)],
                     wait_ms=60_000,
                 ),
-                timeout=0.4,
+                timeout=2.0,  # a busy machine answers some tenths of a second late
             )
             assert [each.fetch.granted_pages for each in answer.outcomes] == [0, 0, 0]
             assert all(each.fetch.operation_id and each.fetch.pending_pages == 4 for each in answer.outcomes)

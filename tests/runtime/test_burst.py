@@ -7,7 +7,7 @@ import asyncio
 from runtime_helpers import TestClient, namespace, running, settle
 
 from hicache.runtime import ServiceOptions
-from hicache.runtime.turns import TURN_NS, Backlog, Turn, Turns
+from hicache.runtime.turns import AT_ONCE_NS, CALM_NS, TURN_NS, Backlog, Turn, Turns
 from hicache.types import WritePolicy
 
 PAGES, PROMPT, PAGE_BYTES = 10_000, 250, 64
@@ -101,14 +101,38 @@ def test_a_turn_ends_and_the_next_goes_on_with_another_source() -> None:
     assert not rung
 
 
-def test_a_backlog_keeps_its_order() -> None:
+def test_a_backlog_keeps_its_order_and_does_little_at_once() -> None:
     rung: list[bool] = []
     done: list[int] = []
-    backlog = Backlog(lambda: rung.append(True))
-    for number in range(4):
-        backlog.add(lambda number=number: done.append(number))  # type: ignore[misc]
-    assert (len(rung), done) == (4, [])
+    clock = Time(0)
+    backlog = Backlog(lambda: rung.append(True), clock)
+
+    def add(number: int, after_ns: int) -> None:
+        clock.now += after_ns
+        backlog.add(lambda: done.append(number))
+
+    for number in range(3):
+        add(number, AT_ONCE_NS // 3)
+    assert (len(rung), done) == (0, [0, 1, 2])
+    for number in range(3, 7):
+        add(number, AT_ONCE_NS)
+    assert (len(rung), done) == (4, [0, 1, 2])
     assert backlog.poll(Turn(Time(TURN_NS + 1))) == 1
-    assert backlog.poll() == 3
-    assert done == [0, 1, 2, 3]
+    add(7, CALM_NS)  # behind what waits
+    assert backlog.poll() == 4
+    assert done == [*range(8)]
+    add(8, CALM_NS)
+    assert done[-1] == 8
     assert not backlog.poll()
+
+
+def test_a_call_that_adds_more_keeps_the_order() -> None:
+    done: list[str] = []
+    backlog = Backlog(lambda: None, Time(0))
+
+    def first() -> None:
+        backlog.add(lambda: done.append("second"))
+        done.append("first")
+
+    backlog.add(first)
+    assert sorted(done) == ["first", "second"]

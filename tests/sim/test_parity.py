@@ -22,6 +22,7 @@ from hicache.runtime.clock import Clock
 from hicache.runtime.ports import TierPort
 from hicache.runtime.sources import PageSource
 from hicache.runtime.stores import Stores
+from hicache.runtime.turns import CALM_NS
 from hicache.sim.cell import World
 from hicache.sim.packed import PackedTrace
 from hicache.types import Ack, Batch, Completion, Namespace, Op, Outcome, SymbolKind, TierKind, TierSpec, Use
@@ -39,6 +40,9 @@ class StillClock(Clock):
 
     def now_ms(self) -> int:
         return self.time_ms
+
+    def now_ns(self) -> int:
+        return self.time_ms * CALM_NS  # copies start at once
 
     def alarm(self, delay_ms: int, call: Callable[[], None]) -> Any:
         handle = asyncio.get_running_loop().call_later(86_400, call)  # cancelled by time or by its owner

@@ -278,6 +278,20 @@ def test_every_module_is_reachable() -> None:
     assert not modules.keys() - reached, f"nothing imports these: {sorted(modules.keys() - reached)}"
 
 
+def test_helpers_of_tests_have_names_of_their_own() -> None:
+    """One process runs all folders' tests: of two helper modules of one name, all would import the first."""
+    helpers = [
+        path
+        for path in (ROOT / "tests").rglob("*.py")
+        if not path.name.startswith("test_") and path.name != "conftest.py"
+    ]
+    homes: dict[str, list[str]] = {}
+    for path in sorted(helpers):
+        homes.setdefault(path.stem, []).append(path.relative_to(ROOT).as_posix())
+    assert len(homes) > 10
+    assert not [found for found in homes.values() if len(found) > 1]
+
+
 def headings(page: Path) -> set[str]:
     """The anchors that a Markdown page offers, spelled as GitHub spells them."""
     titles = re.findall(r"^#+ +(.+?) *$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -11,9 +11,8 @@ import dataclasses
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hicache.device.fences import open_fences
 from hicache.errors import (
     ExhaustedError,
     HicacheError,
@@ -34,6 +33,9 @@ from hicache.rpc.client.session import Link, Session, Signal
 from hicache.rpc.client.steps import Call, NeedLink, Sleep, Step, Steps
 from hicache.rpc.pb import session_pb2
 from hicache.types import Namespace
+
+if TYPE_CHECKING:
+    from hicache.device.fences import Fences
 
 NS_PER_MS = 1_000_000
 RETRY_FIRST_S = 0.05
@@ -103,7 +105,7 @@ class Core:
         self.memory = WriteMemory(options.write_limit_bytes, options.write_step_bytes)
         self.timelines = Timelines()
         self.pools = Pools()
-        self.fences = open_fences  # tests put theirs here
+        self.fences: Callable[[], Fences] = _open_fences
         self._leases: weakref.WeakSet[LeaseState] = weakref.WeakSet()
         self._process = os.getpid()
 
@@ -179,6 +181,12 @@ class Core:
         for lease in list(self._leases):
             if any(run.region.fate.retired for run in lease.runs) and not lease.still_valid():
                 lease.end(StaleError(f"lease {lease.lease} is over, and its memory was given back"))
+
+
+def _open_fences() -> Fences:
+    from hicache.device.fences import open_fences  # CUDA's calls: for those who wait on streams
+
+    return open_fences()
 
 
 def invoke(core: Core, build: Callable[[Attempt], Steps[Step]], budget: Budget) -> Steps[Reply]:

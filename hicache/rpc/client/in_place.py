@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hicache.device.pools import GpuPool
 from hicache.errors import HicacheError, UnsupportedError
 from hicache.rpc.client.core import Core, linked
 from hicache.rpc.client.lease import LeaseState
@@ -16,15 +15,19 @@ from hicache.rpc.client.session import Link
 from hicache.rpc.client.steps import Steps, Work
 from hicache.rpc.common import fdproto
 
+if TYPE_CHECKING:
+    from hicache.device.pools import GpuPool
+
 
 def tensors(core: Core, lease: LeaseState) -> Steps[list[Any]]:
     """The pages of a lease in a pool on a GPU: one tensor for pages that follow each other."""
     lease.check()
     if lease.granted_pages and lease.runs:
         raise UnsupportedError("these pages are in host memory", hint="read them with views() or numpy()")
-    if lease.granted_pages and not lease.extents:
+    known = {extent.region_id for extent in lease.extents} <= core.pools.ids
+    if lease.granted_pages and not (lease.extents and known):
         raise UnsupportedError(
-            "these pages lie in no memory that is shared",
+            "these pages lie in no GPU memory that is shared",
             hint="fetch with device=True, from a sidecar with --share-device; or let it copy (Lease.load)",
         )
     deadline_ns = core.now_ns() + int(core.options.timeout_s * 1e9)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -25,19 +26,21 @@ COUNTER_BYTES = 8
 
 
 class KvState:
-    """An engine's KV, and its region in the session of that incarnation. Its descriptors are its own."""
+    """An engine's KV, and its region in the session of that incarnation. Its descriptors go with it."""
 
-    def __init__(self, kv: PagedKv) -> None:
+    def __init__(self, kv: PagedKv, tensors: object = None) -> None:
         self.kv = kv
+        self.tensors = tensors  # kept while the sidecar may copy to and from their memory
         self.registration: Registration | None = None
         self.gate = threading.Lock()  # held, never waited for, by who registers it
         self.closed = False
+        self._let_go = weakref.finalize(self, close_memories, kv.memories)
 
     def close(self) -> None:
         """It is used no more: its descriptors are closed. Idempotent."""
-        if not self.closed:
-            self.closed = True
-            close_memories(self.kv.memories)
+        self.closed = True
+        self.tensors = None
+        self._let_go()
 
 
 class Counter:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Generic
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
-from hicache.device.fences import Fences
 from hicache.device.kv import PagedKv, Places
 from hicache.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnsupportedError
 from hicache.rpc.client import kv_flows, kv_tensors
@@ -20,6 +19,9 @@ from hicache.rpc.client.lease import LeaseState
 from hicache.rpc.client.reservation import ReservationState
 from hicache.rpc.client.results import CommitResult
 from hicache.rpc.client.steps import Steps, T
+
+if TYPE_CHECKING:
+    from hicache.device.fences import Fences
 
 #: How long ``KvRegion.close`` waits for copies that are under way.
 CLOSE_TIMEOUT_S = 30.0
@@ -37,9 +39,8 @@ def kv_state(
         return KvState(kv_tensors.own_memories(layers))
     if layout is None:
         raise InvalidArgumentError("register_kv needs the layout of the tensors", hint='such as "kv-nhd"')
-    return KvState(
-        kv_tensors.paged_kv(layers, layout, page_offset=page_offset, planes_per_layer=planes_per_layer)
-    )
+    kv = kv_tensors.paged_kv(layers, layout, page_offset=page_offset, planes_per_layer=planes_per_layer)
+    return KvState(kv, list(layers))
 
 
 class KvRegionBase:
@@ -102,10 +103,12 @@ class TransferBase:
         """Whether it has failed, as far as is known: ``result`` says how."""
         return self._progress.failed
 
-    def _fenced(self, layer: int, queue: Callable[[Fences, int, int], Callable[[], bool]]) -> bool:
+    def _fenced(
+        self, stream: Any, layer: int, queue: Callable[[Fences, int, int], Callable[[], bool]]
+    ) -> bool:
         """Queue something with a layer's counter; False where it must be done here. True where it is over."""
         place, counter = self._progress.place(layer), self._progress.counter
-        if counter is None or self.done:
+        if counter is None or stream is None or self.done:
             return self.done
         try:
             fences = self._core.fences()
@@ -131,7 +134,7 @@ class LoadBase(TransferBase):
 
     def _wait_on(self, stream: Any, layer: int) -> bool:
         """Whether the stream waits by itself now, or need not."""
-        return self._fenced(layer, lambda fences, address, value: fences.wait(stream, address, value))
+        return self._fenced(stream, layer, lambda fences, *counter: fences.wait(stream, *counter))
 
     def _late(self, layer: int, timeout_s: float) -> UnavailableError:
         return UnavailableError(f"layer {layer} has not arrived after {timeout_s:g} s")
@@ -147,14 +150,15 @@ class StoreBase(TransferBase):
             self._progress.counter.raise_to(value)
 
     def layer_done_on(self, stream: Any, layer: int) -> None:
-        """As ``layer_done``, once the CUDA stream has come so far: at once, where streams can write to counters.
+        """As ``layer_done``, once the CUDA stream has come so far; returns at once.
 
-        Where they cannot, waits for the stream here.
+        Where streams cannot write to counters, waits for the stream here. None: there is no stream, it is done.
         """
         if self._progress.counter is None:
             return
-        if not self._fenced(layer, lambda fences, address, value: fences.write(stream, address, value)):
-            stream.synchronize()
+        if not self._fenced(stream, layer, lambda fences, *counter: fences.write(stream, *counter)):
+            if stream is not None:
+                stream.synchronize()
             self.layer_done(layer)
 
 

@@ -94,7 +94,7 @@ class Load(Transfer[Loaded], LoadBase):
     def wait_layer_on(self, stream: Any, layer: int) -> None:
         """Have a CUDA stream wait for a layer; returns at once. The stream goes on where the load fails, too.
 
-        Where streams cannot wait for counters, waits here.
+        Where streams cannot wait for counters, or for None, waits here.
         """
         if not self._wait_on(stream, layer):
             self.wait_layer(layer)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from hicache.device.export import Allocations, Exporter, exporter_of
 from hicache.device.kv import MemoryKind, PagedKv, Places, SharedMemory
 from hicache.errors import HicacheError, InvalidArgumentError, UnsupportedError
 from hicache.rpc.client.kv_memory import memory_at
+
+if TYPE_CHECKING:
+    from hicache.device.export import Exporter
 
 #: Where a plane lies: something that names its allocation in this process, how others map that, and the offset in it.
 Found = tuple[int, SharedMemory, int]
@@ -28,7 +30,7 @@ def paged_kv(
     *,
     page_offset: int = 0,
     planes_per_layer: int | None = None,
-    exporter: Callable[[Any], Exporter] = exporter_of,
+    exporter: Callable[[Any], Exporter] | None = None,
 ) -> PagedKv:
     """The paged KV of these tensors. Descriptors in it are the caller's to close (``close_memories``).
 
@@ -111,12 +113,14 @@ class _Finder(Protocol):
         """Where a plane lies. Raises UnsupportedError."""
 
 
-def _finder(plane: Any, exporter: Callable[[Any], Exporter]) -> _Finder:
+def _finder(plane: Any, exporter: Callable[[Any], Exporter] | None) -> _Finder:
     """What finds the memory of planes like this one."""
     if plane.device.type == "cpu":
         return _HostPlanes()
     if plane.device.type == "cuda":
-        return _CudaPlanes(exporter(plane))
+        from hicache.device.export import exporter_of
+
+        return _CudaPlanes((exporter or exporter_of)(plane))
     raise UnsupportedError(
         f"KV on {plane.device} cannot be registered", hint="CUDA tensors can, and CPU tensors in KvMemory"
     )
@@ -141,6 +145,8 @@ class _HostPlanes:
 
 class _CudaPlanes:
     def __init__(self, exporter: Exporter) -> None:
+        from hicache.device.export import Allocations
+
         self._allocations = Allocations(exporter)
         self.found = self._allocations.found
 

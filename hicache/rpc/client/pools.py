@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from hicache.device.kv import MemoryKind, SharedMemory
-from hicache.device.pools import GpuPool
 from hicache.errors import HicacheError, NotFoundError, StaleError
 from hicache.rpc.client.results import Extent, PoolInfo
+
+if TYPE_CHECKING:
+    from hicache.device.pools import GpuPool
 
 
 class Pools:
@@ -69,6 +72,8 @@ class Pools:
 
         Raises UnsupportedError where it cannot be mapped, StaleError where the session is over.
         """
+        from hicache.device.pools import GpuPool
+
         number = info.region.region_id
         with self._lock:  # one at a time: CUDA may refuse to open a handle twice
             over = incarnation != self._incarnation or number not in self._infos
