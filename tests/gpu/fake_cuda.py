@@ -152,7 +152,7 @@ class TwinLaunches:
     """The kernels as plain loops, queued on the stream as host functions. Checks addresses as a GPU would."""
 
     def __init__(self, fake: FakeCuda, runtime: Cudart) -> None:
-        self.fake = fake
+        self.fake, self._runtime = fake, runtime
         self._launch = runtime._library.cudaLaunchHostFunc
         self._launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
         self._tasks: dict[int, object] = {}
@@ -165,9 +165,8 @@ class TwinLaunches:
         self._tasks[number] = task
         code = self._launch(stream, ctypes.cast(self._entry, ctypes.c_void_p), number)
         if code:
-            from hicache.device.driver import DriverError
-
-            raise DriverError("launch", f"error {code}", fatal=code == 700)
+            self._tasks.pop(number)
+            raise self._runtime.error("cudaLaunchHostFunc", code)
 
     def _run(self, number):
         with self._lock:

@@ -30,8 +30,12 @@ def fake():
     before = library.live()
     yield library
     library.drain()
-    assert library.live() == before
-    assert not library.violations()
+    left, wrong = library.live() - before, library.violations()
+    if left:  # the next test is to find none of it
+        library.reset()
+        library.sweep()
+    assert not left
+    assert not wrong
 
 
 @pytest.fixture
