@@ -57,6 +57,7 @@ DOORS = (
     "hicache.sim.oracle",
     "hicache.__main__",
     "hicache.aio",
+    "hicache.client",
     "hicache.cli.main",
     "hicache.rpc.client",
 )
