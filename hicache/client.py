@@ -6,4 +6,3 @@ What stands here is what ``hicache.rpc.client`` offers; the asyncio client is ``
 from __future__ import annotations
 
 from hicache.rpc.client import *  # noqa: F403  # its __all__ is the public API, kept in one place
-from hicache.rpc.client import __all__
