@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 _Task = tuple[Pending, list[int], list[tuple[Segment, int]]]
 _Where = npt.NDArray[np.bool_] | slice
 _Indices = npt.NDArray[np.int64]
+_Sums = npt.NDArray[np.uint64]
 _Queue = queue.SimpleQueue[_Task | None]
 
 
@@ -138,12 +139,13 @@ class HostStore:
             found[where] = segment.checksums[indices]
         return found.tolist()
 
-    def generations(self, slots: Sequence[int]) -> list[int]:
-        """The slots' generations, as clients see them in the segment's header."""
-        found = np.empty(len(slots), dtype=np.uint64)
+    def columns(self, slots: Sequence[int]) -> tuple[_Sums, _Sums]:
+        """The recorded checksums, and the generations as clients see them in the segment's header."""
+        checksums, generations = np.empty(len(slots), np.uint64), np.empty(len(slots), np.uint64)
         for segment, where, indices in self._group(slots):
-            found[where] = segment.generations[indices]
-        return found.tolist()
+            checksums[where] = segment.checksums[indices]
+            generations[where] = segment.generations[indices]
+        return checksums, generations
 
     def free(self, slots: Sequence[int]) -> None:
         """The slots hold nothing from now on; their generations move on."""
