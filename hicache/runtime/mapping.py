@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hicache.device.kv import SharedMemory
-from hicache.device.segment import Sums
+from hicache.device.segment import Indices, Sums
 
 
 class Layout(Protocol):
@@ -48,6 +48,9 @@ class Mappable(Slots, Protocol):
 
     def fd(self, segment: int) -> int:
         """Its descriptor; the store's own."""
+
+    def addresses(self, slots: Sequence[int], page_bytes: int) -> tuple[Indices, Sequence[object]]:
+        """Where the slots begin in this process, and what keeps them mapped as long as somebody has it."""
 
 
 class SharedPool(Slots, Protocol):

@@ -123,6 +123,20 @@ class HostStore:
         """Writable views of the slots, ``page_bytes`` each. Valid until the segment is closed."""
         return [memoryview(cast(bytes, segment.page(index))) for segment, index in self._find(slots)]
 
+    def addresses(self, slots: Sequence[int], page_bytes: int) -> tuple[_Indices, list[object]]:
+        """Where the slots begin in this process, and what keeps them mapped as long as somebody has it.
+
+        Raises InvalidArgumentError for slots of another size.
+        """
+        found, keep = np.empty(len(slots), np.int64), list[object]()
+        for segment, where, indices in self._group(slots):
+            layout, memory = segment.layout, segment.memory.bytes
+            if layout.page_bytes != page_bytes:
+                raise InvalidArgumentError(f"slots of {layout.page_bytes} bytes, not {page_bytes}")
+            found[where] = memory.ctypes.data + layout.first_slot_offset + indices * layout.stride
+            keep.append(memory)
+        return found, keep
+
     def seal(self, slots: Sequence[int], checksums: Sequence[int]) -> None:
         """Record the checksums of pages that were copied into their slots through ``views``."""
         if len(slots) != len(checksums):

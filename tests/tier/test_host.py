@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import ctypes
 import mmap
 import os
 import socket
@@ -135,6 +136,20 @@ def test_slots_do_not_overlap_and_fit(store: HostStore, page_bytes: int) -> None
         view[:] = bytes([index % 251]) * page_bytes
     assert all(bytes(view) == bytes([index % 251]) * page_bytes for index, view in enumerate(views))
     assert set(store.columns(slots)[1].tolist()) == {1}
+
+
+def test_addresses_are_those_of_the_views_and_outlive_the_segment(store: HostStore) -> None:
+    slots = [*reversed(opened(store)), *opened(store, 1)]
+    views = store.views(slots)
+    found, keep = store.addresses(slots, PAGE_BYTES)
+    assert found.tolist() == [np.frombuffer(view, np.uint8).ctypes.data for view in views]
+    with pytest.raises(InvalidArgumentError, match="slots of"):
+        store.addresses(slots, PAGE_BYTES - 1)
+    views[0][:] = b"k" * PAGE_BYTES
+    views.clear()
+    store.close_segment(0)
+    assert ctypes.string_at(int(found[0]), PAGE_BYTES) == b"k" * PAGE_BYTES
+    assert len(keep) == 2
 
 
 def test_freeing_moves_generations_on_and_empties(store: HostStore) -> None:
