@@ -4,9 +4,10 @@
 
 A prompt of 8,192 tokens is cached in both tiers, once as 512 pages of 16 tokens, once as 128 of 64. Each round asks for
 every case once, in turn, so that all of them meet the same machine; a case's sample is the median of its rounds. Beside
-them stands a Match of the same prompt (the same bytes in, no lease and no columns out) and the release of a lease. The
-bar is that of a hit in the device tier: from call to readable tensor in under 1 ms; what is measured here is the call,
-with the places of the pages in its answer (``--private``: without, as where the pool is not shared).
+them stands a Match of the same prompt (the same bytes in, no lease and no columns out) and the release of a lease.
+``readable_device`` is what the bar speaks of: from call to memory that can be read, in place in the pool of the
+sidecar's process, under 1 ms. On a GPU that is ``Lease.tensors``, on ``--device cpu`` a view of every page
+(``Lease.views``). With ``--private``, where the pool is not shared, there is none, and the answer has no places.
 Writes ``bench/results/fetch.json``.
 """
 
@@ -65,6 +66,18 @@ class Cached:
         where = "device" if device else "host"
         return {f"fetch_{where}": (got - begin) / 1e3, f"release_{where}": (end - got) / 1e3}
 
+    def readable(self, *, gpu: bool) -> dict[str, float]:
+        """A lease in the device tier, and its pages as this process reads them in place."""
+        begin = time.perf_counter_ns()
+        lease = self.cache.fetch(self.prompt, device=True)
+        pages = lease.tensors() if gpu else lease.views()
+        got = time.perf_counter_ns()
+        assert sum(len(tensor) for tensor in pages) == self.pages if gpu else len(pages) == self.pages
+        if not gpu:
+            assert pages[-1][-1] == (self.pages - 1) % 251
+        lease.release()
+        return {"readable_device": (got - begin) / 1e3}
+
 
 def rounds(cases: dict[str, Callable[[], dict[str, float]]], count: int) -> dict[str, float]:
     """Every case in turn, ``count`` times: medians in microseconds."""
@@ -99,13 +112,16 @@ def main() -> None:
             cases[f"{cached.pages} match"] = cached.match
             cases[f"{cached.pages} host"] = functools.partial(cached.fetch, device=False)
             cases[f"{cached.pages} device"] = functools.partial(cached.fetch, device=True)
+            if not options.private:
+                gpu = options.device != "cpu"
+                cases[f"{cached.pages} readable"] = functools.partial(cached.readable, gpu=gpu)
         rounds(cases, options.rounds)  # warm
         samples = [rounds(cases, options.rounds) for _ in range(options.repetitions)]
     found = {name: statistics.median(sample[name] for sample in samples) for name in samples[0]}
     for name, value in found.items():
         low, high = min(sample[name] for sample in samples), max(sample[name] for sample in samples)
         print(f"{name:<32} {value:8.0f} us  ({low:.0f} to {high:.0f})")
-    harness.write("fetch", {"bars": {"fetch_device_us": BAR_US}, **found, "samples": samples})
+    harness.write("fetch", {"bars": {"readable_device_us": BAR_US}, **found, "samples": samples})
 
 
 if __name__ == "__main__":

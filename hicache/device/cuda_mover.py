@@ -96,7 +96,8 @@ class CudaMover:
 
     def start(self, task: Task) -> None:
         """Begin a task; it ends by ``task.finish``."""
-        hold = self.store.pins.hold(task.host) if task.host else None
+        in_host = task.loan is None and task.shape.pages
+        hold = self.store.pins.hold(task.rows, task.transfer.page_bytes) if in_host else None
         lane = self._lanes[task.pack]
         whole = lane.whole(task)
 

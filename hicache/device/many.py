@@ -17,7 +17,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from hicache.device.kv import SharedMemory
-from hicache.device.segment import Indices, Layout
+from hicache.device.segment import Indices, Layout, Sums
 from hicache.device.store import DeviceStore, check_room
 from hicache.errors import ConfigError, ExhaustedError, InvalidArgumentError, UnavailableError
 from hicache.types import SLOTS_PER_SEGMENT, Batch, Completion, Op, Outcome, TierSpec
@@ -170,26 +170,16 @@ class ManyDevices(Generic[D]):
         """See DeviceStore."""
         return self.device_of(segment).fd(segment)
 
-    def checksums(self, slots: Sequence[int]) -> list[int]:
+    def columns(self, slots: Sequence[int]) -> tuple[Sums, Sums]:
         """See DeviceStore."""
-        return self._column(slots, lambda device, theirs: device.checksums(theirs))
-
-    def generations(self, slots: Sequence[int]) -> list[int]:
-        """See DeviceStore."""
-        return self._column(slots, lambda device, theirs: device.generations(theirs))
-
-    def _column(self, slots: Sequence[int], ask: Callable[[D, Sequence[int]], list[int]]) -> list[int]:
         split = self._split(slots)
         if len(split) == 1:
-            return ask(self.devices[next(iter(split))], slots)
-        found = [0] * len(slots)
+            return self.devices[next(iter(split))].columns(slots)
+        every = np.asarray(slots, np.int64)
+        checksums, generations = np.zeros(len(slots), np.uint64), np.zeros(len(slots), np.uint64)
         for at, places in split.items():
-            order = places.tolist()
-            for place, value in zip(
-                order, ask(self.devices[at], [slots[place] for place in order]), strict=True
-            ):
-                found[place] = value
-        return found
+            checksums[places], generations[places] = self.devices[at].columns(every[places].tolist())
+        return checksums, generations
 
     # --- the port
 

@@ -99,14 +99,23 @@ class Pins:
 
     def cover(self, pages: Sequence[npt.NDArray[np.uint8]]) -> bool:
         """Whether every page lies in one registered piece."""
-        return self._find(pages) is not None
+        pieces = self._pieces
+        for page in pages:
+            start = page.ctypes.data
+            at = bisect.bisect_right(pieces, (start, 1 << 63)) - 1
+            if at < 0 or start + page.nbytes > pieces[at][1]:
+                return False
+        return bool(pieces)
 
-    def hold(self, pages: Sequence[npt.NDArray[np.uint8]]) -> Hold | None:
+    def hold(self, addresses: npt.NDArray[np.int64], page_bytes: int) -> Hold | None:
         """Have the pages' memory stay registered until ``let_go``, whatever ``remove`` says. None: it is not."""
-        found = self._find(pages)
-        if found is not None:
-            with self._lock:
-                self._held.update(found)
+        pieces = np.array(self._pieces, np.int64).reshape(-1, 2)
+        at = np.searchsorted(pieces[:, 0], addresses, side="right") - 1
+        if (at < 0).any() or (addresses + page_bytes > pieces[at, 1]).any():
+            return None
+        found = tuple(pieces[np.unique(at), 0].tolist())
+        with self._lock:
+            self._held.update(found)
         return found
 
     def let_go(self, hold: Hold) -> None:
@@ -116,18 +125,6 @@ class Pins:
             waiting, self._waiting = self._waiting, []
         for task in waiting:
             self._work.put(task)
-
-    def _find(self, pages: Sequence[npt.NDArray[np.uint8]]) -> Hold | None:
-        """The pieces that the pages lie in, by where they start; None where one does not lie in one piece."""
-        pieces = self._pieces
-        found = set()
-        for page in pages:
-            start = page.ctypes.data
-            at = bisect.bisect_right(pieces, (start, 1 << 63)) - 1
-            if at < 0 or start + page.nbytes > pieces[at][1]:
-                return None
-            found.add(pieces[at][0])
-        return tuple(found) if pieces else None
 
     def work(self) -> None:
         """Do what is queued, on this thread; for owners without one."""

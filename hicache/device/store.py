@@ -16,7 +16,7 @@ from hicache.types import SLOTS_PER_SEGMENT, Notify, PageStore, TierSpec, segmen
 
 if TYPE_CHECKING:
     from hicache.device.kv import SharedMemory
-    from hicache.device.segment import Layout
+    from hicache.device.segment import Layout, Sums
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,11 +78,8 @@ class DeviceStore(PageStore, Protocol):
     def fd(self, segment: int) -> int:
         """The descriptor of ``shared``. Raises UnsupportedError where it has none."""
 
-    def checksums(self, slots: Sequence[int]) -> list[int]:
-        """Of the pages that the slots hold; of others, anything."""
-
-    def generations(self, slots: Sequence[int]) -> list[int]:
-        """How often each slot has ceased to be what it was."""
+    def columns(self, slots: Sequence[int]) -> tuple[Sums, Sums]:
+        """Checksums of the pages that the slots hold (of others anything); how often each ceased to be what it was."""
 
     def free(self, slots: Sequence[int]) -> None:
         """The slots hold nothing from now on; a PUT submitted before and not finished ends as FAULT."""

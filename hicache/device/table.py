@@ -105,20 +105,14 @@ class SegmentTable(ABC, Lends[S]):
             )
         return fd
 
-    def checksums(self, slots: Sequence[int]) -> list[int]:
+    def columns(self, slots: Sequence[int]) -> tuple[Sums, Sums]:
         """See DeviceStore."""
-        return self._column(slots, lambda extent: extent.segment.checksums[extent.indices])
-
-    def generations(self, slots: Sequence[int]) -> list[int]:
-        """See DeviceStore."""
-        return self._column(slots, lambda extent: extent.segment.writes[extent.indices].astype(np.uint64))
-
-    def _column(self, slots: Sequence[int], column: Callable[[Extent[S]], Sums]) -> list[int]:
-        found = np.zeros(len(slots), np.uint64)
+        checksums, generations = np.zeros(len(slots), np.uint64), np.zeros(len(slots), np.uint64)
         with self._lock:
             for extent in locate(slots, self._segments):
-                found[extent.positions] = column(extent)
-        return found.tolist()
+                checksums[extent.positions] = extent.segment.checksums[extent.indices]
+                generations[extent.positions] = extent.segment.writes[extent.indices]
+        return checksums, generations
 
     def _segment(self, segment: int) -> S:
         found = self._segments.get(segment)

@@ -19,7 +19,7 @@ from hicache.device.driver import Addresses
 from hicache.device.imports import OpenKv
 from hicache.device.kv import FAILED
 from hicache.device.loans import Loan
-from hicache.device.transfers import DevicePages, HostPages, Transfer, TransferDone
+from hicache.device.transfers import DevicePages, HostPages, HostSlots, Transfer, TransferDone
 from hicache.errors import InvalidArgumentError
 from hicache.types import Outcome
 
@@ -65,7 +65,8 @@ class Shape:
 class Task:
     """One transfer. ``pack``: from the engine. ``ended`` is called once, by ``finish``.
 
-    ``host``: the buffers of host pages as arrays, kept until the end; ``loan``: of device pages, what their slots held.
+    ``host``: the buffers of host pages as arrays, kept until the end (none for slots); ``loan``: of device pages, what
+    their slots held.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Task:
         self.loan = loan
         self.shape = Shape.of(transfer)
         self.host = _buffers(transfer, pack=pack)
-        count = len(transfer.pages.slots) if isinstance(transfer.pages, DevicePages) else len(self.host)
+        count = _count(transfer.pages)
         if count != self.shape.pages:
             raise InvalidArgumentError(f"transfer {transfer.id}: {count} pages, places of {self.shape.pages}")
         self.checksums = np.zeros(count, np.uint64) if loan is None else loan.checksums.copy()
@@ -99,7 +100,12 @@ class Task:
     @property
     def rows(self) -> Addresses:
         """Where the pages' slots begin."""
-        return self.loan.addresses if self.loan else addresses(self.host)
+        if self.loan:
+            return self.loan.addresses
+        pages = self.transfer.pages
+        if isinstance(pages, HostPages) and isinstance(pages.buffers, HostSlots):
+            return pages.buffers.addresses
+        return addresses(self.host)
 
     @property
     def failed(self) -> bool:
@@ -181,12 +187,23 @@ class Task:
             self.transfer.counter.set(value)
 
 
+def _count(pages: HostPages | DevicePages) -> int:
+    if isinstance(pages, DevicePages):
+        return len(pages.slots)
+    return len(pages.buffers.addresses if isinstance(pages.buffers, HostSlots) else pages.buffers)
+
+
 def _buffers(transfer: Transfer, *, pack: bool) -> list[Bytes]:
     """Host pages as arrays. Raises InvalidArgumentError for one of another size, or that cannot be written."""
     if not isinstance(transfer.pages, HostPages):
         return []
-    found = []
-    for buffer in transfer.pages.buffers:
+    found: list[Bytes] = []
+    buffers = transfer.pages.buffers
+    if isinstance(buffers, HostSlots) and buffers.page_bytes != transfer.page_bytes:
+        raise InvalidArgumentError(
+            f"transfer {transfer.id}: slots of {buffers.page_bytes} bytes, not {transfer.page_bytes}"
+        )
+    for buffer in () if isinstance(buffers, HostSlots) else buffers:
         if buffer.nbytes != transfer.page_bytes or not buffer.c_contiguous or (pack and buffer.readonly):
             raise InvalidArgumentError(
                 f"transfer {transfer.id}: a buffer is not {transfer.page_bytes} contiguous"
@@ -194,8 +211,9 @@ def _buffers(transfer: Transfer, *, pack: bool) -> list[Bytes]:
             )
         found.append(np.frombuffer(buffer, np.uint8))
     sums = transfer.pages.checksums
-    if len(sums) not in {0, len(found)}:
-        raise InvalidArgumentError(f"transfer {transfer.id}: {len(found)} pages, {len(sums)} checksums")
+    count = _count(transfer.pages)
+    if len(sums) not in {0, count}:
+        raise InvalidArgumentError(f"transfer {transfer.id}: {count} pages, {len(sums)} checksums")
     return found
 
 

@@ -15,6 +15,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from hicache.device.kv import Counter, PagedKv, Places
 from hicache.types import Outcome
 
@@ -26,14 +29,24 @@ class KvHandle(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class HostPages:
-    """Pages in host slots, or room for them: one buffer of ``page_bytes`` a page.
+class HostSlots:
+    """Writable slots of one size in host memory: where each begins. ``keep``: what keeps them mapped."""
 
-    ``checksums``: of a load, what the pages' bytes are to have; empty: not compared.
+    addresses: npt.NDArray[np.int64]
+    page_bytes: int
+    keep: Sequence[object]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostPages:
+    """Pages in host memory, or room for them: ``page_bytes`` a page, in slots or in one buffer a page.
+
+    ``checksums``: of a load, what the pages' bytes are to have; empty: not compared. Slots and a column of checksums
+    cost the owner's thread no object a page.
     """
 
-    buffers: Sequence[memoryview]
-    checksums: Sequence[int] = ()
+    buffers: Sequence[memoryview] | HostSlots
+    checksums: Sequence[int] | npt.NDArray[np.uint64] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

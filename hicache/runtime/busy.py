@@ -17,12 +17,12 @@ class BusySegments:
 
     def take(self, slots: Sequence[int]) -> None:
         """Somebody moves pages of these slots, until ``leave`` with the same ones."""
-        for segment in {slot // SLOTS_PER_SEGMENT for slot in slots}:
+        for segment in _segments(slots):
             self._moving[segment] += 1
 
     def leave(self, slots: Sequence[int]) -> None:
         """Undo one ``take``; what waited for a segment to be idle is done now."""
-        for segment in {slot // SLOTS_PER_SEGMENT for slot in slots}:
+        for segment in _segments(slots):
             self._moving[segment] -= 1
             if not self._moving[segment]:
                 del self._moving[segment]
@@ -36,3 +36,11 @@ class BusySegments:
             self._closing[segment] = close
         else:
             close()
+
+
+def _segments(slots: Sequence[int]) -> set[int]:
+    """Nearly always one: then without an object a slot."""
+    if not len(slots):
+        return set()
+    first, last = min(slots) // SLOTS_PER_SEGMENT, max(slots) // SLOTS_PER_SEGMENT
+    return {first} if first == last else {slot // SLOTS_PER_SEGMENT for slot in slots}

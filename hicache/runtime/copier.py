@@ -21,7 +21,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from hicache.device.transfers import HostPages
+from hicache.device.transfers import HostPages, HostSlots
 from hicache.engine.actions import Copy, CopyIn
 from hicache.engine.events import CopyDone
 from hicache.errors import HicacheError
@@ -258,9 +258,10 @@ class Copier:
     def _pack_slots(self, job: Job, action: CopyIn, source: StartedSource) -> None:
         """All pages at once, however long their layers take: they hold their slots, and nothing else."""
         target, everything = self._ports[action.tier], range(len(action.pages))
-        assert target.addressable is not None, "no memory to copy into"
+        assert target.mappable is not None, "no memory to copy into"
         try:
-            into = HostPages(target.addressable.views(action.slots))
+            addresses, keep = target.mappable.addresses(action.slots, action.page_bytes)
+            into = HostPages(HostSlots(addresses, action.page_bytes, keep))
         except HicacheError as error:
             _log.error("copy into tier %s: %s", target.spec.name, error)
             job.fail(everything)

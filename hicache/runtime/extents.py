@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hicache.device.segment import Sums
 from hicache.engine.actions import FetchResult
 from hicache.runtime.ports import TierPort
 from hicache.runtime.regions import RegionRegistry
@@ -21,8 +22,8 @@ class ExtentColumns:
     region_id: list[int] = dataclasses.field(default_factory=list)
     offset: list[int] = dataclasses.field(default_factory=list)
     first_slot: list[int] = dataclasses.field(default_factory=list)
-    checksums: list[int] = dataclasses.field(default_factory=list)
-    generations: list[int] = dataclasses.field(default_factory=list)
+    checksums: Sums = dataclasses.field(default_factory=lambda: np.empty(0, np.uint64))
+    generations: Sums = dataclasses.field(default_factory=lambda: np.empty(0, np.uint64))
 
 
 def lease_slots(result: FetchResult) -> list[int]:
@@ -44,8 +45,10 @@ def extents(regions: RegionRegistry, ports: Sequence[TierPort], result: FetchRes
     # A lease has one piece, an array: it becomes numpy columns without a loop over its slots.
     slots = result.pieces[0].slots if len(result.pieces) == 1 else lease_slots(result)
     assert len(slots) == result.granted_pages, "a lease's pieces are not its granted pages"
-    columns = ExtentColumns(checksums=memory.checksums(slots), generations=memory.generations(slots))
-    starts = [0, *(np.flatnonzero(np.diff(np.asarray(slots, dtype=np.int64)) != 1) + 1).tolist()]
+    places = np.asarray(slots, dtype=np.int64)
+    checksums, generations = memory.columns(slots)
+    columns = ExtentColumns(checksums=checksums, generations=generations)
+    starts = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist()]
     for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
         segment, index = divmod(slots[start], SLOTS_PER_SEGMENT)
         arena = regions.arena_at(port.index, segment)

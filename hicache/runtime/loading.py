@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from hicache.device.kv import Places
-from hicache.device.transfers import DevicePages, HostPages, Transfer, TransferDone
+from hicache.device.transfers import DevicePages, HostPages, HostSlots, Transfer, TransferDone
 from hicache.engine.actions import FetchResult
 from hicache.errors import (
     HicacheError,
@@ -213,9 +213,11 @@ class LoadCalls:
     def _transfer(self, plan: _Plan, port: TierPort, use: Use) -> Transfer:
         ask, count = plan.ask, len(plan.slots)
         pages: HostPages | DevicePages = DevicePages(plan.slots, ask.verify)
-        if port.addressable is not None:
-            checksums = port.addressable.checksums(plan.slots) if ask.verify else ()
-            pages = HostPages(port.addressable.views(plan.slots), checksums)
+        if port.mappable is not None:
+            page_bytes = plan.spec.page_bytes
+            addresses, keep = port.mappable.addresses(plan.slots, page_bytes)
+            checksums = port.mappable.columns(plan.slots)[0] if ask.verify else ()
+            pages = HostPages(HostSlots(addresses, page_bytes, keep), checksums)
         if count < plan.pages:  # some are missing from the start: the counter never tells of an arrival
             use.fail()
         return Transfer(
@@ -235,7 +237,7 @@ class LoadCalls:
     def _judge(self, plan: _Plan, done: TransferDone | None) -> LoadResult:
         now, gone = self._now(plan)
         outcomes = done.outcomes if done is not None else ()
-        if now == plan.slots and len(outcomes) == plan.pages and set(outcomes) == {Outcome.OK}:
+        if now == plan.slots and outcomes == (Outcome.OK,) * plan.pages:
             return LoadResult(plan.pages, [], [], "", self._bytes(plan, range(plan.pages)))
         first, lease = plan.ask.first_page, plan.ask.lease
         good: list[int] = []

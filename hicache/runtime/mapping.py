@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hicache.device.kv import SharedMemory
+from hicache.device.segment import Indices, Sums
 
 
 class Layout(Protocol):
@@ -38,11 +39,8 @@ class Slots(Protocol):
     def layout(self, segment: int) -> Layout:
         """Of an open segment."""
 
-    def checksums(self, slots: Sequence[int]) -> list[int]:
-        """Recorded checksums."""
-
-    def generations(self, slots: Sequence[int]) -> list[int]:
-        """How often each slot has changed; what clients see in the segment's header, where it has one."""
+    def columns(self, slots: Sequence[int]) -> tuple[Sums, Sums]:
+        """Recorded checksums; and how often each slot has changed, as clients see it in a header where there is one."""
 
 
 class Mappable(Slots, Protocol):
@@ -51,11 +49,14 @@ class Mappable(Slots, Protocol):
     def fd(self, segment: int) -> int:
         """Its descriptor; the store's own."""
 
+    def addresses(self, slots: Sequence[int], page_bytes: int) -> tuple[Indices, Sequence[object]]:
+        """Where the slots begin in this process, and what keeps them mapped as long as somebody has it."""
+
 
 class SharedPool(Slots, Protocol):
     """A device store's side, where its pool may be mapped by other processes: slots without counters.
 
-    ``generations``: the store's own counts, which stand in no mapping.
+    The generations of ``columns``: the store's own counts, which stand in no mapping.
     """
 
     def shared(self, segment: int) -> SharedMemory:

@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 _Task = tuple[Pending, list[int], list[tuple[Segment, int]]]
 _Where = npt.NDArray[np.bool_] | slice
 _Indices = npt.NDArray[np.int64]
+_Sums = npt.NDArray[np.uint64]
 _Queue = queue.SimpleQueue[_Task | None]
 
 
@@ -122,6 +123,20 @@ class HostStore:
         """Writable views of the slots, ``page_bytes`` each. Valid until the segment is closed."""
         return [memoryview(cast(bytes, segment.page(index))) for segment, index in self._find(slots)]
 
+    def addresses(self, slots: Sequence[int], page_bytes: int) -> tuple[_Indices, list[object]]:
+        """Where the slots begin in this process, and what keeps them mapped as long as somebody has it.
+
+        Raises InvalidArgumentError for slots of another size.
+        """
+        found, keep = np.empty(len(slots), np.int64), list[object]()
+        for segment, where, indices in self._group(slots):
+            layout, memory = segment.layout, segment.memory.bytes
+            if layout.page_bytes != page_bytes:
+                raise InvalidArgumentError(f"slots of {layout.page_bytes} bytes, not {page_bytes}")
+            found[where] = memory.ctypes.data + layout.first_slot_offset + indices * layout.stride
+            keep.append(memory)
+        return found, keep
+
     def seal(self, slots: Sequence[int], checksums: Sequence[int]) -> None:
         """Record the checksums of pages that were copied into their slots through ``views``."""
         if len(slots) != len(checksums):
@@ -138,12 +153,13 @@ class HostStore:
             found[where] = segment.checksums[indices]
         return found.tolist()
 
-    def generations(self, slots: Sequence[int]) -> list[int]:
-        """The slots' generations, as clients see them in the segment's header."""
-        found = np.empty(len(slots), dtype=np.uint64)
+    def columns(self, slots: Sequence[int]) -> tuple[_Sums, _Sums]:
+        """The recorded checksums, and the generations as clients see them in the segment's header."""
+        checksums, generations = np.empty(len(slots), np.uint64), np.empty(len(slots), np.uint64)
         for segment, where, indices in self._group(slots):
-            found[where] = segment.generations[indices]
-        return found.tolist()
+            checksums[where] = segment.checksums[indices]
+            generations[where] = segment.generations[indices]
+        return checksums, generations
 
     def free(self, slots: Sequence[int]) -> None:
         """The slots hold nothing from now on; their generations move on."""

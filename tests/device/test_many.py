@@ -213,6 +213,27 @@ def test_completions_keep_their_order_whatever_the_devices_do():
     store.close()
 
 
+def test_columns_of_slots_on_several_devices_come_in_the_slots_order():
+    store = make(two(delays=False), 2)
+    for segment in (0, 1):
+        store.open_segment(segment, "t", PAGE_BYTES, SLOTS)
+    assert store.device_of(0) is not store.device_of(1)
+    slots = [STRIDE + 1, 0, STRIDE, 1]
+    pages = [memoryview(bytes([at + 1]) * PAGE_BYTES) for at in range(4)]
+    store.submit(Batch(1, Op.PUT, PAGE_BYTES, slots=slots, buffers=pages))
+    for _ in range(50):
+        for device in store.devices:
+            device.step()
+    [done] = store.poll()
+    checksums, before = store.columns(slots)
+    assert checksums.tolist() == list(done.checksums)
+    assert len(set(done.checksums)) == 4
+    store.free([STRIDE])
+    assert (store.columns(slots)[1] - before).tolist() == [0, 0, 1, 0]
+    assert [column.tolist() for column in store.columns([])] == [[], []]
+    store.close()
+
+
 def test_a_batch_that_one_device_refuses_is_taken_by_none():
     store = make(two(), 2)
     store.open_segment(0, "t", PAGE_BYTES, SLOTS)

@@ -208,11 +208,10 @@ def test_the_first_put_waits_for_the_wipe_and_survives_it():
     [done] = run(store, put(store, 0, "ash"))
     assert set(done.outcomes) == {Outcome.OK}
     assert bytes(driver.seen(store.shared(0).handle)[:PAGE]) == face("ash")
-    sums = store.checksums([0, 3])
-    assert sums == [done.checksums[0], done.checksums[3]]
-    before = store.generations([0, 3])
+    sums, before = store.columns([0, 3])
+    assert sums.tolist() == [done.checksums[0], done.checksums[3]]
     store.free([3])
-    assert store.generations([0, 3]) == [before[0], before[1] + 1]
+    assert store.columns([0, 3])[1].tolist() == [before[0], before[1] + 1]
     store.close()
 
 

@@ -27,7 +27,7 @@ from transfer_rig import Count, Form, Planes, forms, part, same, sealed, sums, t
 from hicache.device import DeviceOptions, open_device, units
 from hicache.device.kv import FAILED, MemoryKind, SharedMemory
 from hicache.device.opening import open_transfers
-from hicache.device.transfers import DevicePages, HostPages, Transfer
+from hicache.device.transfers import DevicePages, HostPages, HostSlots, Transfer
 from hicache.errors import InvalidArgumentError, UnavailableError, UnsupportedError
 from hicache.types import Batch, Op, Outcome, TierKind, TierSpec
 
@@ -81,6 +81,32 @@ def rig():
     made = Rig()
     yield made
     made.close()
+
+
+def slots_of(rows):
+    return HostSlots(np.array([row.ctypes.data for row in rows], np.int64), rows.shape[1], [rows])
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_slots_given_by_their_addresses_do_as_buffers_do(rig, pack):
+    maps, rows = rig.expect(pack=pack)
+    pages = HostPages(slots_of(rig.rows), () if pack else np.array(sums(rig.rows), np.uint64))
+    (rig.moves.pack if pack else rig.moves.load)(rig.transfer(pages))
+    [done] = rig.wait()
+    assert set(done.outcomes) == {Outcome.OK}
+    assert list(done.checksums) == sums(rows)
+    assert same(rig.planes.maps, maps)
+    assert (rig.rows == rows).all()
+
+
+def test_slots_of_another_size_or_number_are_refused(rig):
+    for pages, why in (
+        (HostPages(slots_of(rig.rows[:, :-1])), "slots of"),
+        (HostPages(slots_of(rig.rows[:-1])), "3 pages, places of 4"),
+        (HostPages(slots_of(rig.rows), np.zeros(3, np.uint64)), "4 pages, 3 checksums"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=why):
+            rig.moves.load(rig.transfer(pages))
 
 
 def test_a_load_writes_what_the_twin_writes_and_counts_layers(rig):

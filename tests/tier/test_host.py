@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import ctypes
 import mmap
 import os
 import socket
@@ -134,7 +135,21 @@ def test_slots_do_not_overlap_and_fit(store: HostStore, page_bytes: int) -> None
     for index, view in enumerate(views):
         view[:] = bytes([index % 251]) * page_bytes
     assert all(bytes(view) == bytes([index % 251]) * page_bytes for index, view in enumerate(views))
-    assert set(store.generations(slots)) == {1}
+    assert set(store.columns(slots)[1].tolist()) == {1}
+
+
+def test_addresses_are_those_of_the_views_and_outlive_the_segment(store: HostStore) -> None:
+    slots = [*reversed(opened(store)), *opened(store, 1)]
+    views = store.views(slots)
+    found, keep = store.addresses(slots, PAGE_BYTES)
+    assert found.tolist() == [np.frombuffer(view, np.uint8).ctypes.data for view in views]
+    with pytest.raises(InvalidArgumentError, match="slots of"):
+        store.addresses(slots, PAGE_BYTES - 1)
+    views[0][:] = b"k" * PAGE_BYTES
+    views.clear()
+    store.close_segment(0)
+    assert ctypes.string_at(int(found[0]), PAGE_BYTES) == b"k" * PAGE_BYTES
+    assert len(keep) == 2
 
 
 def test_freeing_moves_generations_on_and_empties(store: HostStore) -> None:
@@ -142,7 +157,9 @@ def test_freeing_moves_generations_on_and_empties(store: HostStore) -> None:
     store.seal(slots[:2], [7, 8])
     assert store.checksums(slots[:2]) == [7, 8]
     store.free(slots[:1])
-    assert store.generations(slots[:3]) == [2, 1, 1]
+    checksums, generations = store.columns(slots[:3])
+    assert checksums.tolist() == [7, 8, 0]
+    assert generations.tolist() == [2, 1, 1]
     into = [memoryview(bytearray(PAGE_BYTES))]
     assert run(store, Batch(1, Op.GET, PAGE_BYTES, slots=slots[:1], buffers=into)) == [Outcome.MISS]
 

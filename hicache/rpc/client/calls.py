@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
 from hicache.errors import HicacheError
 from hicache.rpc.client.results import (
     Capabilities,
@@ -24,10 +22,13 @@ from hicache.rpc.client.results import (
     Welcome,
 )
 from hicache.rpc.common import namespaces
+from hicache.rpc.common.columns import fixed64_columns
 from hicache.rpc.pb import cache_pb2, region_pb2, session_pb2
 from hicache.types import NO_USE, Namespace, Use
 
 CHUNK_BYTES = 1 << 20
+CHECKSUMS = cache_pb2.Extents.CHECKSUMS_FIELD_NUMBER
+GENERATIONS = cache_pb2.Extents.GENERATIONS_FIELD_NUMBER
 NO_LIMIT = 1 << 62  # the server did not name one
 
 
@@ -252,7 +253,7 @@ def parse_grant(message: cache_pb2.FetchResponse) -> Grant:
             columns.region_id, columns.pages, columns.offset, columns.first_slot, strict=False
         )
     )
-    checksums, generations = columns.checksums, columns.generations
+    checksums, generations = fixed64_columns(columns.SerializeToString(), CHECKSUMS, GENERATIONS)
     if extents:
         pages = sum(extent.pages for extent in extents)
         sizes = {pages, message.granted_pages, len(checksums), len(generations)}
@@ -268,8 +269,8 @@ def parse_grant(message: cache_pb2.FetchResponse) -> Grant:
         pending_pages=message.pending_pages,
         pending_ms=message.pending_ms,
         extents=extents,
-        checksums=np.fromiter(checksums, np.uint64, len(checksums)),
-        generations=np.fromiter(generations, np.uint64, len(generations)),
+        checksums=checksums,
+        generations=generations,
     )
 
 

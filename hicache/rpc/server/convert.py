@@ -5,11 +5,14 @@ from __future__ import annotations
 from hicache.engine import MatchView, NodeView, OperationView, actions
 from hicache.errors import CorruptError, InvalidArgumentError
 from hicache.keys import validate_use
+from hicache.rpc.common.columns import packed_fixed64
 from hicache.rpc.pb import admin_pb2, cache_pb2, session_pb2
 from hicache.runtime.service import Service
 from hicache.types import NO_USE, TierSpec, Use
 
 MAX_U32 = (1 << 32) - 1
+CHECKSUMS = cache_pb2.Extents.CHECKSUMS_FIELD_NUMBER
+GENERATIONS = cache_pb2.Extents.GENERATIONS_FIELD_NUMBER
 MAX_OFFSET = 1 << 62
 
 
@@ -45,8 +48,8 @@ def put_fetch(message: cache_pb2.FetchResponse, service: Service, result: action
         extents.region_id.extend(columns.region_id)
         extents.offset.extend(columns.offset)
         extents.first_slot.extend(columns.first_slot)
-        extents.checksums.extend(columns.checksums)
-        extents.generations.extend(columns.generations)
+        checksums = packed_fixed64(CHECKSUMS, columns.checksums)
+        extents.MergeFromString(checksums + packed_fixed64(GENERATIONS, columns.generations))
     message.lease_id = result.lease
     message.matched_pages = result.matched_pages
     message.granted_pages = result.granted_pages
