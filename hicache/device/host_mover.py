@@ -2,7 +2,8 @@
 
 A transfer is *works*, generators that do a little and yield: whether they did something (True), or wait for a layer of
 the engine's (False). A few threads step through all works in turn, so that a pack which waits, or a long load, holds
-nothing else up, and the checksums of one transfer are taken while its layers are copied.
+nothing else up, and the checksums of one transfer are taken while its layers are copied. Works that wait are kept
+apart and looked at a few at a time, so that even thousands of them cost the others little.
 
     load: layer after layer over all pages | hash of every page           the transfer ends with the last of its works
     pack: layer after layer as they come, then hash of every page
@@ -24,6 +25,8 @@ from hicache.types import Outcome
 THREADS = 2
 #: How long a thread sleeps when all works wait for engines.
 POLL_S = 500e-6
+#: Of the works that wait, how many are looked at between two sleeps; and for one step of a work that does not wait.
+LOOKS_A_POLL, LOOKS_A_STEP = 32, 8
 
 Steps = Iterator[bool]
 
@@ -43,6 +46,8 @@ class HostMover:
     def __init__(self, now_ns: Callable[[], int], *, threads: int = THREADS) -> None:
         self._now_ns = now_ns
         self._works: collections.deque[Work] = collections.deque()
+        self._waiting: collections.deque[Work] = collections.deque()  # whose last step found nothing to do
+        self._looked = 0  # at those that wait, since another had its turn
         self._changed = threading.Condition()
         self._ending = False
         self._running = 0  # works that a thread has in hand
@@ -80,19 +85,30 @@ class HostMover:
     def step(self) -> bool:
         """Take a work a little further. True if anything happened."""
         with self._changed:
-            if not self._works:
+            work = self._next()
+            if work is None:
                 return False
-            work = self._works.popleft()
             self._running += 1
         going, happened = self._advance(work)
         with self._changed:
             self._running -= 1
             if going:
-                self._works.append(work)
+                (self._works if happened else self._waiting).append(work)
                 self._changed.notify()
-            elif not self._works:
+            elif not self._left:
                 self._changed.notify_all()
         return happened
+
+    def _next(self) -> Work | None:
+        if self._works and (self._looked >= LOOKS_A_STEP or not self._waiting):
+            self._looked = 0
+            return self._works.popleft()
+        self._looked += 1
+        return self._waiting.popleft() if self._waiting else None
+
+    @property
+    def _left(self) -> int:
+        return len(self._works) + len(self._waiting)
 
     def close(self) -> None:
         """End every task: those that wait for an engine, or have not begun, fail. Idempotent."""
@@ -101,18 +117,18 @@ class HostMover:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        while self._works:
+        while self._left:
             self.step()
 
     def _run(self) -> None:
         waits = 0
         while True:
             with self._changed:
-                while not self._works:
+                while not self._left:
                     if self._ending and not self._running:
                         return
                     self._changed.wait()
-                if waits > len(self._works):
+                if waits >= LOOKS_A_POLL or waits > self._left:
                     self._changed.wait(POLL_S)
                     waits = 0
             waits = 0 if self.step() else waits + 1

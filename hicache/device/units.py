@@ -23,6 +23,8 @@ CHUNK_BYTES = 1 << 20
 #: Addresses of a process on 64-bit machines are less; numpy counts an array's bytes, items that overlap included, with
 #: 63 bits, so that a unit of more than a piece's bytes is moved as several.
 _ADDRESS_MAX, PIECE_BYTES_MAX = 1 << 47, 1 << 15
+#: A unit that cannot be cut into fewer (a head of a large prime size) would take far more memory than it has bytes.
+PIECES_MAX = 1 << 14
 _FIRST = 1  # numpy takes address 0 for nothing
 
 
@@ -50,12 +52,15 @@ class UnitView:
 
     @classmethod
     def of(cls, kv: PagedKv, unit_tokens: int) -> UnitView:
-        """For units of so many tokens: neighbours without a gap are one item."""
+        """For units of so many tokens: neighbours without a gap are one item. Raises ValueError for too odd ones."""
         width = kv.element_bytes
         sizes = (unit_tokens, kv.heads, kv.head_size)
         strides = [stride * width for stride in kv.strides[1:]]
         dense = [kv.heads * kv.head_size * width, kv.head_size * width, width]
         piece = _piece(sizes, width)
+        count = math.prod(-(-size // step) for size, step in zip(sizes, piece, strict=True))
+        if count > PIECES_MAX:
+            raise ValueError(f"a unit of {sizes} tokens, heads and elements falls into {count} pieces")
         starts = [range(0, size, step) for size, step in zip(sizes, piece, strict=True)]
         every = np.array(list(itertools.product(*starts)), np.int64)
         item_bytes = width
@@ -86,5 +91,9 @@ def _piece(sizes: tuple[int, ...], width: int) -> list[int]:
     piece = list(sizes)
     for axis in range(len(piece)):
         while piece[axis] > 1 and math.prod(piece) * width > PIECE_BYTES_MAX:
-            piece[axis] = next(piece[axis] // by for by in range(2, piece[axis] + 1) if not piece[axis] % by)
+            piece[axis] //= _smallest_factor(piece[axis])
     return piece
+
+
+def _smallest_factor(number: int) -> int:
+    return next((by for by in range(2, math.isqrt(number) + 1) if not number % by), number)

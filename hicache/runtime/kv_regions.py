@@ -15,7 +15,7 @@ from collections.abc import Callable
 from hicache.device.kv import FAILED, PagedKv
 from hicache.device.transfers import KvHandle
 from hicache.errors import ExhaustedError, HicacheError, InvalidArgumentError, NotFoundError
-from hicache.runtime.desk import TransferDesk
+from hicache.runtime.desk import TransferDesk, close_memories
 from hicache.runtime.regions import RegionInfo, RegionKind
 from hicache.runtime.timelines import Gate, SharedCounter, Timeline
 from hicache.runtime.workers import resolve
@@ -23,6 +23,9 @@ from hicache.runtime.workers import resolve
 #: Transfers of one session under way. A call that was cancelled leaves its transfer behind, which counts here.
 TRANSFERS_PER_SESSION = 256
 RETRY_MS = 10
+#: Allocations that the KV regions of one session lie in, a region's counted for itself: each is a mapping here, and a
+#: descriptor, of which the process has only so many for all sessions.
+MEMORIES_PER_SESSION = 1024
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -135,6 +138,13 @@ class KvRegions:
         Raises UnsupportedError, InvalidArgumentError, ExhaustedError as ``Transfers.open_kv`` does, StaleError where
         the session ends meanwhile. A call that is cancelled leaves nothing.
         """
+        mapped = sum(len(each.kv.memories) for each in self._kv.values() if each.session == session)
+        if mapped + len(kv.memories) > MEMORIES_PER_SESSION:
+            close_memories(kv)
+            raise ExhaustedError(
+                f"the KV regions of the session lie in {mapped} allocations",
+                hint=f"{len(kv.memories)} more are too many: unregister regions no longer used",
+            )
         opened: asyncio.Future[KvHandle | HicacheError] = asyncio.get_running_loop().create_future()
 
         def arrived(result: KvHandle | HicacheError) -> None:

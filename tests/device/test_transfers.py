@@ -25,8 +25,8 @@ pytest.importorskip("torch", reason="the device room needs torch")
 from transfer_rig import Count, Form, Planes, forms, part, same, sealed, sums, twin
 
 from hicache.device import DeviceOptions, open_device, units
-from hicache.device.kv import FAILED, MemoryKind, SharedMemory
-from hicache.device.opening import open_transfers
+from hicache.device.kv import FAILED, MemoryKind, PagedKv, SharedMemory
+from hicache.device.opening import KvTransfers, open_transfers
 from hicache.device.transfers import DevicePages, HostPages, HostSlots, Transfer
 from hicache.errors import InvalidArgumentError, UnavailableError, UnsupportedError
 from hicache.types import Batch, Op, Outcome, TierKind, TierSpec
@@ -461,3 +461,70 @@ def test_another_process_sees_what_was_loaded_and_may_die(rig):
         engine.communicate()
     rig.moves.load(rig.transfer())
     assert set(rig.wait()[0].outcomes) == {Outcome.OK}, "its memory stays mapped"
+
+
+class Never:
+    """A counter of an engine that does not compute."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def get(self):
+        self.looks += 1
+        return 0
+
+    def set(self, value):
+        raise AssertionError(value)
+
+
+def test_many_packs_that_wait_cost_a_load_little():
+    """Steps, not time: each of a load's steps lets a few of those that wait be looked at, however many they are."""
+    planes, moves = (
+        Planes(Form(), np.random.default_rng(1)),
+        KvTransfers(None, lambda: None, time.monotonic_ns, threaded=False),
+    )
+    handle = moves.open_kv(planes.kv())
+    page_bytes = part(Form(), 4)
+    places = Form().places(random.Random(1), 2, 4, 4)
+
+    def transfer(number, counter=None):
+        pages = HostPages([memoryview(bytearray(page_bytes)) for _ in range(2)])
+        return Transfer(number, handle, pages, places, 4, page_bytes, counter=counter)
+
+    waiting = [Never() for _ in range(500)]
+    for number, counter in enumerate(waiting):
+        moves.pack(transfer(number, counter))
+    for _ in range(12 * len(waiting)):
+        moves.step()
+    before = sum(counter.looks for counter in waiting)
+    assert min(counter.looks for counter in waiting) >= 2  # each has its turn
+    moves.load(transfer(1000))
+    steps = 0
+    while not (ended := moves.poll()):
+        moves.step()
+        steps += 1
+    assert [done.id for done in ended] == [1000]
+    assert sum(counter.looks for counter in waiting) - before <= 8 * (steps // 9 + 1)
+    assert steps < 500  # no round of those that wait is made for a step of the load
+    moves.close()
+    assert len(moves.poll()) == len(waiting)
+
+
+def test_a_unit_that_falls_into_too_many_pieces_fails_and_takes_no_memory():
+    """A head of a large prime size can only be cut into single elements, of which there are millions."""
+    size = 16_777_213
+    fd = sealed(size)
+    kv = PagedKv(
+        (SharedMemory(MemoryKind.MEMFD, size, fd=fd),), (0,), (0,), 1, 1, 1, 1, size, 1, (size, size, size, 1)
+    )
+    began_ns = time.process_time_ns()
+    with pytest.raises(ValueError, match="16777213 pieces"):
+        units.UnitView.of(kv, 1)
+    assert time.process_time_ns() - began_ns < 1e9
+    moves = KvTransfers(None, lambda: None, time.monotonic_ns, threaded=False)
+    page = memoryview(bytearray(size))
+    moves.load(Transfer(1, moves.open_kv(kv), HostPages([page]), np.zeros((1, 1), np.int64), 1, size))
+    while not (ended := moves.poll()):
+        moves.step()
+    assert ended[0].outcomes == (Outcome.FAULT,) and "pieces" in ended[0].error
+    moves.close()

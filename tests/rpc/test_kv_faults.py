@@ -636,3 +636,21 @@ def test_many_loads_at_once(tmp_path: Path) -> None:
             kv.close()
 
     run(main())
+
+
+def test_a_session_cannot_map_allocations_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with engine(tmp_path) as (_, session):
+            kv = Kv()
+            first, fds = await session.register(kv), open_fds()
+            refused = await failure(session.register(kv))
+            assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and "1 alloc" in refused.details()
+            assert (open_fds(), mappings("engine")) == (fds, 2)  # the engine's own, and one here
+            await session.unregister(first)
+            await session.register(kv)
+            kv.close()
+
+    monkeypatch.setattr("hicache.runtime.kv_regions.MEMORIES_PER_SESSION", 1)
+    run(main())
