@@ -46,8 +46,10 @@ class EngineKv:
 
         Raises InvalidArgumentError for tensors, a layout or a codec that do not go together.
         """
-        if not isinstance(page_tokens, SupportsIndex) or page_tokens < 1:
-            raise InvalidArgumentError(f"page_tokens must be a whole number, 1 or more, not {page_tokens!r}")
+        if not isinstance(page_tokens, SupportsIndex):
+            raise InvalidArgumentError(f"page_tokens must be a whole number, not {page_tokens!r}")
+        if page_tokens < 1:
+            raise InvalidArgumentError(f"page_tokens must be at least 1, not {page_tokens}")
         try:
             each = [_planes(layer, layout) for layer in layers]
         except (ValueError, AttributeError) as error:
