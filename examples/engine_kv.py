@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import hicache
+from hicache.errors import HicacheError
 
 now = time.perf_counter  # noqa: TID251 - an example is its own clock
 LAYERS, HEADS, DIM, PAGE_TOKENS = 8, 4, 64, 16
@@ -103,11 +104,18 @@ def main() -> None:
     parser.add_argument("--salt", default="", help="pages of another salt are not found")
     parser.add_argument("--block", type=int, default=0, help="run one engine with blocks of so many tokens")
     options = parser.parse_args()
+    if options.device != "cpu" and not torch.cuda.is_available():
+        sys.exit(f"engine_kv.py: no GPU for --device {options.device}: torch sees none")
     if options.block:
-        run(options)
+        try:
+            run(options)
+        except HicacheError as error:
+            sys.exit(f"engine_kv.py: {error}")
         return
     for block in (16, 64):
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--block", str(block)], check=True)  # noqa: S603
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--block", str(block)], check=False)  # noqa: S603
+        if done.returncode:
+            sys.exit(done.returncode)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ partial last page does not count; pages with extra keys (images) cannot be named
 continues it out of --tier, or of all tiers. A pin outlives this command: it lasts for --ttl, or until `unpin`, or
 until the sidecar ends.
 
-exit codes: 0 fine; 1 the check found a violation, whose story is printed, or nothing of the prompt to pin is cached.
+exit codes: 0 fine; 1 the check found a violation, whose story is printed, or nothing of the prompt to pin is cached;
+2 bad usage, no such tier; 3 the sidecar is not there, or refused (no such namespace).
 """
 
 ACTIONS = ("check", "clear", "drain", "pin", "unpin", "evict")

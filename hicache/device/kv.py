@@ -99,8 +99,8 @@ class PagedKv:
             (self.element_bytes in {1, 2, 4, 8}, "elements have 1, 2, 4 or 8 bytes"),
             (min(self.strides) >= 0, "four strides, none negative"),
             (
-                self.page_offset >= 0 and not self.page_offset % max(1, self.element_bytes),
-                "page_offset must be whole elements, and not negative",
+                0 <= self.page_offset < 1 << 63 and not self.page_offset % max(1, self.element_bytes),
+                "page_offset must be whole elements, not negative, and within 63 bits",
             ),
         )
         for ok, problem in checks:

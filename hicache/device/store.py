@@ -132,6 +132,8 @@ def device_indices(name: str) -> list[int]:
     """
     found: list[int] = []
     for part in name.split(","):
+        if part == "cpu":
+            raise InvalidArgumentError(f"device {name!r}: 'cpu' stands alone, beside no other device")
         match = re.fullmatch(r"cuda(?::(\d{1,3})(?:-(\d{1,3}))?)?", part)
         if not match:
             raise InvalidArgumentError(
@@ -139,9 +141,12 @@ def device_indices(name: str) -> list[int]:
                 hint="known devices: 'cpu', 'cuda:<n>', 'cuda:0,cuda:1', 'cuda:0-3'",
             )
         first = int(match[1] or 0)
-        found += range(first, int(match[2] or first) + 1)
-    if not found or len(set(found)) < len(found):
-        raise InvalidArgumentError(f"device {name!r} names a device twice, or none")
+        last = int(match[2] or first)
+        if last < first:
+            raise InvalidArgumentError(f"device {name!r}: {part!r} ends before it begins")
+        found += range(first, last + 1)
+    if len(set(found)) < len(found):
+        raise InvalidArgumentError(f"device {name!r} names a device twice")
     return found
 
 

@@ -203,9 +203,14 @@ def test_some_layers_some_pages_and_places_that_are_left_out(make_client: Any, l
                     ({"places": places[0]}, "places must be integers"),
                     ({"places": places, "first_layer": 3, "layers": 2}, "not in a KV of 4"),
                     ({"places": places + 1}, "does not lie in one block"),
+                    ({"places": places[[0, 1, 0]]}, "two pages of a load go to one place"),
+                    ({"places": places, "layers": range(2)}, "layers must be a whole number"),
+                    ({"places": places, "first_page": 0.5}, "first_page must be a whole number"),
                 ):
                     with pytest.raises(InvalidArgumentError, match=why):
                         await (await lease.load(b, wrong.pop("places"), **wrong)).result(20)
+                with pytest.raises(InvalidArgumentError, match="KV region is asked for, not list"):
+                    await lease.load(target.tensors, places)
                 none = await (await lease.load(b, places[:0])).result(20)
                 assert none.ok and none.pages == 0
             with pytest.raises(NotFoundError, match="released"):

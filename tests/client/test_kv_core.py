@@ -267,6 +267,24 @@ def test_block_ids_that_cannot_be() -> None:
             kv_tensors.places(kv, ids, page)
 
 
+@pytest.mark.parametrize(
+    ("layers", "why"),
+    [
+        (None, "list of tensors, not NoneType"),
+        ([np.zeros((2, 4, 8, 2, 4))], "torch tensors, not ndarray"),
+        ([(torch.zeros(4, 8, 2, 4), None)], "torch tensors, not NoneType"),
+    ],
+)
+def test_what_is_no_tensor_is_named(layers: Any, why: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=why):
+        kv_tensors.paged_kv(layers, "kv-nhd")
+
+
+def test_an_offset_that_no_message_holds_is_refused_before_it_is_sent() -> None:
+    with pytest.raises(InvalidArgumentError, match="within 63 bits"):
+        dataclasses.replace(paged(8), page_offset=1 << 70)
+
+
 # --- memory
 
 
@@ -283,8 +301,11 @@ def test_kv_memory_is_cut_into_tensors() -> None:
         if shape != []:
             with pytest.raises(InvalidArgumentError):
                 memory.tensor(shape, torch.uint8)
-    with pytest.raises(InvalidArgumentError):
-        KvMemory(0)
+    with pytest.raises(InvalidArgumentError, match=r"torch\.dtype, not 'bfloat16'"):
+        memory.tensor([4], "bfloat16")
+    for size in (0, "1GiB"):
+        with pytest.raises(InvalidArgumentError):
+            KvMemory(size)  # type: ignore[arg-type]
     memory.close()
     memory.close()
     one.fill_(2)  # still mapped

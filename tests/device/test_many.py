@@ -290,8 +290,18 @@ def test_names_of_devices(name, found):
 
 
 @pytest.mark.parametrize(
-    "name", ["cuda:0,cuda:0", "cuda:0-1,cuda:1", "cuda:2-1", "cuda:0,", "cpu,cuda:0", "cuda:0,1"]
+    ("name", "why"),
+    [
+        ("cuda:0,cuda:0", "names a device twice"),
+        ("cuda:0-1,cuda:1", "names a device twice"),
+        ("cuda:2-1", "ends before it begins"),
+        ("cuda:0,", "no device is called ''"),
+        ("cuda:0-", "no device is called 'cuda:0-'"),
+        ("cpu,cuda:0", "'cpu' stands alone"),
+        ("cpu,cpu", "'cpu' stands alone"),
+        ("cuda:0,1", "no device is called '1'"),
+    ],
 )
-def test_names_that_are_none(name):
-    with pytest.raises(InvalidArgumentError):
+def test_names_that_are_none(name, why):
+    with pytest.raises(InvalidArgumentError, match=why):
         device_indices(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,8 @@ class EngineKv:
 
         Raises InvalidArgumentError for tensors, a layout or a codec that do not go together.
         """
+        if not isinstance(page_tokens, SupportsIndex):
+            raise InvalidArgumentError(f"page_tokens must be a whole number, not {page_tokens!r}")
         if page_tokens < 1:
             raise InvalidArgumentError(f"page_tokens must be at least 1, not {page_tokens}")
         try:
@@ -177,6 +179,11 @@ def distinct(places: Places, unit_tokens: int, pages: int) -> None:
 
 def _planes(layer: Any, layout: str) -> list[Tensor]:
     parts = layer if isinstance(layer, list | tuple) else [layer]
+    for part in parts:
+        if not hasattr(part, "data_ptr"):
+            raise InvalidArgumentError(
+                f"KV tensors: a layer must be torch tensors, not {type(part).__name__}"
+            )
     return [plane for part in parts for plane in kernels.planes(part, layout)]
 
 

@@ -183,6 +183,17 @@ def _places(given: Any) -> Places:
     return np.ascontiguousarray(places, dtype=np.int64)
 
 
+def _distinct(places: Places) -> None:
+    """Two pages in one place would leave one of them, and the answer would call both right."""
+    used = np.sort(places[places >= 0])
+    twice = used[1:][used[1:] == used[:-1]]
+    if len(twice):
+        raise InvalidArgumentError(
+            f"two pages of a load go to one place, {int(twice[0])}",
+            hint="a negative block id leaves a page out",
+        )
+
+
 def begin_load(
     core: Core,
     lease: LeaseState,
@@ -194,14 +205,15 @@ def begin_load(
     given, first_page, first_layer, layers, verify = ask
     layered, timeout_s = how
     lease.check()
-    places = _places(given)
-    lease.pages_from(first_page, len(places))
-    count = region.layers - first_layer if layers is None else layers
-    if first_layer < 0 or count < 1 or first_layer + count > region.layers:
+    _check_region(core, region)
+    places, first_layer = _places(given), count_of("first_layer", first_layer)
+    lease.pages_from(count_of("first_page", first_page), len(places))
+    _distinct(places)
+    count = region.layers - first_layer if layers is None else count_of("layers", layers)
+    if count < 1 or first_layer + count > region.layers:
         raise InvalidArgumentError(
             f"layers [{first_layer}, {first_layer + count}) are not in a KV of {region.layers}"
         )
-    _check_region(core, region)
     if not len(places):
         progress = Progress(first_layer, count, None)
         progress.end(good=True, settled=True)
@@ -222,10 +234,10 @@ def begin_store(
     """``ask``: places, first_page, wait_ms. ``how``: layered, durable, last."""
     given, first_page, wait_ms = ask
     layered, durable, last = how
+    _check_region(core, region)
     places, wait_ms = _places(given), count_of("wait_ms", wait_ms)
     if state.ended and state.reservation:
         raise NotFoundError("the reservation has ended")
-    _check_region(core, region)
     first = (state.first_open or 0) if first_page is None else first_page
     if not state.reservation or not (len(places) or last):
         progress = Progress(0, region.layers, None)
@@ -249,5 +261,9 @@ def _answer(answer: T) -> Steps[T]:
 
 
 def _check_region(core: Core, region: KvRegionBase) -> None:
+    if not isinstance(region, KvRegionBase):
+        raise InvalidArgumentError(
+            f"a KV region is asked for, not {type(region).__name__}", hint="register_kv makes one"
+        )
     if region._core is not core:
         raise InvalidArgumentError("the KV region is another client's")

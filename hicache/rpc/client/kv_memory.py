@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -33,6 +33,8 @@ class KvMemory:
 
     def __init__(self, size_bytes: int) -> None:
         """Raises InvalidArgumentError for no bytes, ExhaustedError where the system has none."""
+        if not isinstance(size_bytes, SupportsIndex):
+            raise InvalidArgumentError(f"KV memory: size_bytes must be a whole number, not {size_bytes!r}")
         if size_bytes < 1:
             raise InvalidArgumentError(f"KV memory of {size_bytes} bytes")
         self.size_bytes = size_bytes
@@ -56,6 +58,8 @@ class KvMemory:
         """A CPU tensor of zeros in memory that no other tensor has. Raises ExhaustedError where too little is left."""
         import torch
 
+        if not isinstance(dtype, torch.dtype):
+            raise InvalidArgumentError(f"KV memory: dtype must be a torch.dtype, not {dtype!r}")
         elements = math.prod(shape)
         size_bytes = elements * torch.empty(0, dtype=dtype).element_size()
         if elements < 1 or min(shape) < 1:

@@ -37,6 +37,8 @@ def paged_kv(
     Raises InvalidArgumentError for tensors that do not fit the layout or differ in shape, strides or dtype,
     UnsupportedError for memory that no other process can map: says why and what to do.
     """
+    if not isinstance(layers, Iterable):
+        raise InvalidArgumentError(f"paged KV: layers must be a list of tensors, not {type(layers).__name__}")
     by_layer = [_planes(layer, layout) for layer in layers]
     planes = [plane for of_layer in by_layer for plane in of_layer]
     if not planes:
@@ -79,10 +81,12 @@ def paged_kv(
 def _planes(layer: Any, layout: str) -> list[Any]:
     from hicache.device import kernels
 
+    parts = layer if isinstance(layer, list | tuple) else [layer]
+    for part in parts:
+        if not hasattr(part, "data_ptr"):
+            raise InvalidArgumentError(f"paged KV: a layer must be torch tensors, not {type(part).__name__}")
     try:
-        if isinstance(layer, list | tuple):
-            return [plane for part in layer for plane in kernels.planes(part, layout)]
-        return kernels.planes(layer, layout)
+        return [plane for part in parts for plane in kernels.planes(part, layout)]
     except ValueError as error:
         raise InvalidArgumentError(f"paged KV: {error}") from None
 
