@@ -1,0 +1,145 @@
+"""Promotion layer by layer ahead of compute, by the paths an engine uses: a Load with a counter, the copier's fences.
+
+A layer's compute is some products that take about 1.5 times as long as its copy, as in a prefill; it begins when its
+layer is there. Hidden is what of the load's time alone the whole does not take longer than compute alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import time
+
+import numpy as np
+import torch
+from gpu_machine import Machine
+from gpu_transfers import Copying, Kv, Rig, compare, median_ns
+
+
+class Count:
+    """One counter of a timeline, in memory of its own; ``show`` waits for it on a stream, or here."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._words = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.uint64)
+        self._word = ctypes.c_uint64.from_address(self._words.ctypes.data)
+        self._fences = None
+        if machine.is_cuda:
+            from hicache.device.fences import open_fences
+
+            self._fences = open_fences()
+            self._fences.admit(self._words.ctypes.data, self._words.nbytes, self._words)
+
+    def get(self) -> int:
+        return self._word.value
+
+    def set(self, value: int) -> None:
+        self._word.value = value
+
+    def hold(self, stream, value: int) -> None:
+        """What the stream is given from now on comes when the counter shows ``value``."""
+        if self._fences is not None:
+            self._shown = self._fences.wait(stream, self._words.ctypes.data, value)
+            return
+        end = time.monotonic() + 60
+        while self.get() < value:
+            assert time.monotonic() < end, "a layer has not come in a minute"
+            time.sleep(0.0001)
+
+
+class Compute:
+    """Matrix products, so many a layer."""
+
+    def __init__(self, machine: Machine, layers: int, *, tiny: bool) -> None:
+        size = 64 if tiny else 4096
+        self.machine, self.layers, self.products = machine, layers, 1
+        self.a = torch.randn((size, size), device=machine.device).to(torch.bfloat16)
+        self.b = torch.randn((size, size), device=machine.device).to(torch.bfloat16)
+        self.out = torch.empty_like(self.a)
+
+    def fit(self, layer_ns: float) -> float:
+        """So many products that a layer takes that long; how long all layers take alone."""
+        self.products = 1
+        one_ns = median_ns(self.machine, lambda: self.run(lambda _layer: None)) / self.layers
+        self.products = max(1, round(layer_ns / one_ns))
+        return median_ns(self.machine, lambda: self.run(lambda _layer: None))
+
+    def run(self, wait) -> None:
+        """All layers, each after ``wait(layer)``; until the device is done."""
+        with self.machine.on(0):
+            for layer in range(self.layers):
+                wait(layer)
+                for _ in range(self.products):
+                    torch.mm(self.a, self.b, out=self.out)
+        self.machine.wait()
+
+
+def run(machine: Machine, report, options) -> None:
+    """Both ways."""
+    import gpu
+
+    shape = gpu.shapes(options.tiny)["llama"]
+    kv = Kv(machine, shape, 4 if options.tiny else 64)
+    compute = Compute(machine, shape.layers, tiny=options.tiny)
+    _load(machine, report, options, kv, compute)
+    _copier(machine, report, kv, compute)
+
+
+def _tell(report, who: str, load_ns: float, alone_ns: float, together_ns: float) -> None:
+    hidden = 1 - max(0.0, together_ns - alone_ns) / load_ns
+    report.row(
+        "layered", who=who, hidden=hidden, load_ms=load_ns / 1e6, compute_ms=alone_ns / 1e6,
+        together_ms=together_ns / 1e6,
+    )  # fmt: skip
+    report.bar(f"promotion hidden, layer by layer, {who}", hidden, 0.90)
+
+
+def _load(machine: Machine, report, options, kv: Kv, compute: Compute) -> None:
+    """The sidecar's Load; the stream waits for the timeline's counter by itself."""
+    rig = Rig(machine, options)
+    try:
+        handle, pages = rig.open(kv), rig.pages(kv)
+        counter, stream = Count(machine), machine.streams[0]
+
+        def load() -> None:
+            counter.set(0)
+            rig.begin(kv, handle, pages, "load", verify=True, counter=counter)
+
+        def alone() -> None:
+            load()
+            rig.wait(1)
+
+        def both() -> None:
+            load()
+            compute.run(lambda layer: counter.hold(stream, layer + 1))
+            rig.wait(1)
+
+        compare(kv, pages, alone, "load", "layered")
+        load_ns = median_ns(machine, alone)
+        alone_ns = compute.fit(1.5 * load_ns / compute.layers)
+        _tell(report, "load with a counter", load_ns, alone_ns, median_ns(machine, both))
+        if not kv.holds_truth():
+            raise AssertionError("layered: wrong bytes")
+    finally:
+        rig.close()
+
+
+def _copier(machine: Machine, report, kv: Kv, compute: Compute) -> None:
+    """The copier; the stream waits for an event a layer."""
+    copying = Copying(kv)
+    stream = machine.streams[0]
+    try:
+
+        def alone() -> None:
+            copying.load().wait(120)
+
+        def both() -> None:
+            handle = copying.load()
+            compute.run(lambda layer: handle.wait_layer(layer, stream, 120))
+            handle.wait(120)
+
+        compare(kv, copying.pages["load"], alone, "load", "copier, layered")
+        load_ns = median_ns(machine, alone)
+        alone_ns = compute.fit(1.5 * load_ns / compute.layers)
+        _tell(report, "copier with events", load_ns, alone_ns, median_ns(machine, both))
+    finally:
+        copying.copies.close()
