@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 import time
 
+import harness
 import numpy as np
 import torch
 from gpu_machine import Machine
-from gpu_transfers import Copying, Kv, Rig, compare, median_ns
+from gpu_transfers import WARM, Copying, Kv, Rig, compare, median_ns
+
+from hicache.errors import UnsupportedError
 
 
 class Count:
@@ -49,8 +53,7 @@ class Count:
 class Compute:
     """Matrix products, so many a layer."""
 
-    def __init__(self, machine: Machine, layers: int, *, tiny: bool) -> None:
-        size = 64 if tiny else 4096
+    def __init__(self, machine: Machine, layers: int, size: int) -> None:
         self.machine, self.layers, self.products = machine, layers, 1
         self.a = torch.randn((size, size), device=machine.device).to(torch.bfloat16)
         self.b = torch.randn((size, size), device=machine.device).to(torch.bfloat16)
@@ -64,33 +67,108 @@ class Compute:
         return median_ns(self.machine, lambda: self.run(lambda _layer: None))
 
     def run(self, wait) -> None:
-        """All layers, each after ``wait(layer)``; until the device is done."""
+        """All layers, each after ``wait(layer)``; until they are done."""
         with self.machine.on(0):
             for layer in range(self.layers):
                 wait(layer)
-                for _ in range(self.products):
-                    torch.mm(self.a, self.b, out=self.out)
-        self.machine.wait()
+                self.layer()
+        if self.machine.is_cuda:
+            self.machine.streams[0].synchronize()
+
+    def layer(self) -> None:
+        for _ in range(self.products):
+            torch.mm(self.a, self.b, out=self.out)
 
 
 def run(machine: Machine, report, options) -> None:
-    """Both ways."""
+    """Both ways of a layered load; then what compute feels of the sidecar's copies."""
     import gpu
 
     shape = gpu.shapes(options.tiny)["llama"]
-    kv = Kv(machine, shape, 4 if options.tiny else 64)
-    compute = Compute(machine, shape.layers, tiny=options.tiny)
-    _load(machine, report, options, kv, compute)
-    _copier(machine, report, kv, compute)
+    compute = Compute(machine, shape.layers, 64 if options.tiny else 2048)
+    for count in (4,) if options.tiny else (256, 64):
+        kv = Kv(machine, shape, count)
+        _load(machine, report, options, kv, compute)
+        try:
+            _copier(machine, report, kv, compute)
+        except UnsupportedError as error:
+            report.skip("layered copier", str(error))
+        del kv
+    _slowdowns(machine, report, options, Kv(machine, shape, 4 if options.tiny else 64))
 
 
-def _tell(report, who: str, load_ns: float, alone_ns: float, together_ns: float) -> None:
+def _slowdowns(machine: Machine, report, options, kv: Kv) -> None:
+    """Products by the device's clock, while another thread keeps two transfers each way in flight."""
+    compute = Compute(machine, 1, 64 if options.tiny else 8192)
+    compute.products = 4 if options.tiny else 60
+    rig = Rig(machine, options)
+    try:
+        handle, pages = rig.open(kv), rig.pages(kv)
+        pages.rows[:] = kv.truth
+        for ways in (("load",), ("pack",), ("load", "pack")):
+            copies = _Copies(rig, kv, [(kv, handle, pages, way) for way in ways for _ in range(2)])
+            alone_ns = machine.time(compute.layer)
+            copies.start()
+            beside_ns = machine.time(compute.layer)
+            gb_s = copies.end()
+            slowdown = beside_ns / alone_ns - 1
+            name = " and ".join(ways)
+            report.row(
+                "slowdown", beside=name, slowdown=slowdown, copies_gb_s=gb_s, compute_ms=alone_ns / 1e6
+            )
+            report.bar(f"compute beside the sidecar's {name}: slowdown", slowdown, 0.05, at_most=True)
+    finally:
+        rig.close()
+
+
+class _Copies:
+    """Transfers one after another on a thread, which owns the rig meanwhile. What they carry is the same each time."""
+
+    def __init__(self, rig: Rig, kv: Kv, each: list) -> None:
+        self._rig, self._kv, self._each = rig, kv, each
+        self._stop, self._warm = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._rounds, self._ns, self._failed = 0, 0, ""
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._warm.wait(300), "copies do not begin"
+
+    def end(self) -> float:
+        """GB/s."""
+        self._stop.set()
+        self._thread.join()
+        if self._failed:
+            raise harness.BenchError(self._failed)
+        return self._rounds * self._kv.bytes / max(self._ns, 1)
+
+    def _run(self) -> None:
+        try:
+            begin = done = 0
+            for what in self._each:
+                self._rig.begin(*what, verify=True)
+            while not self._stop.is_set():
+                if done == WARM * len(self._each):
+                    begin = time.perf_counter_ns()
+                    self._warm.set()
+                what = self._each[done % len(self._each)]
+                self._rig.wait(1)
+                self._rig.begin(*what, verify=True)
+                done += 1
+            self._ns, self._rounds = time.perf_counter_ns() - begin, done - WARM * len(self._each)
+            self._rig.wait(len(self._each))
+        except Exception as error:  # noqa: BLE001 - told by end()
+            self._failed = f"copies: {error}"
+            self._warm.set()
+
+
+def _tell(report, kv: Kv, who: str, load_ns: float, alone_ns: float, together_ns: float) -> None:
     hidden = 1 - max(0.0, together_ns - alone_ns) / load_ns
     report.row(
-        "layered", who=who, hidden=hidden, load_ms=load_ns / 1e6, compute_ms=alone_ns / 1e6,
+        "layered", who=who, pages=kv.count, hidden=hidden, load_ms=load_ns / 1e6, compute_ms=alone_ns / 1e6,
         together_ms=together_ns / 1e6,
     )  # fmt: skip
-    report.bar(f"promotion hidden, layer by layer, {who}", hidden, 0.90)
+    report.bar(f"promotion hidden, layer by layer, {who}, {kv.count} pages", hidden, 0.90)
 
 
 def _load(machine: Machine, report, options, kv: Kv, compute: Compute) -> None:
@@ -116,7 +194,7 @@ def _load(machine: Machine, report, options, kv: Kv, compute: Compute) -> None:
         compare(kv, pages, alone, "load", "layered")
         load_ns = median_ns(machine, alone)
         alone_ns = compute.fit(1.5 * load_ns / compute.layers)
-        _tell(report, "load with a counter", load_ns, alone_ns, median_ns(machine, both))
+        _tell(report, kv, "load with a counter", load_ns, alone_ns, median_ns(machine, both))
         if not kv.holds_truth():
             raise AssertionError("layered: wrong bytes")
     finally:
@@ -140,6 +218,6 @@ def _copier(machine: Machine, report, kv: Kv, compute: Compute) -> None:
         compare(kv, copying.pages["load"], alone, "load", "copier, layered")
         load_ns = median_ns(machine, alone)
         alone_ns = compute.fit(1.5 * load_ns / compute.layers)
-        _tell(report, "copier with events", load_ns, alone_ns, median_ns(machine, both))
+        _tell(report, kv, "copier with events", load_ns, alone_ns, median_ns(machine, both))
     finally:
         copying.copies.close()

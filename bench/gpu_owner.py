@@ -1,4 +1,4 @@
-"""The whole service's owner thread while 10,000 pages are evicted from the device tier: demotion_burst, on the device."""
+"""The owner thread of a whole service while 10,000 pages leave the device tier: demotion_burst, on the device."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from hicache.device.imports import OpenKv
 from hicache.device.kv import MemoryKind, PagedKv, SharedMemory
 from hicache.device.opening import KvTransfers
 from hicache.device.transfers import HostPages, Transfer
+from hicache.errors import UnsupportedError
 from hicache.rpc.client import KvMemory
 from hicache.rpc.client.kv_tensors import paged_kv
 from hicache.types import Outcome, TierKind, TierSpec
@@ -119,7 +120,7 @@ class Rig:
         self.store = open_device(options.device, spec, self.told.set, DeviceOptions())
         self.moves = KvTransfers(self.store, self.told.set, time.monotonic_ns)
         self._handles: list[OpenKv] = []
-        self._last = 0
+        self._last = self._ended = 0
 
     def pages(self, kv: Kv) -> Pages:
         found = Pages(kv.count, kv.page_bytes)
@@ -144,14 +145,15 @@ class Rig:
         getattr(self.moves, way)(transfer)
 
     def wait(self, count: int) -> None:
-        """Until so many have ended, all well."""
-        while count:
+        """Until so many have ended, all well; those that ended besides count the next time."""
+        while self._ended < count:
             assert self.told.wait(120), "a transfer has not ended in two minutes"
             self.told.clear()
             for done in self.moves.poll():
                 if set(done.outcomes) != {Outcome.OK}:
                     raise harness.BenchError(f"a transfer failed: {done.error or done.outcomes}")
-                count -= 1
+                self._ended += 1
+        self._ended -= count
 
     def close(self) -> None:
         self.moves.close()
@@ -190,11 +192,15 @@ def run(machine: Machine, report, options) -> None:
         for count in some:
             kv = Kv(machine, shapes[name], count)
             _served(machine, report, options, kv, name)
-            _copied(machine, report, options, kv, name)
+            try:
+                _copied(machine, report, options, kv, name)
+            except UnsupportedError as error:
+                report.skip(f"copier, {name}, {count} pages", str(error))
             del kv
 
 
-def _say(machine: Machine, report, options, kv: Kv, name: str, who: str, way: str, taken_ns: float) -> None:
+def _say(machine: Machine, report, options, what: tuple[Kv, str, str, str, float]) -> None:
+    kv, name, who, way, taken_ns = what
     ceiling = machine.ceiling(WAYS[way], options.ceiling_bytes)
     share = kv.bytes / taken_ns / ceiling
     report.row(
@@ -220,7 +226,7 @@ def _served(machine: Machine, report, options, kv: Kv, name: str) -> None:
 
             who = "sidecar" if verify else "sidecar, no checksums,"
             compare(kv, pages, work, way, who)
-            _say(machine, report, options, kv, name, who, way, median_ns(machine, work))
+            _say(machine, report, options, (kv, name, who, way, median_ns(machine, work)))
         if name == "llama" and kv.count == (4 if options.tiny else 64):
             _duplex(machine, report, options, rig, (kv, handle, pages))
         choices = {" ".join(map(str, shape)): choice.engine for shape, choice in rig.moves.choices.items()}
@@ -293,6 +299,6 @@ def _copied(machine: Machine, report, options, kv: Kv, name: str) -> None:
                 getattr(copying, way)().wait(120)
 
             compare(kv, copying.pages[way], work, way, "copier")
-            _say(machine, report, options, kv, name, "copier", way, median_ns(machine, work))
+            _say(machine, report, options, (kv, name, "copier", way, median_ns(machine, work)))
     finally:
         copying.copies.close()
