@@ -43,7 +43,19 @@ def test_the_bench_moves_the_right_bytes_by_every_engine():
 @pytest.mark.timeout(1200)
 def test_the_whole_bench():
     said = rehearse("bench/gpu.py", "--tiny", "--repetitions", "1", timeout_s=1100)
-    for case in ("copies", "duplex", "d2d", "kernels", "overlap", "layered", "store"):
+    for case in (
+        "transfers",
+        "layered",
+        "slowdown",
+        "ipc",
+        "overlap",
+        "store",
+        "d2d",
+        "duplex",
+        "owner",
+        "kernels",
+        "copies",
+    ):
         assert f"\n{case}" in f"\n{said}", said
 
 
