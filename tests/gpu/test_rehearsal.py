@@ -14,6 +14,7 @@ pytest.importorskip("xxhash", reason="the reference")
 import fake_cuda  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
+NEW = ("transfers", "layered", "ipc", "owner")
 
 
 def rehearse(*command: str, timeout_s: int) -> str:
@@ -37,6 +38,19 @@ def test_the_bench_moves_the_right_bytes_by_every_engine():
     said = rehearse("bench/gpu.py", "--tiny", "--repetitions", "1", "--only", "copies", timeout_s=110)
     for wanted in ("kernel_gb_s", "staged_gb_s", "batch_gb_s", "bars met"):
         assert wanted in said
+
+
+def test_the_dry_run_has_the_whole_paths():
+    done = subprocess.run(
+        [sys.executable, "bench/gpu.py", "--device", "cpu", "--tiny", "--repetitions", "1", "--only", *NEW],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert all(f"\n{case}" in f"\n{done.stdout}" for case in (*NEW, "slowdown", "ipc load")), done.stdout
 
 
 @pytest.mark.soak
