@@ -166,7 +166,7 @@ async def burst(options: argparse.Namespace, times: Times) -> dict[str, Any]:
     size, count = options.pages * options.page_bytes, options.pages // PROMPT_PAGES
     service = Service(
         ServiceOptions(
-            device="cpu",
+            device=options.device,
             device_bytes=size,
             host_bytes=3 * size,
             write_policy=WritePolicy.BACK,
@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--pages", type=int, default=10_000)
     parser.add_argument("--page-bytes", type=int, default=4096)
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.set_defaults(device="cpu")  # bench/gpu_owner.py has it on a GPU
     options = parser.parse_args()
     opens = {"cpu": stores._open_device, "cuda, instant driver": instant_device}
     times = {name: Times() for name in opens}

@@ -79,6 +79,10 @@ class Stream:
     def __init__(self, device: object = None, *, priority: int = 0) -> None:
         self.cuda_stream = library.made("cudaStreamCreateWithPriority", 1, priority)
 
+    @property
+    def device(self) -> int:
+        return 0
+
     def wait_event(self, event: Event) -> None:
         library.call("cudaStreamWaitEvent", pointer(self), ctypes.c_void_p(event.at), 0)
 
@@ -119,6 +123,26 @@ def on(stream: Stream):
         here.stream = before
 
 
+class Device:
+    """The current device, of which there is one."""
+
+    def __init__(self, number: object) -> None:
+        self.number = number
+
+    def __enter__(self) -> None:
+        library.call("cudaSetDevice", 0)
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def in_place(there: dict) -> torch.Tensor:
+    """What torch makes of __cuda_array_interface__: bytes in rows, where they lie."""
+    (rows, size), (stride, _) = there["shape"], there["strides"]
+    raw = (ctypes.c_uint8 * (max(rows - 1, 0) * stride + size)).from_address(there["data"][0])
+    return torch.frombuffer(raw, dtype=torch.uint8).as_strided((rows, size), (stride, 1))
+
+
 class OnTheDevice(TorchFunctionMode):
     """Tensors asked for on a CUDA device, or pinned, are plain ones; ``is_cuda`` remembers which were meant."""
 
@@ -156,6 +180,7 @@ def install() -> OnTheDevice:
         "get_device_properties": lambda device: about,
         "current_stream": current,
         "stream": on,
+        "device": Device,
         "Stream": Stream,
         "ExternalStream": ExternalStream,
         "Event": Event,
@@ -164,6 +189,13 @@ def install() -> OnTheDevice:
     from hicache.device import kernels
 
     kernels.FUSED = kernels.has_triton()
+    plain = torch.as_tensor  # not overridden for what is no tensor
+
+    def as_tensor(data: object, *arguments, **named) -> torch.Tensor:
+        there = getattr(data, "__cuda_array_interface__", None)
+        return in_place(there) if there else plain(data, *arguments, **named)
+
+    torch.as_tensor = as_tensor
     return OnTheDevice()
 
 
@@ -182,10 +214,12 @@ def main() -> None:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
             return
         sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
+        import gpu_ipc
         import gpu_paths
         import harness
 
         harness.RESULTS = Path(results)
+        gpu_ipc.PYTHON += [str(HERE / "rehearse.py")]
         gpu_paths.PIECE_BYTES = 1  # a page a piece, so that both buffers of the staged way are used again
         runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -14,6 +14,7 @@ pytest.importorskip("xxhash", reason="the reference")
 import fake_cuda  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
+NEW = ("transfers", "layered", "ipc", "owner")
 
 
 def rehearse(*command: str, timeout_s: int) -> str:
@@ -39,11 +40,36 @@ def test_the_bench_moves_the_right_bytes_by_every_engine():
         assert wanted in said
 
 
+def test_the_dry_run_has_the_whole_paths():
+    done = subprocess.run(
+        [sys.executable, "bench/gpu.py", "--device", "cpu", "--tiny", "--repetitions", "1", "--only", *NEW],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert all(f"\n{case}" in f"\n{done.stdout}" for case in (*NEW, "slowdown", "ipc load")), done.stdout
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_the_whole_bench():
     said = rehearse("bench/gpu.py", "--tiny", "--repetitions", "1", timeout_s=1100)
-    for case in ("copies", "duplex", "d2d", "kernels", "overlap", "layered", "store"):
+    for case in (
+        "transfers",
+        "layered",
+        "slowdown",
+        "ipc",
+        "overlap",
+        "store",
+        "d2d",
+        "duplex",
+        "owner",
+        "kernels",
+        "copies",
+    ):
         assert f"\n{case}" in f"\n{said}", said
 
 

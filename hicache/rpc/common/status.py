@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from hicache.errors import ERROR_BY_CODE, ErrorCode, HicacheError
+from hicache.rpc.common.details import ErrorInfo, RetryInfo, Status
 
 DETAILS_KEY = "grpc-status-details-bin"
 DOMAIN = "hicache"
@@ -51,13 +51,13 @@ def to_wire(error: HicacheError) -> WireStatus:
     """The status, text (message and hint) and details to send for an error."""
     status = status_of(error.code)
     text = _clip(f"{error.message} ({error.hint})" if error.hint else error.message)
-    rich = status_pb2.Status(code=status.value[0], message=text)
-    info = error_details_pb2.ErrorInfo(reason=error.code.name, domain=DOMAIN)
+    rich = Status(code=status.value[0], message=text)
+    info = ErrorInfo(reason=error.code.name, domain=DOMAIN)
     if error.hint:
         info.metadata["hint"] = _clip(error.hint)
     rich.details.add().Pack(info)
     if error.retry_after_ms > 0:
-        retry = error_details_pb2.RetryInfo()
+        retry = RetryInfo()
         retry.retry_delay.FromMilliseconds(error.retry_after_ms)
         rich.details.add().Pack(retry)
     return WireStatus(status, text, ((DETAILS_KEY, rich.SerializeToString()),))
@@ -82,9 +82,9 @@ def _read_details(trailing: Iterable[tuple[str, str | bytes]]) -> tuple[str, int
     raw = next((value for key, value in trailing if key == DETAILS_KEY), b"")
     if not isinstance(raw, bytes):
         return hint, retry_after_ms
-    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    info, retry = ErrorInfo(), RetryInfo()
     try:
-        for detail in status_pb2.Status.FromString(raw).details:
+        for detail in Status.FromString(raw).details:
             if detail.Unpack(info):
                 hint = info.metadata.get("hint", "")
             elif detail.Unpack(retry):

@@ -8,11 +8,8 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from hicache import heap
 from hicache.errors import ConfigError, HicacheError
@@ -34,13 +31,14 @@ from hicache.rpc.server.admin import AdminServicer
 from hicache.rpc.server.attach import SessionServicer
 from hicache.rpc.server.batch import BatchServicer
 from hicache.rpc.server.cache import CacheServicer
-from hicache.rpc.server.edge import Edge, refuse
+from hicache.rpc.server.edge import Edge
 from hicache.rpc.server.events import EventServicer
 from hicache.rpc.server.fdsocket import FdSocket
-from hicache.rpc.server.identity import Authenticator, Context, Credentials
+from hicache.rpc.server.identity import Authenticator, Credentials
 from hicache.rpc.server.lock import SocketLock, remove_stale_socket
 from hicache.rpc.server.onetime import OneTimeTokens
 from hicache.rpc.server.options import ServerOptions
+from hicache.rpc.server.probes import Probes
 from hicache.rpc.server.region import RegionServicer
 from hicache.rpc.server.sessions import Sessions
 from hicache.runtime.service import Service
@@ -88,7 +86,7 @@ class Server:
         self._sessions.on_end = self._descriptors.forget
         self._lock = SocketLock(options.socket_path) if options.socket_path else None
         self._fd_socket = FdSocket(service, self._sessions, self._hellos, self._descriptors)
-        self._health = health.aio.HealthServicer()
+        self._probes = Probes()
         self._server = self._build()
         self._draining: asyncio.Task[None] | None = None
         self._telling: set[asyncio.Task[None]] = set()
@@ -114,7 +112,7 @@ class Server:
         self._service.on_draining.append(self._begin_draining)
         self._service.on_tier.append(self._tell_health)
         for name in ("", *SERVICES):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            await self._probes.tell(name, well=True)
         for tier in self._service.stats().tiers:
             self._tell_health(tier.name, tier.state == "ok")
         self._sweep()
@@ -125,7 +123,7 @@ class Server:
         if self._stopped:
             return
         self._stopped = True
-        await self._health.enter_graceful_shutdown()
+        await self._probes.end()
         self._sessions.drain(grace_ms)
         self._sessions.close_streams()
         await self._server.stop(grace_ms / 1000)
@@ -152,16 +150,15 @@ class Server:
 
     def _tell_health(self, tier: str, well: bool) -> None:  # noqa: FBT001
         """A tier is a health service of its own: the sidecar serves without it."""
-        status = health_pb2.HealthCheckResponse
-        state = status.SERVING if well else status.NOT_SERVING
-        task = asyncio.get_running_loop().create_task(self._health.set(f"{TIER_HEALTH}{tier}", state))
+        told = self._probes.tell(f"{TIER_HEALTH}{tier}", well=well)
+        task = asyncio.get_running_loop().create_task(told)
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
     def _begin_draining(self, grace_ms: int) -> None:
         """The service drains: no new sessions, tell those there are, look unwell to load balancers."""
         self._sessions.drain(grace_ms)
-        self._unwell = asyncio.get_running_loop().create_task(self._health.enter_graceful_shutdown())
+        self._unwell = asyncio.get_running_loop().create_task(self._probes.end())
 
     def _sweep(self) -> None:
         self._hellos.expire()
@@ -240,30 +237,8 @@ class Server:
         batch_pb2_grpc.add_BatchServiceServicer_to_server(BatchServicer(service, edge), server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(service, edge, self.drain), server)
         events_pb2_grpc.add_EventServiceServicer_to_server(EventServicer(service, edge), server)
-        # Health is open to all: probes carry no credentials, and it says one word.
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
-            _Reflection(names, self._authenticator), server
-        )
+        self._probes.register(server, SERVICES, self._authenticator)
         return server
-
-
-class _Reflection(reflection.aio.ReflectionServicer):  # type: ignore[misc]  # the package ships no types
-    """Reflection for callers that say who they are."""
-
-    def __init__(self, names: tuple[str, ...], authenticator: Authenticator) -> None:
-        super().__init__(names)
-        self._authenticator = authenticator
-
-    async def ServerReflectionInfo(self, request_iterator: Any, context: Context) -> Any:
-        """Answer reflection requests."""
-        try:
-            self._authenticator.require(context)
-        except HicacheError as error:
-            await refuse(context, error)
-        async for answer in super().ServerReflectionInfo(request_iterator, context):
-            yield answer
 
 
 async def serve(service: Service, options: ServerOptions) -> Server:
