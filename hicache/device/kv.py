@@ -19,6 +19,7 @@ Places = npt.NDArray[np.int64]
 FAILED = 1 << 63
 UUID_BYTES, IPC_HANDLE_BYTES = 16, 64
 MAX_PLANES, MAX_ELEMENT_BYTES = 4096, 8
+MAX_STRIDE = 1 << 59  # in bytes it stays a signed word, also of an axis of one entry, which any stride fits
 
 
 class MemoryKind(enum.StrEnum):
@@ -97,7 +98,10 @@ class PagedKv:
                 f"{planes} planes are not layers of {self.planes_per_layer}",
             ),
             (self.element_bytes in {1, 2, 4, 8}, "elements have 1, 2, 4 or 8 bytes"),
-            (min(self.strides) >= 0, "four strides, none negative"),
+            (
+                0 <= min(self.strides) <= max(self.strides) < MAX_STRIDE,
+                "four strides, none negative, and within 59 bits",
+            ),
             (
                 0 <= self.page_offset < 1 << 63 and not self.page_offset % max(1, self.element_bytes),
                 "page_offset must be whole elements, not negative, and within 63 bits",
@@ -157,6 +161,16 @@ class PagedKv:
             raise InvalidArgumentError(f"place {int(used.max())} is outside {self.blocks} blocks")
         if len(used) and int((used % self.block_tokens).max()) + unit_tokens > self.block_tokens:
             raise InvalidArgumentError(f"a unit of {unit_tokens} tokens does not lie in one block")
+
+
+def check_apart(places: Places, unit_tokens: int) -> None:
+    """Raise InvalidArgumentError where a load would write a token twice: one of its pages would not be there."""
+    used = np.sort(places[places >= 0])
+    twice = np.flatnonzero(np.diff(used) < unit_tokens)
+    if len(twice):
+        raise InvalidArgumentError(
+            f"two pages of a load go to one place, {int(used[twice[0]])}", hint="name each block once"
+        )
 
 
 class Counter(Protocol):

@@ -279,7 +279,7 @@ class KvLane:
             courses.queue(self._driver, self._stream, chunk, bay)
         except DriverError as error:
             self._fail(chunk, error)
-        except (ValueError, BufferError) as error:
+        except (ValueError, BufferError, OverflowError) as error:
             chunk.problem = f"{type(error).__name__}: {error}"
         try:
             self._driver.record(bay.stage.event, self._stream)

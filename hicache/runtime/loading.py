@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from hicache.device.kv import Places
+from hicache.device.kv import Places, check_apart
 from hicache.device.transfers import DevicePages, HostPages, HostSlots, Transfer, TransferDone
 from hicache.engine.actions import FetchResult
 from hicache.errors import (
@@ -164,6 +164,7 @@ class LoadCalls:
         layers = layers_of(kv, ask.first_layer, ask.layers)
         check_fit(kv, spec, whole=False)
         kv.check_places(places, spec.page_tokens)
+        check_apart(places, spec.page_tokens // places.shape[1])
         slots, port = [], None
         if view.granted_pages > ask.first_page:
             port = self._ports[view.tier]

@@ -25,7 +25,7 @@ pytest.importorskip("torch", reason="the device room needs torch")
 from transfer_rig import Count, Form, Planes, forms, part, same, sealed, sums, twin
 
 from hicache.device import DeviceOptions, open_device, units
-from hicache.device.kv import FAILED, MemoryKind, PagedKv, SharedMemory
+from hicache.device.kv import FAILED, MemoryKind, PagedKv, SharedMemory, check_apart
 from hicache.device.opening import KvTransfers, open_transfers
 from hicache.device.transfers import DevicePages, HostPages, HostSlots, Transfer
 from hicache.errors import InvalidArgumentError, UnavailableError, UnsupportedError
@@ -528,3 +528,16 @@ def test_a_unit_that_falls_into_too_many_pieces_fails_and_takes_no_memory():
         moves.step()
     assert ended[0].outcomes == (Outcome.FAULT,) and "pieces" in ended[0].error
     moves.close()
+
+
+def test_a_load_may_not_write_a_token_twice() -> None:
+    check_apart(np.array([[0, 4], [-1, -1], [8, 12]]), 4)
+    for places in ([[0, 4], [4, 8]], [[0], [2]], [[12], [9]]):
+        with pytest.raises(InvalidArgumentError, match="go to one place"):
+            check_apart(np.array(places), 4)
+
+
+def test_strides_stay_words() -> None:
+    memory = SharedMemory(MemoryKind.CUDA_IPC, 4096, handle=bytes(64), device_uuid=bytes(16))
+    with pytest.raises(InvalidArgumentError, match="strides"):
+        PagedKv((memory,), (0,), (0,), 1, 1, 16, 1, 8, 2, (1 << 62, 8, 8, 1))

@@ -170,13 +170,6 @@ class EngineKv:
             raise InvalidArgumentError(f"codec {self.codec!r}: {error}") from error
 
 
-def distinct(places: Places, unit_tokens: int, pages: int) -> None:
-    """Raise InvalidArgumentError where a load would write a token twice."""
-    used = np.sort(places[:pages][places[:pages] >= 0])
-    if len(used) > 1 and int(np.diff(used).min()) < unit_tokens:
-        raise InvalidArgumentError("two pages go to one place")
-
-
 def _planes(layer: Any, layout: str) -> list[Tensor]:
     parts = layer if isinstance(layer, list | tuple) else [layer]
     for part in parts:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from hicache.device.kv import check_apart
 from hicache.errors import HicacheError, InvalidArgumentError, UnsupportedError
 from hicache.rpc.client import options as settings
 from hicache.rpc.client import staging as places_in
@@ -125,11 +126,10 @@ class CopierBase:
         self, lease: LeaseBase, where: Places, first_page: int, layers: range | None, **how: Any
     ) -> LoadHandle:
         from hicache.device.copying.jobs import LoadHandle, LoadJob
-        from hicache.device.copying.kv import distinct
 
         state, first = lease._state, count_of("first_page", first_page)
         pages = max(0, min(len(where), state.granted_pages - first))
-        distinct(where, self.kv.page_tokens // where.shape[1], pages)
+        check_apart(where[:pages], self.kv.page_tokens // where.shape[1])
         layers = range(self.kv.layers) if layers is None else layers
         if layers.step != 1 or layers.start < 0 or layers.stop > self.kv.layers:
             raise InvalidArgumentError(f"layers {layers} are not among {self.kv.layers}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
-from hicache.device.kv import PagedKv, Places
+from hicache.device.kv import PagedKv, Places, check_apart
 from hicache.errors import InvalidArgumentError, NotFoundError, UnavailableError, UnsupportedError
 from hicache.rpc.client import kv_flows, kv_tensors
 from hicache.rpc.client.arguments import count_of
@@ -183,17 +183,6 @@ def _places(given: Any) -> Places:
     return np.ascontiguousarray(places, dtype=np.int64)
 
 
-def _distinct(places: Places) -> None:
-    """Two pages in one place would leave one of them, and the answer would call both right."""
-    used = np.sort(places[places >= 0])
-    twice = used[1:][used[1:] == used[:-1]]
-    if len(twice):
-        raise InvalidArgumentError(
-            f"two pages of a load go to one place, {int(twice[0])}",
-            hint="a negative block id leaves a page out",
-        )
-
-
 def begin_load(
     core: Core,
     lease: LeaseState,
@@ -208,7 +197,7 @@ def begin_load(
     _check_region(core, region)
     places, first_layer = _places(given), count_of("first_layer", first_layer)
     lease.pages_from(count_of("first_page", first_page), len(places))
-    _distinct(places)
+    check_apart(places, 1)  # the server knows how long units are, and looks again
     count = region.layers - first_layer if layers is None else count_of("layers", layers)
     if count < 1 or first_layer + count > region.layers:
         raise InvalidArgumentError(
