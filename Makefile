@@ -77,6 +77,7 @@ bench: $(STAMP) ## measure our side (bench/README.md tells how to put peers besi
 # Not .venv: its torch has no CUDA. GPU_PYTHON is one that has torch with CUDA, triton and pytest.
 GPU_PYTHON ?= python3
 gpu: ## on a machine with a GPU: its tests, then its benches (docs/GPU.md)
+	@$(GPU_PYTHON) -c "import torch; torch.cuda.is_available() or print('[gpu] no GPU here: the tests run without one, then the bench ends with an error')"
 	PYTHONPATH=. $(GPU_PYTHON) -m pytest -p no:cacheprovider tests/gpu tests/device tests/stores -m "not soak"
 	PYTHONPATH=. $(GPU_PYTHON) bench/gpu.py
 

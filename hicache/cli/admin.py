@@ -130,7 +130,7 @@ def _unpin(client: Client, arguments: argparse.Namespace) -> int:
             f"PIN: {arguments.pin_id!r} is no pin's number", hint="`hicache admin pin` gives it"
         )
     client.admin.unpin(int(arguments.pin_id))
-    _say(arguments, {"pin": int(arguments.pin_id)}, f"pin {arguments.pin_id} is over")
+    _say(arguments, {"pin": int(arguments.pin_id)}, f"pin {arguments.pin_id} is over, or never was")
     return 0
 
 

@@ -235,6 +235,8 @@ def test_a_refused_store_leaves_its_pages_to_be_stored(make_client: Any, lasting
                 with pytest.raises(InvalidArgumentError, match="does not lie in one block"):
                     await refused.result(20)
                 assert refused.failed
+                with pytest.raises(InvalidArgumentError, match=f"from page 0 on, where {PAGES} are missing"):
+                    await room.store_kv(kv, np.concatenate([places, places]))
                 stored = await room.store_kv(kv, places)
                 assert (await stored.result(20)).stored_pages == PAGES
 

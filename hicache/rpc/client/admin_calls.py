@@ -88,7 +88,7 @@ def parse_advice(message: admin_pb2.GetAdviceResponse) -> Advice:
 
 def parse_stats(message: admin_pb2.GetStatsResponse) -> Stats:
     """The answer to GetStats."""
-    counters: Mapping[str, int] = dict(message.counters)
+    counters: Mapping[str, int] = dict(sorted(message.counters.items()))
     return Stats(
         server_version=message.server_version,
         state=message.state,

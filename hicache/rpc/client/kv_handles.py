@@ -232,6 +232,12 @@ def begin_store(
         progress = Progress(0, region.layers, None)
         progress.end(good=True, settled=True)
         return Begun(progress, _answer(CommitResult()))
+    missing = state.present_pages + state.missing_pages - first
+    if len(places) > missing:
+        raise InvalidArgumentError(
+            f"places name {len(places)} pages from page {first} on, where {max(missing, 0)} are missing",
+            hint="name the missing ones only: those before reservation.present_pages are stored",
+        )
     counted = layered and bool(len(places))
     way = yield from kv_flows.route(core, region._state, state.incarnation, counted=counted)
     progress = Progress(0, region.layers, way.counter)
