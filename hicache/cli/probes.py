@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -21,13 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from hicache.sealed import SealedMemory
+
 PROBE_TIMEOUT_S = 60
-_SEALS = (
-    fcntl.F_SEAL_SHRINK
-    | fcntl.F_SEAL_GROW
-    | fcntl.F_SEAL_SEAL
-    | getattr(fcntl, "F_SEAL_FUTURE_WRITE", 0x0010)
-)
 
 LMDB_PROBE = """
 import json, lmdb, sys
@@ -172,18 +167,11 @@ def size_of(path: Path) -> int:
 def try_sealing() -> str:
     """Make a sealed memfd as the host tier does. Returns the problem; empty: it works."""
     try:
-        fd = os.memfd_create("hicache-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        memory = SealedMemory("hicache-doctor", mmap.PAGESIZE)
     except (OSError, AttributeError) as error:
-        return f"memfd_create: {error}"
-    try:
-        os.ftruncate(fd, mmap.PAGESIZE)
-        with mmap.mmap(fd, mmap.PAGESIZE) as writable:
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            writable[0] = 1
-    except OSError as error:
-        return f"F_ADD_SEALS: {error.strerror}"
-    finally:
-        os.close(fd)
+        return f"memfd_create, F_ADD_SEALS: {error}"
+    memory.mapped[0] = 1
+    memory.close()
     return ""
 
 

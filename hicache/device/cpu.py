@@ -15,7 +15,6 @@ import torch
 from hicache.device import copies
 from hicache.device.copies import Staging
 from hicache.device.kv import MemoryKind, SharedMemory
-from hicache.device.memfd import SealedMemory
 from hicache.device.plan import Extent
 from hicache.device.result import Result
 from hicache.device.segment import Segment
@@ -23,6 +22,7 @@ from hicache.device.store import DeviceOptions
 from hicache.device.streams import CopyStream
 from hicache.device.table import SegmentTable, require_sharing
 from hicache.errors import ExhaustedError
+from hicache.sealed import SealedMemory
 from hicache.types import Batch, Notify, Op, TierSpec
 
 Step = Callable[[Extent[Segment], Result, Staging, threading.Lock], None]
@@ -49,7 +49,7 @@ class CpuDevice(SegmentTable[Segment]):
         """See DeviceStore."""
         self._check_room(segment, page_bytes, slots)
         try:
-            memory = SealedMemory(self._memory_bytes) if self._share else None
+            memory = SealedMemory("hicache-device", self._memory_bytes) if self._share else None
             opened = Segment(domain, page_bytes, slots, memory)
         except (OSError, MemoryError) as error:
             raise ExhaustedError(f"no memory for segment {segment}: {error}") from error

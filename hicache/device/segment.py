@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from hicache.device.memfd import SealedMemory
+from hicache.sealed import SealedMemory
 from hicache.types import slot_stride
 
 Indices = npt.NDArray[np.int64]

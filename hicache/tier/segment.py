@@ -1,26 +1,18 @@
-"""One segment of host memory: one memfd, mapped writable by us, then sealed against everybody else.
+"""One segment of host memory: one memfd, mapped writable by us, then sealed against everybody else (``sealed.py``).
 
-Clients get the file descriptor and can only map it read-only: FUTURE_WRITE refuses new writable mappings and
-``write()``, SHRINK and GROW make the mapping safe from SIGBUS. FUTURE_WRITE also refuses hole punching, so a
-segment's memory is given back by closing it; it is never handed to another domain or slot size.
+A segment's memory is given back by closing it; it is never handed to another domain or slot size.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import mmap
-import os
 
 import numpy as np
 import numpy.typing as npt
 
 from hicache.errors import ExhaustedError, InvalidArgumentError
+from hicache.sealed import SealedMemory
 from hicache.types import TierSpec, segment_header_bytes, slot_stride
-
-#: <linux/fcntl.h>; Python names it from 3.13 on.
-F_SEAL_FUTURE_WRITE = 0x0010
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
 
 #: Width of a generation counter: little-endian u64 at the start of the segment, one a slot.
 GENERATION_BYTES = 8
@@ -42,33 +34,29 @@ class SegmentLayout:
 
 
 class Memory:
-    """A sealed memfd and our writable mapping of it, which lives as long as anything views ``bytes``."""
+    """Sealed memory and our view of it, which lives as long as anything views ``bytes``."""
 
-    __slots__ = ("bytes", "fd", "populated", "size_bytes")
+    __slots__ = ("_memory", "bytes", "populated", "size_bytes")
 
     def __init__(self, size_bytes: int) -> None:
         """Raises ExhaustedError when the system has no file descriptor or memory for it."""
         try:
-            self.fd = os.memfd_create("hicache-host", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+            self._memory = SealedMemory("hicache-host", size_bytes)
         except OSError as exc:
             raise _exhausted(size_bytes, exc) from exc
-        try:
-            os.ftruncate(self.fd, size_bytes)
-            mapped = mmap.mmap(self.fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)
-        except OSError as exc:
-            os.close(self.fd)
-            raise _exhausted(size_bytes, exc) from exc
-        self.bytes: Bytes = np.frombuffer(mapped, dtype=np.uint8)
+        self.bytes: Bytes = np.frombuffer(self._memory.mapped, dtype=np.uint8)
         self.size_bytes = size_bytes
         self.populated = False
 
+    @property
+    def fd(self) -> int:
+        """What clients are given; -1 once closed."""
+        return self._memory.fd
+
     def close(self) -> None:
         """Close the descriptor and drop our mapping; it goes when the last view of it does. Idempotent."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-            self.bytes = np.empty(0, dtype=np.uint8)
+        self._memory.close()
+        self.bytes = np.empty(0, dtype=np.uint8)
 
 
 def _exhausted(size_bytes: int, exc: OSError) -> ExhaustedError:

@@ -25,6 +25,22 @@ from hicache.rpc.server.identity import Peer
 from hicache.rpc.server.sessions import Sessions
 
 
+def test_a_sandbox_without_pidfds_has_sessions_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_pid: int) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "pidfd_open", missing)
+
+    async def main() -> None:
+        async with serving(tmp_path) as house:
+            attached = await house.client.attach()
+            assert len(attached.welcome.session_id) == 16
+
+    run(main())
+
+
 def test_hello_is_welcomed(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path, keep_alive_ms=1234) as house:

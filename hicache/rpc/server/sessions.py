@@ -309,6 +309,9 @@ def _open_pidfd(pid: int) -> int:
         return os.pidfd_open(pid)
     except ProcessLookupError as error:
         raise UnavailableError(f"process {pid} is gone") from error
+    except OSError as error:  # a sandbox, or a seccomp profile that does not know the call
+        log.warning("deaths of processes are noticed by their streams only: pidfd_open: %s", error.strerror)
+        return -1
 
 
 def _close(fd: int) -> None:
