@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from hicache.engine import EngineStats, MatchView, NodeView, OperationView, TierView, actions
@@ -205,8 +206,8 @@ class FakeService:
             region_id=[5],
             offset=[4096],
             first_slot=[0],
-            checksums=[7, 1 << 63],
-            generations=[2, 4],
+            checksums=np.array([7, 1 << 63], np.uint64),
+            generations=np.array([2, 4], np.uint64),
         )
 
     def pending(self, result: actions.FetchResult) -> tuple[int, int]:
