@@ -12,13 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 from xxhash import xxh3_64_intdigest
 
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("torch", reason="the device room needs torch")
+pytest.importorskip("rich", reason="the table is drawn by it")
+pytest.importorskip("grpc", reason="what is told goes over the wire")
 
 from pool_fake import PoolDriver
+from rich.console import Console
 
 from hicache.cli import doctor, stats
 from hicache.device import DeviceOptions
